@@ -1,0 +1,41 @@
+"""OMNet for TorchRL: many value functions and policies for the price of one network.
+
+Reading order: :mod:`~omnet_torchrl.masks`, :mod:`~omnet_torchrl.layers`, :mod:`~omnet_torchrl.modules`,
+:mod:`~omnet_torchrl.transforms`, :mod:`~omnet_torchrl.objectives`.
+"""
+
+from omnet_torchrl.layers import EnsembleLayerNorm, EnsembleLinear, EnsembleMLP, MaskedLinear, MaskedMLP
+from omnet_torchrl.masks import (
+    bernoulli_masks,
+    bernoulli_module_masks,
+    mask_density,
+    mask_iou,
+    shared_fraction,
+    unused_fraction,
+)
+from omnet_torchrl.modules import SubnetActor, SubnetModule, SubnetQValueOperator, make_actor, make_qvalue
+from omnet_torchrl.objectives import OMNetSACLoss
+from omnet_torchrl.transforms import SubnetPrimer
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "EnsembleLayerNorm",
+    "EnsembleLinear",
+    "EnsembleMLP",
+    "MaskedLinear",
+    "MaskedMLP",
+    "OMNetSACLoss",
+    "SubnetActor",
+    "SubnetModule",
+    "SubnetPrimer",
+    "SubnetQValueOperator",
+    "bernoulli_masks",
+    "bernoulli_module_masks",
+    "make_actor",
+    "make_qvalue",
+    "mask_density",
+    "mask_iou",
+    "shared_fraction",
+    "unused_fraction",
+]

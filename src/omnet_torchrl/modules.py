@@ -1,0 +1,368 @@
+r"""TensorDictModules that read ``"subnet"``.
+
+Which subnetwork answers is data: an int64 index in the TensorDict, next to the observation. A module reads it and applies that
+mask; who writes it (a loss, an environment transform, a user) is none of the module's business.
+
+:func:`make_actor` and :func:`make_qvalue` build the networks of the paper (section 4.1 of https://arxiv.org/abs/2310.14009) from
+two TorchRL specs: two hidden layers of 256 units, each Linear, LayerNorm, ReLU; 5 subnetworks at sparsity 0.5 in critic and actor.
+The initialisation is REDQ's: Xavier-uniform weights and zero biases.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import InteractionType, TensorDictModule, dispatch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+from torchrl.data import Bounded, Composite, TensorSpec
+from torchrl.envs import EnvBase
+from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
+
+from omnet_torchrl.layers import MaskedMLP
+from omnet_torchrl.masks import check_module_masks
+from omnet_torchrl.transforms import SubnetPrimer
+
+LOG_STD_BOUNDS = (-20.0, 2.0)
+
+
+class SubnetQValueOperator(ValueOperator):
+    r"""State-action value of one subnetwork: :math:`Q_{\theta_k}(s, a)`.
+
+    Args:
+        module (nn.Module): called as ``module(*inputs, subnet)``, e.g. a :class:`~omnet_torchrl.MaskedMLP`,
+            :class:`~omnet_torchrl.EnsembleMLP` or :class:`SubnetModule`; returns ``(*batch, 1)``.
+        in_keys (sequence of NestedKey): the inputs, the index last. Defaults to ``["observation", "action", "subnet"]``.
+        out_keys (sequence of NestedKey): defaults to ``["state_action_value"]``.
+
+    Raises:
+        KeyError: the TensorDict has no index.
+        ValueError: an index is out of range.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> qvalue = SubnetQValueOperator(MaskedMLP(in_features=14, out_features=1, num_cells=[256, 256]))
+        >>> td = TensorDict(observation=torch.zeros(32, 11), action=torch.zeros(32, 3), subnet=torch.tensor(3))
+        >>> qvalue(td)["state_action_value"].shape
+        torch.Size([32, 1])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        in_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+    ):
+        super().__init__(
+            module,
+            in_keys=["observation", "action", "subnet"] if in_keys is None else in_keys,
+            out_keys=["state_action_value"] if out_keys is None else out_keys,
+        )
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
+        return _call_indexed(super().forward, self.module.num_subnets, self.in_keys[-1], tensordict, *args, **kwargs)
+
+    def extract(self, subnet: int) -> ValueOperator:
+        """Subnetwork ``subnet`` as a plain :class:`~torchrl.modules.ValueOperator` that reads no index."""
+        return ValueOperator(self.module.extract(subnet), in_keys=self.in_keys[:-1], out_keys=self.out_keys)
+
+
+class SubnetActor(ProbabilisticActor):
+    r"""Squashed Gaussian policy of one subnetwork, :math:`\pi_{\phi_k}(\cdot \mid s)`.
+
+    A :class:`~torchrl.modules.ProbabilisticActor` with :class:`~torchrl.modules.TanhNormal` within the bounds of the action spec.
+    It always acts with the current weights; to act many times with weights that stay, :meth:`extract` a subnetwork.
+
+    Args:
+        module (nn.Module): called as ``module(*inputs, subnet)``; returns ``(*batch, 2 * action_dim)``, the mean before squashing
+            and the logarithm of the standard deviation, which is clamped to [-20, 2].
+        action_spec (Bounded): the action's specification: continuous, with finite bounds.
+        in_keys (sequence of NestedKey): the inputs, the index last. Defaults to ``["observation", "subnet"]``.
+        action_key (NestedKey): defaults to ``"action"``.
+
+    Raises:
+        ValueError, TypeError: the action spec is not a bounded continuous one; an index is out of range or not int64.
+        KeyError: the TensorDict has no index; the message says what adds it.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> actor = SubnetActor(MaskedMLP(in_features=11, out_features=6, num_cells=[256, 256]), Bounded(-1, 1, (3,)))
+        >>> td = TensorDict(observation=torch.zeros(32, 11), subnet=torch.randint(5, (32,)), batch_size=[32])
+        >>> actor(td)["action"].shape
+        torch.Size([32, 3])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        action_spec: TensorSpec,
+        in_keys: Sequence[NestedKey] | None = None,
+        action_key: NestedKey = "action",
+    ):
+        in_keys = ["observation", "subnet"] if in_keys is None else list(in_keys)
+        _init_actor(super().__init__, _SquashedGaussian(module), in_keys, check_action_spec(action_spec), action_key)
+        self.num_subnets, self.subnet_key, self.action_key = module.num_subnets, in_keys[-1], action_key
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
+        return _call_indexed(super().forward, self.num_subnets, self.subnet_key, tensordict, *args, **kwargs)
+
+    def make_tensordict_primer(self, **kwargs: Any) -> SubnetPrimer:
+        """The transform that draws this actor's index at reset; ``kwargs`` as in :class:`~omnet_torchrl.SubnetPrimer`."""
+        return SubnetPrimer(self.num_subnets, key=self.subnet_key, **kwargs)
+
+    def check_env(self, env: EnvBase) -> None:
+        """Raise unless ``env`` draws the index of as many subnetworks as this actor has.
+
+        Raises:
+            KeyError: the environment has no index.
+            ValueError: it draws from another number of subnetworks.
+        """
+        if self.subnet_key not in env.full_observation_spec.keys(True, True):
+            raise KeyError(_missing(self.subnet_key, "the environment"))
+        drawn = env.full_observation_spec[self.subnet_key].space.n
+        if drawn != self.num_subnets:
+            raise ValueError(
+                f"the environment draws {self.subnet_key!r} from {drawn} subnetworks, the actor has {self.num_subnets}: build the "
+                "primer with actor.make_tensordict_primer()."
+            )
+
+    def extract(self, subnet: int) -> ProbabilisticActor:
+        """Subnetwork ``subnet`` as a plain :class:`~torchrl.modules.ProbabilisticActor` that reads no index."""
+        head, distribution = self.module[0], self.module[-1]
+        spec = self.spec[self.action_key]
+        plain = _SquashedGaussian(head.module.network.extract(subnet))
+        return _init_actor(ProbabilisticActor, plain, head.in_keys[:-1], spec, distribution.out_keys[0]).train(self.training)
+
+
+class SubnetModule(nn.Module):
+    r"""Any network as N subnetworks, :math:`f_{\theta \odot m_k}`: convolutional, recurrent, whatever it is.
+
+    The network is called once for each index asked, with its parameters masked; :class:`~omnet_torchrl.MaskedMLP` is the fast path
+    for multi-layer perceptrons.
+
+    Args:
+        network (nn.Module): the network; its parameters stay where they are and are trained through this module.
+        masks (mapping): parameter name to boolean masks ``(N, *parameter.shape)``, e.g. of
+            :func:`~omnet_torchrl.masks.bernoulli_module_masks`. Parameters without masks are shared whole.
+        event_dims (int or sequence of int): dimensions of one element of each input: 1 for vectors (default), 3 for images
+            ``(C, H, W)``, 2 for sequences ``(T, features)``. Tells inputs ``(B, ...)``, which all rows of an index ``(K, 1)`` share,
+            from inputs ``(K, B, ...)``.
+
+    Shape:
+        inputs, then the index: ``()`` or ``(1,)`` for one subnetwork, or ``(K, 1)`` (``(K, 1, 1)`` for two batch dimensions) for
+        one per leading row; the outputs then have a leading dimension K.
+
+    Raises:
+        TypeError, ValueError: masks that do not fit the network; an index of another dtype or shape.
+
+    Examples:
+        >>> from omnet_torchrl.masks import bernoulli_module_masks
+        >>> cnn = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+        >>> net = SubnetModule(cnn, bernoulli_module_masks(cnn, 5, 0.5, generator=0), event_dims=3)
+        >>> net(torch.zeros(2, 3, 8, 8), torch.arange(5)[:, None]).shape
+        torch.Size([5, 2, 4])
+    """
+
+    def __init__(self, network: nn.Module, masks: Mapping[str, Tensor], event_dims: int | Sequence[int] = 1):
+        super().__init__()
+        self.num_subnets = check_module_masks(masks, network)
+        self.network, self.event_dims = network, event_dims
+        # Buffer names hold no dot, and neither may the keys of a loss's parameters.
+        self._buffer_of = {name: "masks_" + name.replace(".", "_") for name in masks}
+        for name, buffer in self._buffer_of.items():
+            self.register_buffer(buffer, masks[name])
+
+    def forward(self, *inputs: Any) -> Any:
+        *args, subnet = inputs
+        if subnet.dtype != torch.int64:
+            raise TypeError(f"the subnet index must be an int64 tensor, got {subnet.dtype}.")
+        if subnet.shape[1:].numel() != 1:
+            raise ValueError(f"SubnetModule takes an index of shape () or (K, 1, ...), got {tuple(subnet.shape)}.")
+        if subnet.ndim < 2:
+            return functional_call(self.network, self._masked(subnet.reshape(1)), tuple(args))
+        events = [self.event_dims] * len(args) if isinstance(self.event_dims, int) else self.event_dims
+        rows = [
+            x.expand(subnet.shape[0], *x.shape[1:]).unbind(0) if x.ndim - event == subnet.ndim else [x] * subnet.shape[0]
+            for x, event in zip(args, events, strict=True)
+        ]
+        index = subnet.reshape(-1, 1).unbind(0)
+        outputs = [functional_call(self.network, self._masked(k), x) for k, *x in zip(index, *rows, strict=True)]
+        return pytree.tree_map(lambda *row: torch.stack(row), *outputs)
+
+    def _masked(self, index: Tensor) -> dict[str, Tensor]:
+        # By attribute, not by named_parameters: a loss may have put plain tensors in the parameters' place.
+        return {
+            name: reduce(getattr, name.split("."), self.network) * getattr(self, buffer).index_select(0, index).squeeze(0)
+            for name, buffer in self._buffer_of.items()
+        }
+
+    def extract(self, subnet: int) -> nn.Module:
+        """Subnetwork ``subnet`` as a plain copy of the network, with parameters of its own."""
+        if not 0 <= subnet < self.num_subnets:
+            raise ValueError(f"subnet must be in [0, num_subnets={self.num_subnets}), got {subnet}.")
+        plain = copy.deepcopy(self.network)
+        index = torch.tensor([subnet], device=next(plain.parameters()).device)
+        plain.load_state_dict({**plain.state_dict(), **self._masked(index)})
+        return plain
+
+
+def make_actor(
+    observation_spec: TensorSpec,
+    action_spec: TensorSpec,
+    *,
+    network_class: Callable[..., nn.Module] = MaskedMLP,
+    num_cells: Sequence[int] = (256, 256),
+    layer_norm: bool = True,
+    observation_key: NestedKey = "observation",
+    action_key: NestedKey = "action",
+    subnet_key: NestedKey = "subnet",
+    **kwargs: Any,
+) -> SubnetActor:
+    """The paper's actor from two specs.
+
+    Args:
+        observation_spec (TensorSpec): of the environment (a Composite with ``observation_key``) or of the observation itself; its
+            last dimension is the number of features.
+        action_spec (TensorSpec): continuous with finite bounds, e.g. ``env.action_spec``.
+
+    Keyword Args:
+        network_class: :class:`~omnet_torchrl.MaskedMLP` (default) or :class:`~omnet_torchrl.EnsembleMLP`.
+        num_cells (sequence of int): hidden units of each layer.
+        layer_norm (bool): Linear, LayerNorm, ReLU instead of Linear, ReLU.
+        observation_key, action_key, subnet_key (NestedKey): the keys read and written.
+        **kwargs: of ``network_class``: ``num_subnets``, ``sparsity``, ``generator``, ``device``, ...
+
+    Examples:
+        >>> from torchrl.envs import GymEnv
+        >>> env = GymEnv("Pendulum-v1")
+        >>> make_actor(env.observation_spec, env.action_spec, num_subnets=5, sparsity=0.5).num_subnets
+        5
+    """
+    spec = check_action_spec(action_spec)
+    features = _features(observation_spec, observation_key)
+    network = _paper_network(network_class, features, 2 * spec.shape[-1], num_cells, layer_norm, **kwargs)
+    return SubnetActor(network, spec.to(kwargs.get("device") or "cpu"), [observation_key, subnet_key], action_key)
+
+
+def make_qvalue(
+    observation_spec: TensorSpec,
+    action_spec: TensorSpec,
+    *,
+    network_class: Callable[..., nn.Module] = MaskedMLP,
+    num_cells: Sequence[int] = (256, 256),
+    layer_norm: bool = True,
+    observation_key: NestedKey = "observation",
+    action_key: NestedKey = "action",
+    subnet_key: NestedKey = "subnet",
+    **kwargs: Any,
+) -> SubnetQValueOperator:
+    """The paper's critic from two specs; arguments as in :func:`make_actor`.
+
+    With ``network_class=EnsembleMLP``, ``num_subnets`` separate critics: 2 for SAC, 10 for REDQ.
+
+    Examples:
+        >>> from torchrl.envs import GymEnv
+        >>> from omnet_torchrl import EnsembleMLP
+        >>> env = GymEnv("Pendulum-v1")
+        >>> qvalue = make_qvalue(env.observation_spec, env.action_spec, num_subnets=5, sparsity=0.5)
+        >>> redq = make_qvalue(env.observation_spec, env.action_spec, network_class=EnsembleMLP, num_subnets=10, layer_norm=False)
+    """
+    features = _features(observation_spec, observation_key) + check_action_spec(action_spec).shape[-1]
+    network = _paper_network(network_class, features, 1, num_cells, layer_norm, **kwargs)
+    return SubnetQValueOperator(network, in_keys=[observation_key, action_key, subnet_key])
+
+
+def check_action_spec(action_spec: TensorSpec) -> Bounded:
+    """Return the spec of one action; raise unless it is a vector of continuous actions with finite bounds."""
+    if isinstance(action_spec, Composite) and len(action_spec.keys(True, True)) == 1:
+        action_spec = next(iter(action_spec.values(True, True)))
+    if not isinstance(action_spec, Bounded) or not action_spec.dtype.is_floating_point or not action_spec.shape:
+        raise TypeError(f"the action spec must be a Bounded of floating point vectors, got {action_spec}: OMNet-SAC is continuous.")
+    while action_spec.ndim > 1:
+        action_spec = action_spec[0]
+    if not (action_spec.space.low.isfinite().all() and action_spec.space.high.isfinite().all()):
+        raise ValueError(
+            f"the action spec must have finite bounds, got low={action_spec.space.low.tolist()}, "
+            f"high={action_spec.space.high.tolist()}; rescale the actions with torchrl.envs.ActionScaling or a wrapper."
+        )
+    return action_spec
+
+
+class _SquashedGaussian(nn.Module):
+    """Splits a network's output into the mean and the standard deviation of a Gaussian to be squashed."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        loc, log_std = self.network(*inputs).chunk(2, -1)
+        return loc, log_std.clamp(*LOG_STD_BOUNDS).exp()
+
+
+def _init_actor(
+    init: Callable[..., Any], network: nn.Module, in_keys: Sequence[NestedKey], spec: Bounded, action_key: NestedKey
+) -> Any:
+    return init(
+        module=TensorDictModule(network, in_keys=in_keys, out_keys=["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        out_keys=[action_key],
+        spec=Composite({action_key: spec}),
+        distribution_class=TanhNormal,
+        distribution_kwargs={"low": spec.space.low, "high": spec.space.high},
+        default_interaction_type=InteractionType.RANDOM,
+    )
+
+
+def _paper_network(
+    network_class: Callable[..., nn.Module],
+    in_features: int,
+    out_features: int,
+    num_cells: Sequence[int],
+    layer_norm: bool,
+    **kwargs: Any,
+) -> nn.Module:
+    norm = {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": n} for n in num_cells]} if layer_norm else {}
+    defaults = {"activation_class": nn.ReLU, "init_fn": nn.init.xavier_uniform_, **norm}
+    return network_class(in_features=in_features, out_features=out_features, num_cells=num_cells, **{**defaults, **kwargs})
+
+
+def _features(spec: TensorSpec, key: NestedKey) -> int:
+    if isinstance(spec, Composite):
+        if key not in spec.keys(True, True):
+            raise KeyError(f"the observation spec has no {key!r}, only {list(spec.keys(True, True))}; pass observation_key.")
+        spec = spec[key]
+    if not spec.shape or not spec.dtype.is_floating_point:
+        raise ValueError(f"the observation must be a floating point vector, got shape {tuple(spec.shape)} of {spec.dtype}.")
+    return spec.shape[-1]
+
+
+def _missing(key: NestedKey, where: str) -> str:
+    return (
+        f"{where} has no {key!r}, the index of the subnetwork: append SubnetPrimer(num_subnets), or "
+        "actor.make_tensordict_primer(), to the environment, which draws it at each reset; or set it by hand."
+    )
+
+
+def _call_indexed(
+    forward: Callable[..., TensorDictBase], num_subnets: int, key: NestedKey, tensordict: TensorDictBase, *args: Any, **kwargs: Any
+) -> TensorDictBase:
+    """Call ``forward`` and explain its failure where the index is missing or, on the CPU, out of range."""
+    if tensordict.get(key, None) is None:
+        raise KeyError(_missing(key, "the TensorDict"))
+    try:
+        return forward(tensordict, *args, **kwargs)
+    except (IndexError, RuntimeError) as error:
+        index = tensordict.get(key)
+        if ((index < 0) | (index >= num_subnets)).any():
+            raise ValueError(f"{key!r} must be in [0, num_subnets={num_subnets}), got {index.unique().tolist()}.") from error
+        raise
+

@@ -1,0 +1,58 @@
+"""Shared parts of the tests: seeds, a batch, small networks."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import Bounded, Unbounded
+
+from omnet_torchrl import make_actor, make_qvalue
+
+OBS, ACT = 5, 2
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def specs():
+    """Specs of an observation of 5 numbers and an action of 2 within [-1, 1]."""
+    return Unbounded((OBS,)), Bounded(-1, 1, (ACT,))
+
+
+def small_actor(num_subnets=3, sparsity=0.4, **kwargs):
+    return make_actor(*specs(), num_subnets=num_subnets, sparsity=sparsity, num_cells=(16, 16), generator=1, **kwargs)
+
+
+def small_qvalue(num_subnets=3, sparsity=0.4, **kwargs):
+    return make_qvalue(*specs(), num_subnets=num_subnets, sparsity=sparsity, num_cells=(16, 16), generator=2, **kwargs)
+
+
+def make_batch(*batch, seed=0, done=0.0):
+    """A batch of transitions; a fraction ``done`` of them terminates."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*batch, *shape, generator=generator)
+
+    terminated = torch.rand(*batch, 1, generator=generator) < done
+    return TensorDict(
+        {
+            "observation": normal(OBS),
+            "action": normal(ACT).tanh(),
+            "next": {
+                "observation": normal(OBS),
+                "reward": normal(1),
+                "done": terminated.clone(),
+                "terminated": terminated,
+            },
+        },
+        batch_size=batch,
+    )
