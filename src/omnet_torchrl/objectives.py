@@ -16,6 +16,7 @@ modules; how many subnetworks are trained (K), minimised over (M) and averaged (
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -163,8 +164,10 @@ class OMNetSACLoss(SACLoss):
         self.replacement, self.value_reduction = replacement, value_reduction
         params = self.qvalue_network_params
         self._frozen_keys = [k for k, v in params.items(True, True) if not v.is_floating_point()] if delay_qvalue else []
-        if target_entropy != "auto" or action_spec is not None or getattr(actor_network, "spec", None) is not None:
-            self.target_entropy  # noqa: B018 (made now, where it can be, so that nothing is registered while tracing)
+        # Made now rather than at first use, so that no buffer is registered while tracing. Where the action's spec is not known
+        # yet (a trainer may hand it over), the first use makes it or says what is missing.
+        with contextlib.suppress(RuntimeError):
+            self.target_entropy  # noqa: B018
 
     def _checked_count(self, name: str, count: int | None) -> int:
         if count is None:
@@ -347,11 +350,14 @@ class OMNetSACLoss(SACLoss):
         return value.expand(subnet.shape[0], *batch)
 
     def _inputs(self, network: TensorDictModule, tensordict: TensorDictBase, subnet: Tensor) -> TensorDictBase:
-        key = self.tensor_keys.subnet
-        inputs = tensordict.select(*(k for k in network.in_keys if k != key), strict=False)
-        if key in network.in_keys:
-            inputs.batch_size = []
-            inputs.set(key, subnet)
+        """The network's inputs and its index, in a TensorDict of its own; the index fits no batch size."""
+        if self.tensor_keys.subnet not in network.in_keys:
+            return tensordict.select(*network.in_keys, strict=False)
+        inputs = TensorDict()
+        for key in network.in_keys:
+            value = subnet if key == self.tensor_keys.subnet else tensordict.get(key, None)
+            if value is not None:
+                inputs.set(key, value)
         return inputs
 
     def _without_terminal(self, following: TensorDictBase) -> TensorDictBase:
