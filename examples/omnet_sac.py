@@ -34,7 +34,7 @@ def make_env(name: str, seed: int, *transforms) -> EnvBase:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's tasks are the -v4 ones
         env = GymEnv(name)
-    env = TransformedEnv(env, Compose(DoubleToFloat(["observation"]), InitTracker(), RewardSum(), StepCounter(), *transforms))
+    env = TransformedEnv(env, Compose(DoubleToFloat(), InitTracker(), RewardSum(), StepCounter(), *transforms))
     env.set_seed(seed)
     return env
 

@@ -8,6 +8,7 @@ from torchrl.data import Bounded, Unbounded
 from omnet_torchrl import make_actor, make_qvalue
 
 OBS, ACT = 5, 2
+torch.set_num_threads(1)  # the networks are small, and tests run side by side
 
 
 def pytest_collection_modifyitems(items):

@@ -81,7 +81,9 @@ def constant_loss(values, targets, slopes, action=0.5, alpha=1.0, **kwargs):
         spec=Bounded(-1, 1, (1,)),
     )
     qvalue = SubnetQValueOperator(LinearCritics(values, slopes))
-    loss = make_loss(actor, qvalue, target_entropy=-2.0, alpha_init=alpha, reduction="none", scalar_output_mode="exclude", **kwargs)
+    loss = make_loss(
+        actor, qvalue, target_entropy=-2.0, alpha_init=alpha, reduction="none", scalar_output_mode="exclude", **kwargs
+    )
     loss.target_qvalue_network_params["module", "values"].copy_(torch.tensor(targets))
     return loss
 
@@ -419,7 +421,9 @@ def test_given_parameters_are_used_and_own_ones_are_not():
     actor, data = loss.actor_loss(batch, draws=draws, params=params)
     alpha = loss.alpha_loss(data["log_prob"], params=params).mean()
     expected = other(batch, draws=draws)
-    assert torch.stack([qvalue, actor, alpha]).tolist() == [expected[k].item() for k in ("loss_qvalue", "loss_actor", "loss_alpha")]
+    assert torch.stack([qvalue, actor, alpha]).tolist() == [
+        expected[k].item() for k in ("loss_qvalue", "loss_actor", "loss_alpha")
+    ]
 
 
 def test_it_learns_a_constant_reward():

@@ -66,11 +66,12 @@ def indexed_linear(input: Tensor, subnet: Tensor, num_subnets: int, select: Sele
     num_rows, per_row = index.shape[0], math.prod(batch[shared:])
     input = input.expand(*batch, input.shape[-1]).reshape(num_rows, per_row, input.shape[-1])
     if per_row > 1 or num_rows <= num_subnets:
-        return _linear_rows(input, *select(index)).reshape(*batch, -1)
+        output = _linear_rows(input, *select(index))
+        return output.reshape(*batch, output.shape[-1])
     # One element per index: rather than a weight matrix for each element, ask all subnetworks and keep one answer.
     every = torch.arange(num_subnets, device=subnet.device)
     output = _linear_rows(input.transpose(0, 1).expand(num_subnets, -1, -1), *select(every))
-    return output.gather(0, index.view(1, -1, 1).expand(1, -1, output.shape[-1])).reshape(*batch, -1)
+    return output.gather(0, index.view(1, -1, 1).expand(1, -1, output.shape[-1])).reshape(*batch, output.shape[-1])
 
 
 def _linear_rows(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -159,7 +160,7 @@ class MaskedLinear(nn.Linear):
 
     def extract(self, subnet: int) -> nn.Linear:
         """Subnetwork ``subnet`` as a plain :class:`torch.nn.Linear`, with parameters of its own."""
-        return _plain_linear(*self._select(_checked(subnet, self.num_subnets, self.weight.device)))
+        return _plain_linear(*self._select(check_subnet(subnet, self.num_subnets, self.weight.device)))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_subnets={self.num_subnets}"
@@ -209,7 +210,7 @@ class EnsembleLinear(nn.Module):
 
     def extract(self, subnet: int) -> nn.Linear:
         """Layer ``subnet`` as a plain :class:`torch.nn.Linear`, with parameters of its own."""
-        return _plain_linear(*self._select(_checked(subnet, self.num_subnets, self.weight.device)))
+        return _plain_linear(*self._select(check_subnet(subnet, self.num_subnets, self.weight.device)))
 
     def extra_repr(self) -> str:
         return (
@@ -254,7 +255,7 @@ class EnsembleLayerNorm(nn.Module):
 
     def extract(self, subnet: int) -> nn.LayerNorm:
         """Layer ``subnet`` as a plain :class:`torch.nn.LayerNorm`, with parameters of its own."""
-        _checked(subnet, self.num_subnets)
+        check_subnet(subnet, self.num_subnets)
         plain = nn.LayerNorm(self.weight.shape[-1], self.eps, device=self.weight.device, dtype=self.weight.dtype)
         plain.load_state_dict({"weight": self.weight[subnet], "bias": self.bias[subnet]})
         return plain
@@ -267,6 +268,8 @@ class IndexedMLP(MLP):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         *features, subnet = inputs
+        if not features:
+            raise TypeError(f"{type(self).__name__} takes its inputs and then the subnet index, got one argument.")
         hidden = torch.cat(features, -1) if len(features) > 1 else features[0]
         for layer in self:
             hidden = layer(hidden, subnet) if isinstance(layer, INDEXED_LAYERS) else layer(hidden)
@@ -277,7 +280,7 @@ class IndexedMLP(MLP):
 
         Its outputs equal this network's for the index ``subnet``. It follows no later update: extract again.
         """
-        _checked(subnet, self.num_subnets)
+        check_subnet(subnet, self.num_subnets)
         plain = MLP(self.in_features, self.out_features, depth=0, device="meta")
         plain.num_cells, plain.depth = list(self.num_cells), self.depth
         del plain[:]
@@ -348,7 +351,14 @@ class MaskedMLP(IndexedMLP):
             if mask_bias and i + 1 < len(shapes):
                 layer_kwargs[-1]["bias_masks"] = mask_fn(num_subnets, shape[:1], s, generator=generator, device=device)
         super().__init__(
-            in_features, out_features, depth, num_cells, layer_class=MaskedLinear, layer_kwargs=layer_kwargs, device=device, **kwargs
+            in_features,
+            out_features,
+            depth,
+            num_cells,
+            layer_class=MaskedLinear,
+            layer_kwargs=layer_kwargs,
+            device=device,
+            **kwargs,
         )
         self.num_subnets = num_subnets
 
@@ -410,6 +420,11 @@ class EnsembleMLP(IndexedMLP):
             layer_kwargs={"num_subnets": num_subnets, "init_fn": init_fn},
             **kwargs,
         )
+        shared = [
+            type(x).__name__ for x in self if not isinstance(x, INDEXED_LAYERS) and next(x.parameters(), None) is not None
+        ]
+        if shared:
+            raise ValueError(f"EnsembleMLP separates linear and LayerNorm layers only, its networks would share {shared}.")
         self.num_subnets = num_subnets
 
 
@@ -438,7 +453,8 @@ def _plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return plain
 
 
-def _checked(subnet: int, num_subnets: int, device: torch.device | None = None) -> Tensor:
+def check_subnet(subnet: int, num_subnets: int, device: torch.device | None = None) -> Tensor:
+    """Return ``subnet`` as an index of shape ``(1,)``; raise if it is not an int in ``[0, num_subnets)``."""
     if isinstance(subnet, bool) or not isinstance(subnet, int):
         raise TypeError(f"subnet must be an int, got {subnet!r}.")
     if not 0 <= subnet < num_subnets:

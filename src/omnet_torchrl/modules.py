@@ -3,9 +3,9 @@ r"""TensorDictModules that read ``"subnet"``.
 Which subnetwork answers is data: an int64 index in the TensorDict, next to the observation. A module reads it and applies that
 mask; who writes it (a loss, an environment transform, a user) is none of the module's business.
 
-:func:`make_actor` and :func:`make_qvalue` build the networks of the paper (section 4.1 of https://arxiv.org/abs/2310.14009) from
-two TorchRL specs: two hidden layers of 256 units, each Linear, LayerNorm, ReLU; 5 subnetworks at sparsity 0.5 in critic and actor.
-The initialisation is REDQ's: Xavier-uniform weights and zero biases.
+:func:`make_actor` and :func:`make_qvalue` build the networks of the paper (section 4.1 of https://arxiv.org/abs/2310.14009)
+from two TorchRL specs: two hidden layers of 256 units, each Linear, LayerNorm, ReLU; 5 subnetworks at sparsity 0.5 in critic
+and actor. The initialisation is REDQ's: Xavier-uniform weights and zero biases.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torchrl.data import Bounded, Composite, TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
 
-from omnet_torchrl.layers import MaskedMLP
+from omnet_torchrl.layers import MaskedMLP, check_subnet
 from omnet_torchrl.masks import check_module_masks
 from omnet_torchrl.transforms import SubnetPrimer
 
@@ -71,18 +71,19 @@ class SubnetQValueOperator(ValueOperator):
 
     def extract(self, subnet: int) -> ValueOperator:
         """Subnetwork ``subnet`` as a plain :class:`~torchrl.modules.ValueOperator` that reads no index."""
-        return ValueOperator(self.module.extract(subnet), in_keys=self.in_keys[:-1], out_keys=self.out_keys)
+        plain = ValueOperator(self.module.extract(subnet), in_keys=self.in_keys[:-1], out_keys=self.out_keys)
+        return plain.train(self.training)
 
 
 class SubnetActor(ProbabilisticActor):
     r"""Squashed Gaussian policy of one subnetwork, :math:`\pi_{\phi_k}(\cdot \mid s)`.
 
-    A :class:`~torchrl.modules.ProbabilisticActor` with :class:`~torchrl.modules.TanhNormal` within the bounds of the action spec.
-    It always acts with the current weights; to act many times with weights that stay, :meth:`extract` a subnetwork.
+    A :class:`~torchrl.modules.ProbabilisticActor` with :class:`~torchrl.modules.TanhNormal` within the bounds of the action
+    spec. It always acts with the current weights; to act many times with weights that stay, :meth:`extract` a subnetwork.
 
     Args:
-        module (nn.Module): called as ``module(*inputs, subnet)``; returns ``(*batch, 2 * action_dim)``, the mean before squashing
-            and the logarithm of the standard deviation, which is clamped to [-20, 2].
+        module (nn.Module): called as ``module(*inputs, subnet)``; returns ``(*batch, 2 * action_dim)``, the mean before
+            squashing and the logarithm of the standard deviation, which is clamped to [-20, 2].
         action_spec (Bounded): the action's specification: continuous, with finite bounds.
         in_keys (sequence of NestedKey): the inputs, the index last. Defaults to ``["observation", "subnet"]``.
         action_key (NestedKey): defaults to ``"action"``.
@@ -145,20 +146,20 @@ class SubnetActor(ProbabilisticActor):
 class SubnetModule(nn.Module):
     r"""Any network as N subnetworks, :math:`f_{\theta \odot m_k}`: convolutional, recurrent, whatever it is.
 
-    The network is called once for each index asked, with its parameters masked; :class:`~omnet_torchrl.MaskedMLP` is the fast path
-    for multi-layer perceptrons.
+    The network is called once for each index asked, with its parameters masked; :class:`~omnet_torchrl.MaskedMLP` is the fast
+    path for multi-layer perceptrons.
 
     Args:
         network (nn.Module): the network; its parameters stay where they are and are trained through this module.
         masks (mapping): parameter name to boolean masks ``(N, *parameter.shape)``, e.g. of
             :func:`~omnet_torchrl.masks.bernoulli_module_masks`. Parameters without masks are shared whole.
         event_dims (int or sequence of int): dimensions of one element of each input: 1 for vectors (default), 3 for images
-            ``(C, H, W)``, 2 for sequences ``(T, features)``. Tells inputs ``(B, ...)``, which all rows of an index ``(K, 1)`` share,
-            from inputs ``(K, B, ...)``.
+            ``(C, H, W)``, 2 for sequences ``(T, features)``. Tells inputs ``(B, ...)``, which all rows of an index ``(K, 1)``
+            share, from inputs ``(K, B, ...)``.
 
     Shape:
-        inputs, then the index: ``()`` or ``(1,)`` for one subnetwork, or ``(K, 1)`` (``(K, 1, 1)`` for two batch dimensions) for
-        one per leading row; the outputs then have a leading dimension K.
+        inputs, then the index: ``()`` or ``(1,)`` for one subnetwork, or ``(K, 1)`` (``(K, 1, 1)`` for two batch dimensions)
+        for one per leading row; the outputs then have a leading dimension K.
 
     Raises:
         TypeError, ValueError: masks that do not fit the network; an index of another dtype or shape.
@@ -178,23 +179,28 @@ class SubnetModule(nn.Module):
         # Buffer names hold no dot, and neither may the keys of a loss's parameters.
         self._buffer_of = {name: "masks_" + name.replace(".", "_") for name in masks}
         for name, buffer in self._buffer_of.items():
-            self.register_buffer(buffer, masks[name])
+            self.register_buffer(buffer, masks[name].to(network.get_parameter(name).device))
 
     def forward(self, *inputs: Any) -> Any:
         *args, subnet = inputs
         if subnet.dtype != torch.int64:
             raise TypeError(f"the subnet index must be an int64 tensor, got {subnet.dtype}.")
-        if subnet.shape[1:].numel() != 1:
+        if subnet.shape[1:].numel() != 1 or (subnet.ndim == 1 and len(subnet) != 1):
             raise ValueError(f"SubnetModule takes an index of shape () or (K, 1, ...), got {tuple(subnet.shape)}.")
         if subnet.ndim < 2:
             return functional_call(self.network, self._masked(subnet.reshape(1)), tuple(args))
         events = [self.event_dims] * len(args) if isinstance(self.event_dims, int) else self.event_dims
+        batch_dims = [x.ndim - event for x, event in zip(args, events, strict=True)]
+        if any(dims > subnet.ndim for dims in batch_dims):
+            raise ValueError(
+                f"inputs of {batch_dims} batch dimensions need an index (K, 1, ...) of as many, got {tuple(subnet.shape)}."
+            )
         rows = [
-            x.expand(subnet.shape[0], *x.shape[1:]).unbind(0) if x.ndim - event == subnet.ndim else [x] * subnet.shape[0]
-            for x, event in zip(args, events, strict=True)
+            x.expand(subnet.shape[0], *x.shape[1:]).unbind(0) if dims == subnet.ndim else [x] * subnet.shape[0]
+            for x, dims in zip(args, batch_dims, strict=True)
         ]
         index = subnet.reshape(-1, 1).unbind(0)
-        outputs = [functional_call(self.network, self._masked(k), x) for k, *x in zip(index, *rows, strict=True)]
+        outputs = [functional_call(self.network, self._masked(k), tuple(x)) for k, *x in zip(index, *rows, strict=True)]
         return pytree.tree_map(lambda *row: torch.stack(row), *outputs)
 
     def _masked(self, index: Tensor) -> dict[str, Tensor]:
@@ -206,10 +212,8 @@ class SubnetModule(nn.Module):
 
     def extract(self, subnet: int) -> nn.Module:
         """Subnetwork ``subnet`` as a plain copy of the network, with parameters of its own."""
-        if not 0 <= subnet < self.num_subnets:
-            raise ValueError(f"subnet must be in [0, num_subnets={self.num_subnets}), got {subnet}.")
+        index = check_subnet(subnet, self.num_subnets, next(self.buffers()).device)
         plain = copy.deepcopy(self.network)
-        index = torch.tensor([subnet], device=next(plain.parameters()).device)
         plain.load_state_dict({**plain.state_dict(), **self._masked(index)})
         return plain
 
@@ -229,8 +233,8 @@ def make_actor(
     """The paper's actor from two specs.
 
     Args:
-        observation_spec (TensorSpec): of the environment (a Composite with ``observation_key``) or of the observation itself; its
-            last dimension is the number of features.
+        observation_spec (TensorSpec): of the environment (a Composite with ``observation_key``) or of the observation itself;
+            its last dimension is the number of features.
         action_spec (TensorSpec): continuous with finite bounds, e.g. ``env.action_spec``.
 
     Keyword Args:
@@ -273,7 +277,7 @@ def make_qvalue(
         >>> from omnet_torchrl import EnsembleMLP
         >>> env = GymEnv("Pendulum-v1")
         >>> qvalue = make_qvalue(env.observation_spec, env.action_spec, num_subnets=5, sparsity=0.5)
-        >>> redq = make_qvalue(env.observation_spec, env.action_spec, network_class=EnsembleMLP, num_subnets=10, layer_norm=False)
+        >>> redq = make_qvalue(env.observation_spec, env.action_spec, network_class=EnsembleMLP, num_subnets=10)
     """
     features = _features(observation_spec, observation_key) + check_action_spec(action_spec).shape[-1]
     network = _paper_network(network_class, features, 1, num_cells, layer_norm, **kwargs)
@@ -285,7 +289,9 @@ def check_action_spec(action_spec: TensorSpec) -> Bounded:
     if isinstance(action_spec, Composite) and len(action_spec.keys(True, True)) == 1:
         action_spec = next(iter(action_spec.values(True, True)))
     if not isinstance(action_spec, Bounded) or not action_spec.dtype.is_floating_point or not action_spec.shape:
-        raise TypeError(f"the action spec must be a Bounded of floating point vectors, got {action_spec}: OMNet-SAC is continuous.")
+        raise TypeError(
+            f"the action spec must be a Bounded of floating point vectors, got {action_spec}: OMNet-SAC is continuous."
+        )
     while action_spec.ndim > 1:
         action_spec = action_spec[0]
     if not (action_spec.space.low.isfinite().all() and action_spec.space.high.isfinite().all()):
@@ -353,7 +359,12 @@ def _missing(key: NestedKey, where: str) -> str:
 
 
 def _call_indexed(
-    forward: Callable[..., TensorDictBase], num_subnets: int, key: NestedKey, tensordict: TensorDictBase, *args: Any, **kwargs: Any
+    forward: Callable[..., TensorDictBase],
+    num_subnets: int,
+    key: NestedKey,
+    tensordict: TensorDictBase,
+    *args: Any,
+    **kwargs: Any,
 ) -> TensorDictBase:
     """Call ``forward`` and explain its failure where the index is missing or, on the CPU, out of range."""
     if tensordict.get(key, None) is None:
@@ -365,4 +376,3 @@ def _call_indexed(
         if ((index < 0) | (index >= num_subnets)).any():
             raise ValueError(f"{key!r} must be in [0, num_subnets={num_subnets}), got {index.unique().tolist()}.") from error
         raise
-

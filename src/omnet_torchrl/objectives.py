@@ -1,8 +1,8 @@
 r"""The SAC loss over subnetworks.
 
 Equations 4 and 5 of "One is More: Diverse Perspectives within a Single Network for Efficient DRL" (2023,
-https://arxiv.org/abs/2310.14009), with SAC's entropy terms, which its equation 3 leaves out for SAC too. One update draws indices
-:math:`i` (trained), :math:`j_1, j_2` (target), :math:`i', i''` (actor) once for the whole batch:
+https://arxiv.org/abs/2310.14009), with SAC's entropy terms, which its equation 3 leaves out for SAC too. One update draws
+indices :math:`i` (trained), :math:`j_1, j_2` (target), :math:`i', i''` (actor) once for the whole batch:
 
 .. math::
     L_Q &= \big(r + \gamma\,[\min_{j \in \{j_1, j_2\}} Q_{\bar\theta_j}(s', a') - \alpha \log \pi_{\phi_{i''}}(a' \mid s')]
@@ -26,6 +26,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, d
 from tensordict.utils import expand_as_right, unravel_key
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, TransformedDistribution
+from torch.distributions.utils import _sum_rightmost
 from torchrl.data import TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SACLoss
@@ -48,8 +49,8 @@ class OMNetSACLoss(SACLoss):
     Args:
         actor_network (ProbabilisticTensorDictSequential): stochastic actor, e.g. :class:`~omnet_torchrl.SubnetActor`. An actor
             that reads no index is one subnetwork.
-        qvalue_network (TensorDictModule): critic, e.g. :class:`~omnet_torchrl.SubnetQValueOperator`. Whatever reads an index and
-            has an attribute ``num_subnets`` will do; a critic that reads none is one subnetwork.
+        qvalue_network (TensorDictModule): critic, e.g. :class:`~omnet_torchrl.SubnetQValueOperator`. Whatever reads an index
+            and has an attribute ``num_subnets`` will do; a critic that reads none is one subnetwork.
 
     Keyword Args:
         num_trained_subnets (int or None): K, critics trained in one update, drawn without replacement; their losses are summed.
@@ -58,7 +59,8 @@ class OMNetSACLoss(SACLoss):
             Defaults to 2.
         num_value_subnets (int or None): V, critics the actor is trained against. Defaults to ``None``, all.
         replacement (bool): draw the K, M and V indices independently, so that some may be equal. Defaults to ``False``.
-        value_reduction (str): the actor ascends the ``"mean"`` (default, equation 5) or, as TorchRL's SAC, the ``"min"`` over V.
+        value_reduction (str): the actor ascends the ``"mean"`` (default, equation 5) or, as TorchRL's SAC, the ``"min"`` over
+            V.
         loss_function (str): of the critic. Defaults to ``"l2"``, the squared error of equation 4.
         alpha_init, min_alpha, max_alpha, action_spec, fixed_alpha, target_entropy, delay_qvalue, separate_losses, reduction,
             use_prioritized_weights, scalar_output_mode: as in :class:`~torchrl.objectives.SACLoss`.
@@ -67,8 +69,9 @@ class OMNetSACLoss(SACLoss):
         deactivate_vmap (bool): of the value estimator; the loss itself uses no vmap. Defaults to ``False``.
 
     Keys:
-        Reads those of :class:`~torchrl.objectives.SACLoss`; writes ``td_error``, :math:`\max_K |Q - y|`. ``subnet`` is an accepted
-        key (``set_keys(subnet=...)``) but no input: the index of the behaviour policy in a batch is ignored and left as it is.
+        Reads those of :class:`~torchrl.objectives.SACLoss`; writes ``td_error``, :math:`\max_K |Q - y|`. ``subnet`` is an
+        accepted key (``set_keys(subnet=...)``) but no input: the index of the behaviour policy in a batch is ignored and left
+        as it is.
 
     Returns:
         TensorDict: ``loss_qvalue``, ``loss_actor``, ``loss_alpha``, ``alpha``, ``entropy``.
@@ -77,8 +80,8 @@ class OMNetSACLoss(SACLoss):
         ValueError: K, M or V outside [1, N]; a module that reads the index without ``num_subnets``.
 
     .. note:: All randomness of an update is data, see :meth:`draw`. The parts, :meth:`qvalue_loss`, :meth:`actor_loss` and
-        :meth:`alpha_loss`, are functions of (parameters, batch, draws): they trace with ``torch.compile(fullgraph=True)`` and run
-        under ``torch.vmap``.
+        :meth:`alpha_loss`, are functions of (parameters, batch, draws): they trace with ``torch.compile(fullgraph=True)`` and
+        run under ``torch.vmap``.
 
     .. note:: The target network has the online network's masks, always: its leaves that are not floating point are read from
         the online parameters at each call.
@@ -185,7 +188,6 @@ class OMNetSACLoss(SACLoss):
         following = [unravel_key(("next", key)) for key in [*ends, *states]]
         self._in_keys = list(dict.fromkeys([keys.action, *following, *states]))
 
-
     def draw(self, tensordict: TensorDictBase, generator: torch.Generator | None = None) -> TensorDict:
         """Draw everything random of one update.
 
@@ -198,9 +200,9 @@ class OMNetSACLoss(SACLoss):
 
         Returns:
             TensorDict: on the device of the parameters, without batch size: the int64 indices ``critic (K,)``, ``target (M,)``,
-            ``value (V,)``, ``next_actor ()``, ``actor ()``; and the standard-normal ``next_noise``, ``noise`` of the next and the
-            current action, of the action's shape (left out where the action is no tensor). Replace any of them before you pass
-            it on: indices ``(B,)`` for the actors or ``(K, B)`` for the critics choose per element.
+            ``value (V,)``, ``next_actor ()``, ``actor ()``; and the standard-normal ``next_noise``, ``noise`` of the next and
+            the current action, of the action's shape (left out where the action is no tensor). Replace any of them before you
+            pass it on: indices ``(B,)`` for the actors or ``(K, B)`` for the critics choose per element.
         """
         device = self.log_alpha.device
         num, num_actor = self.num_subnets, self.num_actor_subnets
@@ -223,7 +225,6 @@ class OMNetSACLoss(SACLoss):
         if count == 1 or self.replacement:
             return torch.randint(num, (count,), generator=generator, device=device)
         return torch.randperm(num, generator=generator, device=device)[:count]
-
 
     @dispatch
     def forward(self, tensordict: TensorDictBase, *, draws: TensorDictBase | None = None) -> TensorDictBase:
@@ -258,7 +259,8 @@ class OMNetSACLoss(SACLoss):
         Keyword Args:
             draws (TensorDictBase or None): see :meth:`draw`. ``None``: drawn here.
             params (TensorDictBase or None): parameters to use instead of the loss's own: any of ``actor_network_params``,
-                ``qvalue_network_params``, ``target_qvalue_network_params``, ``log_alpha``, named as the attributes they stand for.
+                ``qvalue_network_params``, ``target_qvalue_network_params``, ``log_alpha``, named as the attributes they stand
+                for.
 
         Returns:
             tuple: the loss, reduced, and ``{"td_error": (*batch,), "target_value": (*batch,), "pred_value": (K, *batch)}``,
@@ -329,7 +331,6 @@ class OMNetSACLoss(SACLoss):
 
     qvalue_v2_loss = qvalue_loss  # SACLoss's name of it
 
-
     def _act(
         self, params: TensorDictBase, tensordict: TensorDictBase, subnet: Tensor, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -368,7 +369,6 @@ class OMNetSACLoss(SACLoss):
                 following.set(key, value.masked_fill(expand_as_right(terminated.squeeze(-1), value), 0.0))
         return following
 
-
     def _params(self, name: str, params: TensorDictBase | None) -> Any:
         given = None if params is None else params.get(name, None)
         return getattr(self, name) if given is None else given
@@ -398,18 +398,19 @@ def _sample(distribution: Distribution, noise: Tensor | None) -> tuple[Tensor, T
 
     Distributions that are no (transformed) diagonal Gaussian draw by themselves, from torch's global generator.
     """
-    transformed = isinstance(distribution, TransformedDistribution)
-    base = distribution.base_dist if transformed else distribution
+    base, transforms = distribution, []
+    if isinstance(distribution, TransformedDistribution):
+        base, transforms = distribution.base_dist, distribution.transforms
     if noise is None or not (isinstance(base, Independent) and isinstance(base.base_dist, Normal)):
         return compute_rsample_log_prob(distribution)
-    value = base.base_dist.loc + noise * base.base_dist.scale
-    log_prob = base.log_prob(value)
-    if transformed:
-        for transform in distribution.transforms:
-            before, value = value, transform(value)
-            jacobian = transform.log_abs_det_jacobian(before, value)
-            log_prob = log_prob - jacobian.flatten(log_prob.ndim).sum(-1) if jacobian.ndim > log_prob.ndim else log_prob - jacobian
-    return value, log_prob
+    values = [base.base_dist.loc + noise * base.base_dist.scale]
+    for transform in transforms:
+        values.append(transform(values[-1]))
+    log_prob = base.log_prob(values[0])
+    for transform, before, after in zip(transforms, values, values[1:], strict=False):
+        jacobian = transform.log_abs_det_jacobian(before, after)
+        log_prob = log_prob - _sum_rightmost(jacobian, jacobian.ndim - log_prob.ndim)
+    return values[-1], log_prob
 
 
 def _check_log_prob(log_prob: Tensor, value: Tensor) -> None:
@@ -422,7 +423,8 @@ def _check_log_prob(log_prob: Tensor, value: Tensor) -> None:
 
 def _num_subnets(network: nn.Module, subnet_key: NestedKey, name: str) -> int:
     """Number of subnetworks that a network says it has; 1 for one that reads no index."""
-    said = {m.num_subnets for m in network.modules() if isinstance(getattr(m, "num_subnets", None), int)}
+    answers = (getattr(module, "num_subnets", None) for module in network.modules())
+    said = {answer for answer in answers if isinstance(answer, int)}
     if len(said) > 1:
         raise ValueError(f"the layers of {name} disagree on the number of subnetworks: {sorted(said)}.")
     if not said and subnet_key in network.in_keys:

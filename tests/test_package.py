@@ -1,0 +1,61 @@
+"""The package as a whole: who imports whom, and what an import costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import omnet_torchrl
+
+PACKAGE = Path(omnet_torchrl.__file__).parent
+ANYWHERE = {"torch", "tensordict", "torchrl"}
+# Which of our rooms each room may import.
+ROOMS = {
+    "masks": set(),
+    "layers": {"masks"},
+    "ensembles": {"masks", "layers"},
+    "modules": {"masks", "layers", "transforms"},
+    "transforms": set(),
+    "objectives": set(),
+    "__init__": {"masks", "layers", "ensembles", "modules", "transforms", "objectives"},
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module
+
+
+def test_every_file_is_a_room():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_it_may(room):
+    for name in imports(PACKAGE / f"{room}.py"):
+        top, *rest = name.split(".")
+        if top == "omnet_torchrl":
+            assert rest[0] in ROOMS[room], f"{room} imports {name}"
+        else:
+            assert top in ANYWHERE | sys.stdlib_module_names, f"{room} imports {name}"
+
+
+def test_importing_the_package_imports_no_training_dependency():
+    code = (
+        "import sys, torchrl.envs, torchrl.modules, torchrl.objectives; before = set(sys.modules); import omnet_torchrl; "
+        "print(sorted({'gymnasium', 'hydra', 'matplotlib', 'wandb', 'tqdm'} & (set(sys.modules) - before)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_public_names_exist_and_are_documented():
+    for name in omnet_torchrl.__all__:
+        assert getattr(omnet_torchrl, name).__doc__, name
+    assert (PACKAGE / "py.typed").exists()
