@@ -28,11 +28,24 @@ def values(folder, name):
 
 @pytest.mark.parametrize("env", ["InvertedPendulum-v4", "Humanoid-v4"])
 def test_a_short_run_logs_training_and_evaluation(env, tmp_path):
-    sizes = ["network.num_cells=[32,32]", "network.num_subnets=3", "utd_ratio=2", "policy_update_delay=2", "optim.batch_size=16"]
+    sizes = [
+        "network.num_cells=[32,32]",
+        "network.num_subnets=3",
+        "utd_ratio=2",
+        "policy_update_delay=2",
+        "optim.batch_size=16",
+    ]
     frames = ["total_frames=200", "init_random_frames=50", "eval.interval=100", "eval.episodes=4"]
     run_example(tmp_path, f"env={env}", *sizes, *frames)
     names = {name for _, name, _ in metrics(tmp_path)}
-    assert names >= {"train/episode_return", "train/loss_qvalue", "train/loss_actor", "train/alpha", "eval/return", "eval/length"}
+    assert names >= {
+        "train/episode_return",
+        "train/loss_qvalue",
+        "train/loss_actor",
+        "train/alpha",
+        "eval/return",
+        "eval/length",
+    }
     assert values(tmp_path, "time/updates") == {100: 2 * 50, 200: 2 * 150}
     assert list(values(tmp_path, "eval/return")) == [100, 200]
     for frames, mean in values(tmp_path, "eval/return").items():

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import ExplorationType, GymEnv, SerialEnv, TransformedEnv, set_exploration_type
+from torchrl.envs.transforms import TensorDictPrimer
 from torchrl.modules import ProbabilisticActor, ValueOperator
 
 from omnet_torchrl import (
@@ -29,6 +30,7 @@ from omnet_torchrl import (
     make_qvalue,
     mask_density,
 )
+from omnet_torchrl.modules import check_action_spec
 
 N = 3
 DETERMINISTIC, RANDOM = ExplorationType.DETERMINISTIC, ExplorationType.RANDOM
@@ -280,8 +282,26 @@ def test_an_environment_without_an_index_is_refused():
 
 
 def test_an_environment_that_draws_another_number_of_subnets_is_refused():
-    with pytest.raises(ValueError, match=r"draws 'subnet' from 4 subnetworks, the actor has 3: .*make_tensordict_primer"):
+    with pytest.raises(ValueError, match=r"'subnet' is one of 4 subnetworks, the actor has 3: .*make_tensordict_primer"):
         small_actor(N).check_env(pendulum(SubnetPrimer(4)))
+
+
+def test_an_environment_whose_index_is_no_category_is_refused():
+    env = pendulum(TensorDictPrimer(subnet=Bounded(0, 2, (), dtype=torch.int64), random=True))
+    with pytest.raises(ValueError, match=r"'subnet' is a Bounded.*, the actor has 3"):
+        small_actor(N).check_env(env)
+
+
+def test_a_network_that_does_not_say_how_many_it_is_is_refused():
+    for make in (SubnetQValueOperator, lambda net: SubnetActor(net, specs()[1])):
+        with pytest.raises(TypeError, match="int attribute num_subnets; Linear has none"):
+            make(nn.Linear(3, 1))
+
+
+def test_environments_of_a_batch_with_other_bounds_are_refused():
+    bounds = torch.tensor([[1.0], [2.0]])
+    with pytest.raises(ValueError, match="differs between the environments"):
+        check_action_spec(Bounded(-bounds, bounds, (2, 1)))
 
 
 # The paper's networks
@@ -698,7 +718,7 @@ def test_only_parameters_with_masks_are_masked():
 @each_network
 def test_masks_of_any_network_are_buffers_in_its_state_dict(name):
     module, masks, _ = any_network(name)
-    buffers = {parameter: f"masks_{parameter.replace('.', '_')}" for parameter in masks}
+    buffers = {parameter: f"masks-{parameter.replace('.', '-')}" for parameter in masks}
     assert dict(module.named_buffers()).keys() == set(buffers.values())
     assert [n for n, _ in module.named_parameters()] == [f"network.{n}" for n, _ in module.network.named_parameters()]
     state = module.state_dict()
@@ -710,7 +730,7 @@ def test_masks_of_any_network_are_buffers_in_its_state_dict(name):
 def test_masks_go_to_the_device_of_their_parameter():
     network = nn.Linear(8, 3, device="meta")
     masks = bernoulli_module_masks(nn.Linear(8, 3), N, 0.3, generator=0)
-    assert SubnetModule(network, masks).masks_weight.device.type == "meta"
+    assert SubnetModule(network, masks).get_buffer("masks-weight").device.type == "meta"
 
 
 @each_network

@@ -187,14 +187,8 @@ def test_losses_and_gradients_are_those_of_the_papers_equations(seed):
     phi, actor_masks = leaves(actor.module[0].module.network)
     theta, masks = leaves(qvalue.module)
     held = loss.target_qvalue_network_params["module"]
-    target = [
-        tuple(held[str(i)][n] for i, n in names)
-        for names in (
-            [("0" if j == 0 else "3", "weight"), ("0" if j == 0 else "3", "bias")]
-            + [("1" if j == 0 else "4", "weight"), ("1" if j == 0 else "4", "bias")]
-            for j in range(2)
-        )
-    ] + [(held["6"]["weight"], held["6"]["bias"])]
+    weights = [(held[str(i)]["weight"], held[str(i)]["bias"]) for i in (0, 1, 3, 4, 6)]
+    target = [(*weights[0], *weights[1]), (*weights[2], *weights[3]), weights[4]]
     low, high = act.space.low, act.space.high
 
     def critic(params, k, s, a):

@@ -1,10 +1,11 @@
 """OMNet for TorchRL: many value functions and policies for the price of one network.
 
-Reading order: :mod:`~omnet_torchrl.masks`, :mod:`~omnet_torchrl.layers`, :mod:`~omnet_torchrl.modules`,
-:mod:`~omnet_torchrl.transforms`, :mod:`~omnet_torchrl.objectives`.
+Reading order: :mod:`~omnet_torchrl.masks`, :mod:`~omnet_torchrl.layers`, :mod:`~omnet_torchrl.ensembles`,
+:mod:`~omnet_torchrl.modules`, :mod:`~omnet_torchrl.transforms`, :mod:`~omnet_torchrl.objectives`.
 """
 
-from omnet_torchrl.layers import EnsembleLayerNorm, EnsembleLinear, EnsembleMLP, MaskedLinear, MaskedMLP
+from omnet_torchrl.ensembles import EnsembleLayerNorm, EnsembleLinear, EnsembleMLP
+from omnet_torchrl.layers import MaskedLinear, MaskedMLP
 from omnet_torchrl.masks import (
     bernoulli_masks,
     bernoulli_module_masks,

@@ -12,8 +12,8 @@ index                        input batch                  answers
 ===========================  ===========================  ============================================================
 
 The way taken depends on shapes alone, never on values, so that it traces with ``torch.compile(fullgraph=True)``, runs under
-``torch.vmap`` and never waits for the device. :class:`MaskedMLP` shares one weight tensor under N masks (section 3.1 of
-https://arxiv.org/abs/2310.14009); :class:`EnsembleMLP` keeps N separate ones, the classical ensemble.
+``torch.vmap`` and never waits for the device. The layers here share one weight tensor under N masks (section 3.1 of
+https://arxiv.org/abs/2310.14009); those of :mod:`~omnet_torchrl.ensembles` keep N separate ones.
 """
 
 from __future__ import annotations
@@ -32,6 +32,38 @@ from omnet_torchrl.masks import MaskFn, as_generator, bernoulli_masks, check_mas
 
 InitFn = Callable[[Tensor], Any]
 SelectFn = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+class IndexedLayer(nn.Module):
+    """A layer that is N layers: called as ``layer(input, subnet)``; :meth:`extract` gives one of them."""
+
+    num_subnets: int
+
+    def extract(self, subnet: int) -> nn.Module:
+        """Layer ``subnet`` as a plain layer without an index, with parameters of its own."""
+        raise NotImplementedError
+
+
+class IndexedLinear(IndexedLayer):
+    """A linear layer that is N linear layers; a subclass says what weights and biases an index selects."""
+
+    def select(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weights ``(R, out, in)`` and biases ``(R, out)``, ``(1, out)`` or ``None`` of the layers ``index (R,)``."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, subnet: Tensor) -> Tensor:
+        """``(*batch, in_features)`` to ``(*broadcast batch, out_features)``."""
+        return indexed_linear(input, subnet, self.num_subnets, self.select)
+
+    def extract(self, subnet: int) -> nn.Linear:
+        """Layer ``subnet`` as a plain :class:`torch.nn.Linear`, with parameters of its own."""
+        index = check_subnet(subnet, self.num_subnets, next(self.parameters()).device)
+        weight, bias = self.select(index)
+        plain = nn.utils.skip_init(nn.Linear, weight.shape[2], weight.shape[1], bias is not None, device=weight.device)
+        plain.weight = nn.Parameter(weight[0].detach().clone())
+        if bias is not None:
+            plain.bias = nn.Parameter(bias[0].detach().clone())
+        return plain
 
 
 def indexed_linear(input: Tensor, subnet: Tensor, num_subnets: int, select: SelectFn) -> Tensor:
@@ -81,7 +113,7 @@ def _linear_rows(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.baddbmm(bias.unsqueeze(1), input, weight.transpose(1, 2))
 
 
-class MaskedLinear(nn.Linear):
+class MaskedLinear(IndexedLinear, nn.Linear):  # type: ignore[misc]
     r"""A linear layer under N fixed masks, :math:`y = (W \odot m_k) x + b`.
 
     The gradient of a weight is exactly zero where the mask of the drawn subnetwork is zero. Masks are a buffer: part of
@@ -134,145 +166,42 @@ class MaskedLinear(nn.Linear):
                 )
         self.init_fn = init_fn
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.num_subnets = masks.shape[0]
         self.register_buffer("masks", masks.to(self.weight.device))
         self.register_buffer("bias_masks", None if bias_masks is None else bias_masks.to(self.weight.device))
-
-    @property
-    def num_subnets(self) -> int:
-        """Number of subnetworks N."""
-        return self.masks.shape[0]
 
     def reset_parameters(self) -> None:
         """Draw the weights anew; the masks stay."""
         if self.init_fn is None:
-            super().reset_parameters()
+            nn.Linear.reset_parameters(self)
         else:
-            _initialise(self.weight, self.bias, self.init_fn)
+            initialise(self.weight, self.bias, self.init_fn)
 
-    def forward(self, input: Tensor, subnet: Tensor) -> Tensor:
-        return indexed_linear(input, subnet, self.num_subnets, self._select)
-
-    def _select(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    def select(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The shared weight under each mask of ``index (R,)``, and the bias."""
         weight = self.weight * self.masks.index_select(0, index)
         if self.bias is None or self.bias_masks is None:
             return weight, None if self.bias is None else self.bias.unsqueeze(0)
         return weight, self.bias * self.bias_masks.index_select(0, index)
 
-    def extract(self, subnet: int) -> nn.Linear:
-        """Subnetwork ``subnet`` as a plain :class:`torch.nn.Linear`, with parameters of its own."""
-        return _plain_linear(*self._select(check_subnet(subnet, self.num_subnets, self.weight.device)))
-
     def extra_repr(self) -> str:
+        """As :class:`torch.nn.Linear`, and N."""
         return f"{super().extra_repr()}, num_subnets={self.num_subnets}"
 
 
-class EnsembleLinear(nn.Module):
-    """N separate linear layers behind an index.
-
-    Args:
-        in_features, out_features, bias, device, dtype: as in :class:`torch.nn.Linear`, for each of the N layers.
-        num_subnets (int): number of layers N.
-        init_fn (callable or None): see :class:`MaskedLinear`; called once per layer.
-
-    Shape:
-        As :class:`MaskedLinear`. ``weight`` is ``(N, out_features, in_features)``, ``bias`` ``(N, out_features)``.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        num_subnets: int,
-        init_fn: InitFn | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        check_num_subnets(num_subnets)
-        self.in_features, self.out_features, self.num_subnets, self.init_fn = in_features, out_features, num_subnets, init_fn
-        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(num_subnets, out_features, in_features, **kwargs))
-        self.register_parameter("bias", nn.Parameter(torch.empty(num_subnets, out_features, **kwargs)) if bias else None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights of each layer anew, one layer after the other."""
-        for k in range(self.num_subnets):
-            _initialise(self.weight[k], None if self.bias is None else self.bias[k], self.init_fn)
-
-    def forward(self, input: Tensor, subnet: Tensor) -> Tensor:
-        return indexed_linear(input, subnet, self.num_subnets, self._select)
-
-    def _select(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.weight.index_select(0, index), None if self.bias is None else self.bias.index_select(0, index)
-
-    def extract(self, subnet: int) -> nn.Linear:
-        """Layer ``subnet`` as a plain :class:`torch.nn.Linear`, with parameters of its own."""
-        return _plain_linear(*self._select(check_subnet(subnet, self.num_subnets, self.weight.device)))
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"num_subnets={self.num_subnets}"
-        )
-
-
-class EnsembleLayerNorm(nn.Module):
-    """N separate layer normalisations of the last dimension behind an index.
-
-    Args:
-        normalized_shape (int): size of the last dimension.
-        num_subnets (int): number of layers N.
-        eps, device, dtype: as in :class:`torch.nn.LayerNorm`.
-    """
-
-    def __init__(
-        self,
-        normalized_shape: int,
-        eps: float = 1e-5,
-        *,
-        num_subnets: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        self.num_subnets, self.eps = num_subnets, eps
-        self.weight = nn.Parameter(torch.empty(num_subnets, normalized_shape, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty_like(self.weight))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Unit scale and zero shift."""
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, input: Tensor, subnet: Tensor) -> Tensor:
-        index, shape = subnet.reshape(-1), (*subnet.shape, self.weight.shape[-1])
-        weight, bias = (p.index_select(0, index).reshape(shape) for p in (self.weight, self.bias))
-        return F.layer_norm(input, input.shape[-1:], eps=self.eps) * weight + bias
-
-    def extract(self, subnet: int) -> nn.LayerNorm:
-        """Layer ``subnet`` as a plain :class:`torch.nn.LayerNorm`, with parameters of its own."""
-        check_subnet(subnet, self.num_subnets)
-        plain = nn.LayerNorm(self.weight.shape[-1], self.eps, device=self.weight.device, dtype=self.weight.dtype)
-        plain.load_state_dict({"weight": self.weight[subnet], "bias": self.bias[subnet]})
-        return plain
-
-
 class IndexedMLP(MLP):
-    """A :class:`torchrl.modules.MLP` whose layers may take an index; base of :class:`MaskedMLP` and :class:`EnsembleMLP`."""
+    """A :class:`torchrl.modules.MLP` whose layers may take an index; base of ``MaskedMLP`` and ``EnsembleMLP``."""
 
     num_subnets: int
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        """Inputs, concatenated along the last dimension, then the index."""
         *features, subnet = inputs
         if not features:
             raise TypeError(f"{type(self).__name__} takes its inputs and then the subnet index, got one argument.")
         hidden = torch.cat(features, -1) if len(features) > 1 else features[0]
         for layer in self:
-            hidden = layer(hidden, subnet) if isinstance(layer, INDEXED_LAYERS) else layer(hidden)
+            hidden = layer(hidden, subnet) if isinstance(layer, IndexedLayer) else layer(hidden)
         return hidden.unflatten(-1, tuple(self.out_features)) if self._reshape_out else hidden
 
     def extract(self, subnet: int) -> MLP:
@@ -285,7 +214,7 @@ class IndexedMLP(MLP):
         plain.num_cells, plain.depth = list(self.num_cells), self.depth
         del plain[:]
         for layer in self:
-            plain.append(layer.extract(subnet) if isinstance(layer, INDEXED_LAYERS) else copy.deepcopy(layer))
+            plain.append(layer.extract(subnet) if isinstance(layer, IndexedLayer) else copy.deepcopy(layer))
         return plain.train(self.training)
 
 
@@ -340,7 +269,7 @@ class MaskedMLP(IndexedMLP):
     ):
         check_num_subnets(num_subnets)
         generator = as_generator(generator)
-        shapes = _linear_shapes(in_features, out_features, depth, num_cells)
+        shapes = linear_shapes(in_features, out_features, depth, num_cells)
         sparsities = list(sparsity) if isinstance(sparsity, Sequence) else [sparsity] * len(shapes)
         if len(sparsities) != len(shapes):
             raise ValueError(f"sparsity must be one number or one per linear layer ({len(shapes)}), got {len(sparsities)}.")
@@ -360,78 +289,12 @@ class MaskedMLP(IndexedMLP):
             device=device,
             **kwargs,
         )
+        # MLP keeps what it was built from; the masks live in the layers, and a second copy would follow no move.
+        self.layer_kwargs = self._layer_kwargs_iter = None
         self.num_subnets = num_subnets
 
 
-class EnsembleMLP(IndexedMLP):
-    """N separate multi-layer perceptrons behind one index, each initialised on its own.
-
-    The classical ensemble (two critics of SAC, ten of REDQ) in the place of a :class:`MaskedMLP`: same index, same loss.
-
-    Args:
-        in_features, out_features, depth, num_cells, activation_class, dropout, device, ...: as in
-            :class:`torchrl.modules.MLP`, for each of the N networks. Dropout draws for each network on its own.
-        norm_class (type or None): ``None`` or :class:`torch.nn.LayerNorm` over the last dimension.
-
-    Keyword Args:
-        num_subnets (int): number of networks N. Defaults to 2.
-        init_fn (callable or None): see :class:`MaskedLinear`.
-
-    Shape:
-        As :class:`MaskedMLP`.
-
-    Examples:
-        >>> net = EnsembleMLP(in_features=14, out_features=1, num_cells=[256, 256], num_subnets=10)
-        >>> net(torch.zeros(32, 14), torch.arange(10)[:, None]).shape
-        torch.Size([10, 32, 1])
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int | Sequence[int],
-        depth: int | None = None,
-        num_cells: Sequence[int] | int | None = None,
-        *,
-        num_subnets: int = 2,
-        norm_class: type[nn.Module] | None = None,
-        norm_kwargs: dict[str, Any] | list[dict[str, Any]] | None = None,
-        init_fn: InitFn | None = None,
-        **kwargs: Any,
-    ):
-        check_num_subnets(num_subnets)
-        _linear_shapes(in_features, out_features, depth, num_cells)
-        if norm_class is not None:
-            if norm_class is not nn.LayerNorm:
-                raise ValueError(f"EnsembleMLP separates no other normalisation than LayerNorm, got norm_class={norm_class}.")
-            norm_class = EnsembleLayerNorm
-            if isinstance(norm_kwargs, list):
-                norm_kwargs = [{**kw, "num_subnets": num_subnets} for kw in norm_kwargs]
-            else:
-                norm_kwargs = {**(norm_kwargs or {}), "num_subnets": num_subnets}
-        super().__init__(
-            in_features,
-            out_features,
-            depth,
-            num_cells,
-            norm_class=norm_class,
-            norm_kwargs=norm_kwargs,
-            layer_class=EnsembleLinear,
-            layer_kwargs={"num_subnets": num_subnets, "init_fn": init_fn},
-            **kwargs,
-        )
-        shared = [
-            type(x).__name__ for x in self if not isinstance(x, INDEXED_LAYERS) and next(x.parameters(), None) is not None
-        ]
-        if shared:
-            raise ValueError(f"EnsembleMLP separates linear and LayerNorm layers only, its networks would share {shared}.")
-        self.num_subnets = num_subnets
-
-
-INDEXED_LAYERS = (MaskedLinear, EnsembleLinear, EnsembleLayerNorm)
-
-
-def _initialise(weight: Tensor, bias: Tensor | None, init_fn: InitFn | None) -> None:
+def initialise(weight: Tensor, bias: Tensor | None, init_fn: InitFn | None) -> None:
     """Fill a weight ``(out, in)`` and its bias: with ``init_fn`` and zeros, or as :class:`torch.nn.Linear` does."""
     with torch.no_grad():
         if init_fn is not None:
@@ -445,14 +308,6 @@ def _initialise(weight: Tensor, bias: Tensor | None, init_fn: InitFn | None) -> 
             bias.uniform_(-bound, bound)
 
 
-def _plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    plain = nn.utils.skip_init(nn.Linear, weight.shape[2], weight.shape[1], bias is not None, device=weight.device)
-    plain.weight = nn.Parameter(weight[0].detach().clone())
-    if bias is not None:
-        plain.bias = nn.Parameter(bias[0].detach().clone())
-    return plain
-
-
 def check_subnet(subnet: int, num_subnets: int, device: torch.device | None = None) -> Tensor:
     """Return ``subnet`` as an index of shape ``(1,)``; raise if it is not an int in ``[0, num_subnets)``."""
     if isinstance(subnet, bool) or not isinstance(subnet, int):
@@ -462,7 +317,7 @@ def check_subnet(subnet: int, num_subnets: int, device: torch.device | None = No
     return torch.tensor([subnet], device=device)
 
 
-def _linear_shapes(
+def linear_shapes(
     in_features: int, out_features: int | Sequence[int], depth: int | None, num_cells: Sequence[int] | int | None
 ) -> list[tuple[int, int]]:
     """Shapes ``(out, in)`` of the linear layers that :class:`torchrl.modules.MLP` makes of these arguments."""

@@ -21,7 +21,7 @@ from tensordict.nn import InteractionType, TensorDictModule, dispatch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
-from torchrl.data import Bounded, Composite, TensorSpec
+from torchrl.data import Bounded, Categorical, Composite, TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
 
@@ -36,8 +36,9 @@ class SubnetQValueOperator(ValueOperator):
     r"""State-action value of one subnetwork: :math:`Q_{\theta_k}(s, a)`.
 
     Args:
-        module (nn.Module): called as ``module(*inputs, subnet)``, e.g. a :class:`~omnet_torchrl.MaskedMLP`,
-            :class:`~omnet_torchrl.EnsembleMLP` or :class:`SubnetModule`; returns ``(*batch, 1)``.
+        module (nn.Module): called as ``module(*inputs, subnet)`` and with an attribute ``num_subnets``, e.g. a
+            :class:`~omnet_torchrl.MaskedMLP`, :class:`~omnet_torchrl.EnsembleMLP` or :class:`SubnetModule`; returns ``(*batch,
+            1)``.
         in_keys (sequence of NestedKey): the inputs, the index last. Defaults to ``["observation", "action", "subnet"]``.
         out_keys (sequence of NestedKey): defaults to ``["state_action_value"]``.
 
@@ -59,6 +60,7 @@ class SubnetQValueOperator(ValueOperator):
         in_keys: Sequence[NestedKey] | None = None,
         out_keys: Sequence[NestedKey] | None = None,
     ):
+        self.num_subnets = _says_how_many(module)
         super().__init__(
             module,
             in_keys=["observation", "action", "subnet"] if in_keys is None else in_keys,
@@ -67,7 +69,8 @@ class SubnetQValueOperator(ValueOperator):
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
-        return _call_indexed(super().forward, self.module.num_subnets, self.in_keys[-1], tensordict, *args, **kwargs)
+        """Write the output of the subnetwork that the index names."""
+        return _call_indexed(super().forward, self.num_subnets, self.in_keys[-1], tensordict, *args, **kwargs)
 
     def extract(self, subnet: int) -> ValueOperator:
         """Subnetwork ``subnet`` as a plain :class:`~torchrl.modules.ValueOperator` that reads no index."""
@@ -82,8 +85,9 @@ class SubnetActor(ProbabilisticActor):
     spec. It always acts with the current weights; to act many times with weights that stay, :meth:`extract` a subnetwork.
 
     Args:
-        module (nn.Module): called as ``module(*inputs, subnet)``; returns ``(*batch, 2 * action_dim)``, the mean before
-            squashing and the logarithm of the standard deviation, which is clamped to [-20, 2].
+        module (nn.Module): called as ``module(*inputs, subnet)`` and with an attribute ``num_subnets``; returns
+            ``(*batch, 2 * action_dim)``, the mean before squashing and the logarithm of the standard deviation, which is
+            clamped to [-20, 2].
         action_spec (Bounded): the action's specification: continuous, with finite bounds.
         in_keys (sequence of NestedKey): the inputs, the index last. Defaults to ``["observation", "subnet"]``.
         action_key (NestedKey): defaults to ``"action"``.
@@ -109,10 +113,11 @@ class SubnetActor(ProbabilisticActor):
     ):
         in_keys = ["observation", "subnet"] if in_keys is None else list(in_keys)
         _init_actor(super().__init__, _SquashedGaussian(module), in_keys, check_action_spec(action_spec), action_key)
-        self.num_subnets, self.subnet_key, self.action_key = module.num_subnets, in_keys[-1], action_key
+        self.num_subnets, self.subnet_key, self.action_key = _says_how_many(module), in_keys[-1], action_key
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
+        """Write the output of the subnetwork that the index names."""
         return _call_indexed(super().forward, self.num_subnets, self.subnet_key, tensordict, *args, **kwargs)
 
     def make_tensordict_primer(self, **kwargs: Any) -> SubnetPrimer:
@@ -128,11 +133,12 @@ class SubnetActor(ProbabilisticActor):
         """
         if self.subnet_key not in env.full_observation_spec.keys(True, True):
             raise KeyError(_missing(self.subnet_key, "the environment"))
-        drawn = env.full_observation_spec[self.subnet_key].space.n
-        if drawn != self.num_subnets:
+        spec = env.full_observation_spec[self.subnet_key]
+        if not isinstance(spec, Categorical) or spec.space.n != self.num_subnets:
+            drawn = f"one of {spec.space.n} subnetworks" if isinstance(spec, Categorical) else f"a {type(spec).__name__}"
             raise ValueError(
-                f"the environment draws {self.subnet_key!r} from {drawn} subnetworks, the actor has {self.num_subnets}: build the "
-                "primer with actor.make_tensordict_primer()."
+                f"the environment's {self.subnet_key!r} is {drawn}, the actor has {self.num_subnets}: build the primer with "
+                "actor.make_tensordict_primer()."
             )
 
     def extract(self, subnet: int) -> ProbabilisticActor:
@@ -176,12 +182,13 @@ class SubnetModule(nn.Module):
         super().__init__()
         self.num_subnets = check_module_masks(masks, network)
         self.network, self.event_dims = network, event_dims
-        # Buffer names hold no dot, and neither may the keys of a loss's parameters.
-        self._buffer_of = {name: "masks_" + name.replace(".", "_") for name in masks}
+        # Neither a buffer's name nor the keys of a loss's parameters may hold a dot.
+        self._buffer_of = {name: "masks-" + name.replace(".", "-") for name in masks}
         for name, buffer in self._buffer_of.items():
             self.register_buffer(buffer, masks[name].to(network.get_parameter(name).device))
 
     def forward(self, *inputs: Any) -> Any:
+        """Call the network for each index asked."""
         *args, subnet = inputs
         if subnet.dtype != torch.int64:
             raise TypeError(f"the subnet index must be an int64 tensor, got {subnet.dtype}.")
@@ -247,8 +254,8 @@ def make_actor(
     Examples:
         >>> from torchrl.envs import GymEnv
         >>> env = GymEnv("Pendulum-v1")
-        >>> make_actor(env.observation_spec, env.action_spec, num_subnets=5, sparsity=0.5).num_subnets
-        5
+        >>> make_actor(env.observation_spec, env.action_spec, num_subnets=8, sparsity=[0.0, 0.5, 0.5]).num_subnets
+        8
     """
     spec = check_action_spec(action_spec)
     features = _features(observation_spec, observation_key)
@@ -276,7 +283,7 @@ def make_qvalue(
         >>> from torchrl.envs import GymEnv
         >>> from omnet_torchrl import EnsembleMLP
         >>> env = GymEnv("Pendulum-v1")
-        >>> qvalue = make_qvalue(env.observation_spec, env.action_spec, num_subnets=5, sparsity=0.5)
+        >>> qvalue = make_qvalue(env.observation_spec, env.action_spec, num_subnets=8, sparsity=[0.0, 0.5, 0.5])
         >>> redq = make_qvalue(env.observation_spec, env.action_spec, network_class=EnsembleMLP, num_subnets=10)
     """
     features = _features(observation_spec, observation_key) + check_action_spec(action_spec).shape[-1]
@@ -292,7 +299,9 @@ def check_action_spec(action_spec: TensorSpec) -> Bounded:
         raise TypeError(
             f"the action spec must be a Bounded of floating point vectors, got {action_spec}: OMNet-SAC is continuous."
         )
-    while action_spec.ndim > 1:
+    while action_spec.ndim > 1:  # dimensions of a batched environment
+        if any(row != action_spec[0] for row in action_spec.unbind(0)):
+            raise ValueError("the action spec differs between the environments of a batch, and an actor has one.")
         action_spec = action_spec[0]
     if not (action_spec.space.low.isfinite().all() and action_spec.space.high.isfinite().all()):
         raise ValueError(
@@ -349,6 +358,13 @@ def _features(spec: TensorSpec, key: NestedKey) -> int:
     if not spec.shape or not spec.dtype.is_floating_point:
         raise ValueError(f"the observation must be a floating point vector, got shape {tuple(spec.shape)} of {spec.dtype}.")
     return spec.shape[-1]
+
+
+def _says_how_many(module: nn.Module) -> int:
+    num_subnets = getattr(module, "num_subnets", None)
+    if not isinstance(num_subnets, int):
+        raise TypeError(f"a module that takes an index needs an int attribute num_subnets; {type(module).__name__} has none.")
+    return num_subnets
 
 
 def _missing(key: NestedKey, where: str) -> str:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictModuleBase, dispatch
 from tensordict.utils import expand_as_right, unravel_key
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, TransformedDistribution
@@ -416,17 +416,17 @@ def _sample(distribution: Distribution, noise: Tensor | None) -> tuple[Tensor, T
 def _check_log_prob(log_prob: Tensor, value: Tensor) -> None:
     if log_prob.shape != value.shape:
         raise RuntimeError(
-            f"the actor's log-probability must have the batch's shape, as the critic's value: expected {tuple(value.shape)}, got "
+            f"the actor's log-probability must have the batch's shape {tuple(value.shape)}, as the critic's value, got "
             f"{tuple(log_prob.shape)}. Does the distribution sum over the action dimensions?"
         )
 
 
-def _num_subnets(network: nn.Module, subnet_key: NestedKey, name: str) -> int:
+def _num_subnets(network: TensorDictModuleBase, subnet_key: NestedKey, name: str) -> int:
     """Number of subnetworks that a network says it has; 1 for one that reads no index."""
     answers = (getattr(module, "num_subnets", None) for module in network.modules())
     said = {answer for answer in answers if isinstance(answer, int)}
     if len(said) > 1:
         raise ValueError(f"the layers of {name} disagree on the number of subnetworks: {sorted(said)}.")
     if not said and subnet_key in network.in_keys:
-        raise ValueError(f"{name} reads {subnet_key!r} but does not say of how many: give its module an attribute num_subnets.")
+        raise ValueError(f"{name} reads {subnet_key!r} but does not say of how many: its module needs num_subnets.")
     return said.pop() if said else 1
