@@ -550,6 +550,16 @@ def test_workers_differ_and_repeat_themselves_when_the_program_does(program, met
     assert torch.equal(draws(), first)
 
 
+def test_workers_draw_otherwise_from_another_generator(program):
+    def draws(seed):
+        program(None)
+        generator = torch.Generator().manual_seed(seed)
+        with closing(ParallelEnv(2, partial(primed, 3, generator=generator), mp_start_method="fork")) as env:
+            return resets(env)
+
+    assert all_different([*draws(0).flatten().tolist(), *draws(1).flatten().tolist()])
+
+
 @pytest.mark.slow
 def test_spawned_workers_without_any_seed_differ():
     with closing(ParallelEnv(2, partial(primed, 3), mp_start_method="spawn")) as env:
@@ -925,6 +935,11 @@ def test_a_nested_key_in_an_env_without_that_group_has_the_batch_of_the_env():
     check_env_specs(env, seed=0)
     assert env.rollout(2)["policy", "subnet"].shape == (3, 2)
     assert SubnetPrimer(5, key=("policy", "subnet"))(TensorDict(batch_size=[4]))["policy", "subnet"].shape == (4,)
+
+
+def test_without_an_environment_a_nested_key_draws_for_each_element_of_its_group():
+    td = TensorDict(agents=TensorDict(observation=torch.zeros(4, 3, OBS), batch_size=[4, 3]), batch_size=[4])
+    assert SubnetPrimer(5, key=("agents", "subnet"))(td)["agents", "subnet"].shape == (4, 3)
 
 
 def test_two_primers_in_one_env_draw_on_their_own():

@@ -31,26 +31,27 @@ class SubnetPrimer(TensorDictPrimer):
 
     Keyword Args:
         key (NestedKey): where the index is written. Defaults to ``"subnet"``.
-        fixed (int, Tensor or None): play this subnetwork in every episode instead of a random one, e.g. in evaluation; an int, or
-            an int64 tensor with one index per environment. Can be set later (``primer.fixed = 3``). Defaults to ``None``.
+        fixed (int, Tensor or None): play this subnetwork in every episode instead of a random one, e.g. in evaluation; an int,
+            or an int64 tensor with one index per environment. Can be set later (``primer.fixed = 3``). Defaults to ``None``.
         generator (torch.Generator, int or None): where the draws come from.
             A generator is used as it is; primers that share one draw from one stream.
-            An integer seeds a stream of this primer's own. (Several primers *in one process* built with the same integer repeat
-            each other: inside a :class:`~torchrl.envs.SerialEnv` leave the seed out, share a generator, or better put one primer
-            outside.)
+            An integer seeds a stream of this primer's own. (Several primers *in one process* built with the same integer
+            repeat each other, as do any that load one ``state_dict``: inside a :class:`~torchrl.envs.SerialEnv` leave the
+            seed out, share a generator, or better put one primer outside.)
             ``None`` (default) seeds a stream from torch's global generator at the first draw. (A spawned worker has a global
             generator of its own, which ``torch.manual_seed`` in the main process doesn't reach: give such workers an integer.)
-            In a worker process all three only seed a stream, together with the worker's place among the processes that its parent
-            started: workers differ, and a program that is run again repeats itself.
+            In a worker process all three only seed a stream, together with the worker's place among the processes that its
+            parent started: workers differ, and a program that is run again repeats itself.
         reset_key (NestedKey or None): see :class:`~torchrl.envs.TensorDictPrimer`.
 
     Keys:
-        Written at reset and carried at each step: ``key``, int64, of the environment's batch size, or of its group's where ``key``
-        is nested in one: ``("agents", "subnet")`` draws for each agent.
+        Written at reset and carried at each step: ``key``, int64, of the environment's batch size, or of the group's where
+        ``key`` is nested in one: ``("agents", "subnet")`` draws for each agent.
 
     Raises:
-        ValueError, TypeError: ``num_subnets`` below 1; ``fixed`` outside ``[0, num_subnets)``, not int64 or, at reset, of another
-            shape than the environment's; a generator of another type.
+        ValueError, TypeError: ``num_subnets`` below 1; ``fixed`` outside ``[0, num_subnets)``, not int64 or, at reset, of
+            another shape than the environment's; a generator of another type.
+        KeyError: a step without the index.
 
     Examples:
         >>> from torchrl.envs import GymEnv, SerialEnv, TransformedEnv
@@ -136,12 +137,12 @@ class SubnetPrimer(TensorDictPrimer):
         return batch_size + spec[self.key[:-1]].shape[spec.ndim :]
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        # TensorDictPrimer keeps a ("next", key) that is there already, but nothing other than an earlier step can have left one.
+        # TensorDictPrimer keeps a ("next", key) that is there already, but only an earlier step can have left one.
         value = tensordict.get(self.key, None)
         if value is None:
             raise KeyError(
-                f"the TensorDict has no {self.key!r}, which is drawn at reset and carried from step to step: step what env.reset() or "
-                "env.step_mdp() returned."
+                f"the TensorDict has no {self.key!r}, which is drawn at reset and carried from step to step: step what "
+                "env.reset() or env.step_mdp() returned."
             )
         return next_tensordict.set(self.key, value)
 
@@ -172,6 +173,7 @@ class SubnetPrimer(TensorDictPrimer):
         return self.generator.get_state()
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Continue from the state of another primer's generator."""
         self.generator.set_state(state.cpu())
 
     def __getstate__(self) -> dict:
