@@ -4,7 +4,7 @@
     python examples/omnet_sac.py env=InvertedPendulum-v4 total_frames=6000 init_random_frames=1000 eval.interval=1000
 
 "One is More: Diverse Perspectives within a Single Network for Efficient DRL", Tan et al., 2023,
-https://arxiv.org/abs/2310.14009. Options are described in omnet_sac.yaml. Every logged value is a row of metrics.csv in the run's
+https://arxiv.org/abs/2310.14009. omnet_sac.yaml describes the options. Every logged value is a row of metrics.csv in the run's
 folder.
 """
 

@@ -91,7 +91,7 @@ class OMNetSACLoss(SACLoss):
         >>> from torchrl.objectives import SoftUpdate
         >>> from omnet_torchrl import make_actor, make_qvalue
         >>> env = GymEnv("Pendulum-v1")
-        >>> kwargs = {"num_cells": (32, 32), "num_subnets": 5, "sparsity": 0.5, "generator": 0}
+        >>> kwargs = {"num_cells": (32, 32), "num_subnets": 5, "sparsity": [0.0, 0.5, 0.5]}
         >>> actor, qvalue = (make(env.observation_spec, env.action_spec, **kwargs) for make in (make_actor, make_qvalue))
         >>> loss = OMNetSACLoss(actor, qvalue)
         >>> updater = SoftUpdate(loss, tau=0.005)
