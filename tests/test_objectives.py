@@ -769,10 +769,13 @@ def test_target_updater_is_asked_for():
         loss(make_batch(4))
 
 
-def test_value_estimator_constructor_returns_no_other_loss():
+def test_value_estimator_constructor_returns_the_loss():
     loss = OMNetSACLoss(small_actor(), small_qvalue())
-    assert loss.make_value_estimator(ValueEstimators.TD0, gamma=0.5) in (None, loss)
+    assert loss.make_value_estimator(ValueEstimators.TD0, gamma=0.5) is loss
     assert loss.value_estimator.gamma == 0.5
+    estimator = loss.value_estimator
+    assert loss.make_value_estimator(estimator) is loss
+    assert loss.value_estimator is estimator
 
 
 # Bad input -------------------------------------------------------------------------------------------------------------

@@ -245,8 +245,8 @@ class MaskedMLP(IndexedMLP):
         ``batch`` (see the module's docstring); output ``(*batch, out_features)``.
 
     Examples:
-        >>> net = MaskedMLP(in_features=14, out_features=1, num_cells=[256, 256], num_subnets=5, sparsity=0.5)
-        >>> observation, action = torch.zeros(32, 11), torch.zeros(32, 3)
+        >>> net = MaskedMLP(in_features=23, out_features=1, num_cells=[256, 256], num_subnets=5, sparsity=0.5, generator=0)
+        >>> observation, action = torch.zeros(32, 17), torch.zeros(32, 6)
         >>> net(observation, action, torch.arange(5)[:, None]).shape
         torch.Size([5, 32, 1])
     """

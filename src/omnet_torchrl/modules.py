@@ -48,8 +48,8 @@ class SubnetQValueOperator(ValueOperator):
 
     Examples:
         >>> from tensordict import TensorDict
-        >>> qvalue = SubnetQValueOperator(MaskedMLP(in_features=14, out_features=1, num_cells=[256, 256]))
-        >>> td = TensorDict(observation=torch.zeros(32, 11), action=torch.zeros(32, 3), subnet=torch.tensor(3))
+        >>> qvalue = SubnetQValueOperator(MaskedMLP(in_features=23, out_features=1, num_cells=[256, 256], generator=0))
+        >>> td = TensorDict(observation=torch.zeros(32, 17), action=torch.zeros(32, 6), subnet=torch.tensor(3))
         >>> qvalue(td)["state_action_value"].shape
         torch.Size([32, 1])
     """
@@ -98,10 +98,11 @@ class SubnetActor(ProbabilisticActor):
 
     Examples:
         >>> from tensordict import TensorDict
-        >>> actor = SubnetActor(MaskedMLP(in_features=11, out_features=6, num_cells=[256, 256]), Bounded(-1, 1, (3,)))
-        >>> td = TensorDict(observation=torch.zeros(32, 11), subnet=torch.randint(5, (32,)), batch_size=[32])
+        >>> network = MaskedMLP(in_features=17, out_features=12, num_cells=[256, 256], generator=0)
+        >>> actor = SubnetActor(network, Bounded(-1, 1, (6,)))
+        >>> td = TensorDict(observation=torch.zeros(32, 17), subnet=torch.randint(5, (32,)), batch_size=[32])
         >>> actor(td)["action"].shape
-        torch.Size([32, 3])
+        torch.Size([32, 6])
     """
 
     def __init__(

@@ -188,6 +188,11 @@ class OMNetSACLoss(SACLoss):
         following = [unravel_key(("next", key)) for key in [*ends, *states]]
         self._in_keys = list(dict.fromkeys([keys.action, *following, *states]))
 
+    def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> OMNetSACLoss:
+        """As :meth:`~torchrl.objectives.LossModule.make_value_estimator`; returns the loss."""
+        super().make_value_estimator(value_type, **hyperparams)
+        return self
+
     def draw(self, tensordict: TensorDictBase, generator: torch.Generator | None = None) -> TensorDict:
         """Draw everything random of one update.
 
