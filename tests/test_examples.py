@@ -72,6 +72,7 @@ def test_a_wrong_option_is_named(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_it_solves_the_inverted_pendulum(tmp_path):
     run_example(tmp_path, "env=InvertedPendulum-v4", "total_frames=6000", "init_random_frames=1000", "eval.interval=1000")
     assert max(values(tmp_path, "eval/return").values()) > 950
