@@ -64,7 +64,7 @@ def main(cfg: DictConfig) -> float:
 
     # The environment draws, at each reset, the subnetwork that plays the episode (section 3.3).
     env = make_env(cfg.env, cfg.seed, SubnetPrimer(cfg.network.num_subnets, generator=cfg.seed))
-    eval_env = make_env(cfg.env, cfg.seed + 1_000_000)
+    eval_env = make_env(cfg.env, cfg.seed + 1_000_000).to(device)
 
     # One network and N masks, for the critic and for the actor (section 3.1).
     actor = make_actor(env.observation_spec, env.action_spec, **cfg.network, device=device)

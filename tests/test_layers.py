@@ -491,7 +491,7 @@ def test_members_start_as_linear_layers_made_one_after_the_other(bias):
 @pytest.mark.parametrize(("init_fn", "bound"), [(None, 1 / math.sqrt(60)), (nn.init.xavier_uniform_, math.sqrt(6 / 100))])
 def test_every_member_is_initialised_as_a_network_of_its_own(init_fn, bound):
     weight = EnsembleMLP(60, 40, num_subnets=10, init_fn=init_fn)[0].weight.flatten(1)
-    # Uniform in [-bound, bound], where fans counted over all members at once would give another bound.
+    # Uniform in [-bound, bound], where fans counted over all networks at once would give another bound.
     assert (weight.abs().amax(1) <= bound).all()
     torch.testing.assert_close(weight.std(1), torch.full((10,), bound / math.sqrt(3)), rtol=0.05, atol=0)
     assert torch.pdist(weight).min() > 0

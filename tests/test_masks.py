@@ -60,10 +60,23 @@ def test_a_generator_advances_from_draw_to_draw():
     assert as_generator(generator) is generator
 
 
-@pytest.mark.parametrize("generator", [None, 3])
-def test_drawing_masks_leaves_the_global_generator_as_it_was(generator):
+def test_masks_without_a_generator_come_from_the_global_one_and_differ():
+    torch.manual_seed(0)
+    first, second = (bernoulli_masks(3, (20, 20), 0.5) for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(bernoulli_masks(3, (20, 20), 0.5), first)
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", None, True])
+def test_a_sparsity_that_is_no_number_is_refused(sparsity):
+    with pytest.raises(TypeError, match="sparsity must be a number"):
+        bernoulli_masks(3, (2, 2), sparsity)
+
+
+def test_drawing_masks_from_a_seed_leaves_the_global_generator_as_it_was():
     before = torch.get_rng_state()
-    bernoulli_masks(3, (20, 20), 0.5, generator=generator)
+    bernoulli_masks(3, (20, 20), 0.5, generator=3)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -111,7 +124,7 @@ def test_masks_of_a_module_repeat_from_a_seed_and_differ_between_equal_layers():
 def test_masks_of_a_module_leave_its_parameters_and_the_global_generator_alone():
     network = nn.Linear(20, 20)
     weight, before = network.weight.clone(), torch.get_rng_state()
-    bernoulli_module_masks(network, 3, 0.5)
+    bernoulli_module_masks(network, 3, 0.5, generator=0)
     assert torch.equal(network.weight, weight)
     assert torch.equal(torch.get_rng_state(), before)
 

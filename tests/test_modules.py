@@ -866,3 +866,24 @@ def test_masks_that_do_not_fit_any_network_are_refused():
         SubnetModule(network, {**good, "3.weight": good["3.weight"][:2]})
     with pytest.raises(ValueError, match="masks is empty"):
         SubnetModule(network, {})
+
+
+def test_a_recurrent_network_compiles_where_torch_allows_it(compiler):
+    network = nn.GRU(OBS, 4, batch_first=True)
+    module = SubnetModule(network, bernoulli_module_masks(network, N, 0.2, generator=0), event_dims=2)
+    sequences, every = torch.randn(2, 6, OBS), torch.arange(N)[:, None]
+    with torch._dynamo.config.patch(allow_rnn=True):
+        output, state = torch.compile(module, fullgraph=True, backend="aot_eager")(sequences, every)
+    expected, expected_state = module(sequences, every)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(state, expected_state)
+
+
+def test_actor_and_critic_compile_with_their_keys(compiler):
+    actor, qvalue, batch = small_actor(N), small_qvalue(N), make_batch(8)
+    batch["subnet"] = torch.arange(8) % N
+    with set_exploration_type(DETERMINISTIC):
+        expected = qvalue(actor(batch.clone()))
+        actual = torch.compile(lambda td: qvalue(actor(td)), fullgraph=True, backend="aot_eager")(batch.clone())
+    torch.testing.assert_close(actual["action"], expected["action"])
+    torch.testing.assert_close(actual["state_action_value"], expected["state_action_value"])

@@ -235,6 +235,21 @@ def test_drawn_indices_are_uniform_and_without_replacement():
     assert (draws["value"].sort().values == torch.arange(5)).all()
 
 
+def test_the_two_actors_are_drawn_independently():
+    loss, batch = make_loss(), make_batch(1)
+    draws = torch.stack([loss.draw(batch) for _ in range(3000)])
+    pairs = torch.bincount(draws["actor"] * 3 + draws["next_actor"], minlength=9) / 3000
+    torch.testing.assert_close(pairs, torch.full((9,), 1 / 9), atol=0.03, rtol=0)
+
+
+def test_the_actor_can_be_trained_against_some_of_the_critics():
+    loss, batch = make_loss(num_value_subnets=2), make_batch(1)
+    value = torch.stack([loss.draw(batch) for _ in range(300)])["value"]
+    assert value.shape == (300, 2)
+    assert (value[:, 0] != value[:, 1]).all()
+    assert set(value.flatten().tolist()) == {0, 1, 2}
+
+
 def test_indices_with_replacement_repeat():
     loss = make_loss(replacement=True, num_target_subnets=2)
     target = torch.stack([loss.draw(make_batch(1)) for _ in range(300)])["target"]
@@ -426,6 +441,38 @@ def test_given_parameters_are_used_and_own_ones_are_not():
     ]
 
 
+def test_given_masks_are_used_in_the_target_and_a_given_temperature_gets_no_gradient_from_the_actor():
+    loss, batch = make_loss(), make_batch(8)
+    draws = loss.draw(batch)
+    other = make_loss(copy.deepcopy(loss.actor_network), copy.deepcopy(loss.qvalue_network))
+    other.qvalue_network.module[3].masks.logical_not_()
+    params = TensorDict({"qvalue_network_params": TensorDict(other.qvalue_network_params.data.to_dict())})
+    expected = other.compute_target(batch, draws=draws)
+    assert torch.equal(loss.compute_target(batch, draws=draws, params=params), expected)
+    assert not torch.isclose(loss.compute_target(batch, draws=draws), expected).any()
+
+    log_alpha = torch.zeros((), requires_grad=True)
+    actor, _ = loss.actor_loss(batch, draws=draws, params=TensorDict(log_alpha=log_alpha))
+    assert torch.autograd.grad(actor, [log_alpha], allow_unused=True) == (None,)
+
+
+def test_without_delay_given_parameters_are_their_own_target():
+    loss, other = (make_loss(small_actor(), small_qvalue(), delay_qvalue=False) for _ in range(2))
+    batch = make_batch(8)
+    draws = loss.draw(batch)
+    names = ("actor_network_params", "qvalue_network_params")
+    params = TensorDict({name: TensorDict(getattr(other, name).data.to_dict()) for name in names})
+    expected = other.compute_target(batch, draws=draws)
+    assert torch.equal(loss.compute_target(batch, draws=draws, params=params), expected)
+
+
+def test_low_precision_networks_train():
+    loss = make_loss(small_actor().to(torch.bfloat16), small_qvalue().to(torch.bfloat16))
+    output = loss(make_batch(8).apply(lambda t: t.bfloat16() if t.is_floating_point() else t))
+    assert output["loss_actor"].dtype == torch.bfloat16
+    assert output.isfinite().all()
+
+
 def test_it_learns_a_constant_reward():
     # A probe: reward 1, every step terminal. The value is 1 everywhere, for every subnetwork.
     loss, updater_batch = make_loss(), make_batch(64, done=1.0)
@@ -546,7 +593,8 @@ def test_nested_keys_work():
 @pytest.mark.parametrize("batch_size", [(8,), (4, 3)])
 def test_reductions(reduction, batch_size):
     options = {"scalar_output_mode": "exclude"} if reduction == "none" else {}
-    loss, none = make_loss(reduction=reduction, **options), make_loss(reduction="none", scalar_output_mode="exclude")
+    loss = make_loss(reduction=reduction, alpha_init=0.5, **options)
+    none = make_loss(reduction="none", scalar_output_mode="exclude")
     none.load_state_dict(loss.state_dict())
     batch = make_batch(*batch_size)
     draws = loss.draw(batch)
@@ -565,7 +613,7 @@ def test_scalars_can_be_returned_beside_unreduced_losses():
 
 
 def test_priority_weights_weigh_the_losses():
-    loss, batch = make_loss(), make_batch(8)
+    loss, batch = make_loss(alpha_init=0.5), make_batch(8)
     draws = loss.draw(batch)
     batch["priority_weight"] = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0])
     only_first = loss(batch[:1].exclude("priority_weight"), draws=_first(draws))
@@ -582,7 +630,7 @@ def _first(draws):
 
 
 def test_masked_positions_do_not_count():
-    loss, batch = make_loss(), make_batch(8)
+    loss, batch = make_loss(alpha_init=0.5), make_batch(8)
     draws = loss.draw(batch)
     batch["collector", "mask"] = torch.arange(8) == 0
     only_first = loss(batch[:1], draws=_first(draws))
@@ -607,10 +655,11 @@ def test_state_dict_round_trip_repeats_the_losses():
     with torch.no_grad():
         for p in loss.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    other = make_loss(small_actor(), small_qvalue())
+    expected = loss(batch, draws=draws)
+    other = OMNetSACLoss(small_actor(), small_qvalue())
+    SoftUpdate(other, tau=0.1)
     other.load_state_dict(loss.state_dict())
     copied = copy.deepcopy(loss)
-    expected = loss(batch, draws=draws)
     assert (other(batch, draws=draws) == expected).all()
     assert (copied(batch, draws=draws) == expected).all()
 
@@ -629,6 +678,8 @@ def test_reset_draws_every_parameter_anew():
     for name, old in before.items():
         for key, value in getattr(loss, name).items(True, True):
             assert not value.is_floating_point() or (value != old.get(key)).all(), (name, key)
+    for key, value in loss.target_qvalue_network_params.items(True, True):
+        assert torch.equal(value, loss.qvalue_network_params.get(key))
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
@@ -645,6 +696,14 @@ def test_what_stands_in_a_terminal_next_state_has_no_effect_when_done_states_are
     output = loss(batch, draws=draws)
     (output["loss_actor"] + output["loss_qvalue"] + output["loss_alpha"]).backward()
     assert all(g.isfinite().all() for g in grads(loss).values())
+
+
+def test_a_truncated_next_state_is_not_skipped():
+    loss, batch = make_loss(skip_done_states=True), make_batch(6)
+    draws = loss.draw(batch)
+    expected = loss.compute_target(batch, draws=draws)
+    batch["next", "done"] = torch.ones(6, 1, dtype=torch.bool)
+    assert torch.equal(loss.compute_target(batch, draws=draws), expected)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -781,6 +840,28 @@ def test_value_estimator_constructor_returns_the_loss():
 # Bad input -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("count", [1.5, True])
+def test_a_count_that_is_no_int_is_refused(count):
+    with pytest.raises(TypeError, match="num_target_subnets must be an int or None"):
+        OMNetSACLoss(small_actor(), small_qvalue(), num_target_subnets=count)
+
+
+def test_an_index_under_another_key_is_asked_for():
+    loss, batch = make_loss(small_actor(subnet_key="task"), small_qvalue(subnet_key="task")), make_batch(4)
+    batch["task"] = batch["next", "task"] = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"reads .*'task'.* and no 'subnet': .*set_keys\(subnet=...\)"):
+        loss(batch)
+    loss.set_keys(subnet="task")
+    assert loss(batch).isfinite().all()
+    assert "task" not in loss.in_keys
+
+    silent = TensorDictModule(
+        nn.Bilinear(OBS, ACT, 1), in_keys=["observation", "action", "task"], out_keys=["state_action_value"]
+    )
+    with pytest.raises(ValueError, match="its module needs num_subnets"):
+        make_loss(dense_actor(), silent, num_target_subnets=1).set_keys(subnet="task")
+
+
 @pytest.mark.parametrize("name", ["num_trained_subnets", "num_target_subnets", "num_value_subnets"])
 @pytest.mark.parametrize("count", [0, 4])
 def test_asking_for_more_subnets_than_there_are_is_refused(name, count):
@@ -875,6 +956,16 @@ def test_two_runs_side_by_side_under_vmap_equal_a_loop():
         return sum(run(params, batch, draws)[:3])
 
     params = [params_of(loss) for loss in losses]
+    floating = [p.select(*(k for k, v in p.items(True, True) if v.is_floating_point())) for p in params]
+
+    def gradient(floating, params, batch, draws):
+        return torch.func.grad(lambda f: total(params.copy().update(f), batch, draws))(floating)
+
+    gradients = torch.vmap(gradient)(*(torch.stack(x) for x in (floating, params, batches, draws)))
+    for i in range(2):
+        alone = gradient(floating[i], params[i], batches[i], draws[i])
+        assert any(g.any() for g in alone.values(True, True))
+        torch.testing.assert_close(gradients[i].to_dict(), alone.to_dict())
     together = torch.vmap(run)(torch.stack(params), torch.stack(batches), torch.stack(draws))
     for i, loss in enumerate(losses):
         expected = loss(batches[i], draws=draws[i])
@@ -895,7 +986,7 @@ def test_losses_on_a_gpu_equal_those_on_the_cpu():
 
 
 @pytest.mark.gpu
-def test_a_compiled_update_on_a_gpu_waits_for_nothing():
+def test_a_compiled_critic_loss_and_its_draws_wait_for_nothing_on_a_gpu():
     loss = make_loss(small_actor(device="cuda"), small_qvalue(device="cuda"))
     batch = make_batch(16).to("cuda")
     draws, part = loss.draw(batch), compiled(lambda td, d: loss.qvalue_loss(td, draws=d)[0])

@@ -1,10 +1,11 @@
-"""The parts inside TorchRL's own trainer."""
+"""The parts inside TorchRL's own trainer and collectors."""
 
 import pytest
 import torch
-from torchrl.collectors import Collector
+from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.envs import GymEnv, InitTracker, RewardSum, TransformedEnv
+from torchrl.envs import GymEnv, InitTracker, RewardSum, SerialEnv, TransformedEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SoftUpdate
 from torchrl.trainers.algorithms.sac import SACTrainer
 
@@ -42,3 +43,40 @@ def test_the_loss_trains_inside_torchrls_sac_trainer():
         if not name.startswith("target"):
             assert not torch.equal(p, before[name]), name
     assert all(torch.equal(b, m) for b, m in zip([b for n, b in loss.named_buffers() if "masks" in n], masks, strict=True))
+
+
+def make_env():
+    return TransformedEnv(GymEnv("Pendulum-v1"), InitTracker())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_collector_plays_with_the_weights_it_is_given(workers):
+    env = make_env()
+    actor = make_actor(env.observation_spec, env.action_spec, num_cells=(8,), num_subnets=3, sparsity=0.0)
+    kwargs = {"frames_per_batch": 20, "total_frames": 40, "auto_register_policy_transforms": True}
+    collector = MultiSyncCollector([make_env], actor, **kwargs) if workers else Collector(env, actor, **kwargs)
+    try:
+        batches = iter(collector)
+        first = next(batches)
+        with torch.no_grad():  # a saturated policy: every action at its upper bound
+            actor.module[0].module.network[-1].bias[0] = 100.0
+        collector.update_policy_weights_()
+        second = next(batches)
+    finally:
+        collector.shutdown()
+    assert first["action"].abs().max() < 2
+    torch.testing.assert_close(second["action"], torch.full_like(second["action"], 2.0))
+    assert set(first["subnet"].flatten().tolist()) <= {0, 1, 2}
+
+
+def test_one_actor_plays_a_batch_of_environments_each_with_its_own_subnet():
+    env = TransformedEnv(SerialEnv(8, make_env))
+    actor = make_actor(env.observation_spec, env.action_spec, num_cells=(8,), num_subnets=3, sparsity=0.1, generator=0)
+    env = env.append_transform(actor.make_tensordict_primer(generator=0))
+    actor.check_env(env)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        rollout = env.rollout(4, actor)
+        for i, subnet in enumerate(rollout["subnet"][:, 0].tolist()):
+            alone = actor.extract(subnet)(rollout[i].select("observation"))
+            torch.testing.assert_close(rollout["action"][i], alone["action"])
+    assert len(rollout["subnet"][:, 0].unique()) > 1

@@ -270,7 +270,7 @@ class MaskedMLP(IndexedMLP):
         check_num_subnets(num_subnets)
         generator = as_generator(generator)
         shapes = linear_shapes(in_features, out_features, depth, num_cells)
-        sparsities = list(sparsity) if isinstance(sparsity, Sequence) else [sparsity] * len(shapes)
+        sparsities = [sparsity] * len(shapes) if isinstance(sparsity, float | int | str) else list(sparsity)
         if len(sparsities) != len(shapes):
             raise ValueError(f"sparsity must be one number or one per linear layer ({len(shapes)}), got {len(sparsities)}.")
         layer_kwargs: list[dict[str, Any]] = []

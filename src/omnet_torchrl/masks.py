@@ -7,8 +7,8 @@ https://arxiv.org/abs/2310.14009) keeps one weight tensor :math:`\theta` and :ma
 A mask is a boolean tensor (``True`` keeps the weight), so that it costs a byte per weight and can never be optimised or
 averaged by accident. Kept weights are *not* rescaled by :math:`1/(1-S)`, as in the paper.
 
-Everything here is a pure function. Masks come from a generator of their own: they never take a number from torch's global
-generator, so that adding them to a network leaves its initial weights as they were.
+Everything here is a pure function. The networks of :mod:`~omnet_torchrl.layers` draw their masks from a generator of their own
+(:func:`as_generator`), so that masking a network leaves its initial weights as they were.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ MaskFn = Callable[..., Tensor]
 
 
 def as_generator(generator: torch.Generator | int | None = None) -> torch.Generator:
-    """Return a CPU generator for masks.
+    """Return a generator for the masks of one network.
 
     Args:
         generator (torch.Generator, int or None): a generator is returned as it is; an integer seeds a new one; ``None`` seeds
-            a new one from the state of torch's global generator, which is read but not advanced: runs with different global
-            seeds get different masks, and nothing else in the run changes.
+            a new one on the CPU from the state of torch's global generator, which is read but not advanced: runs with
+            different global seeds get different masks, and nothing else in the run changes.
     """
     if isinstance(generator, torch.Generator):
         return generator
@@ -52,7 +52,8 @@ def bernoulli_masks(
         num_subnets (int): number of masks N, at least 1.
         shape (sequence of int): shape of the weight, e.g. ``(out_features, in_features)``.
         sparsity (float): fraction masked out S, in [0, 1). 0 keeps every weight.
-        generator (torch.Generator, int or None): where the draw comes from, see :func:`as_generator`.
+        generator (torch.Generator, int or None): where the draw comes from; an integer seeds a new one. ``None``: torch's
+            global generator, which advances.
         device (torch.device or None): where the masks go. They are drawn on the generator's device, so that they do not
             depend on it.
 
@@ -68,7 +69,7 @@ def bernoulli_masks(
     """
     check_num_subnets(num_subnets)
     check_sparsity(sparsity)
-    generator = as_generator(generator)
+    generator = torch.default_generator if generator is None else as_generator(generator)
     uniform = torch.rand((num_subnets, *shape), generator=generator, device=generator.device)
     return (uniform >= sparsity).to(device if device is not None else torch.get_default_device())
 
@@ -88,7 +89,7 @@ def bernoulli_module_masks(
     Returns:
         dict: parameter name to boolean masks of shape ``(num_subnets, *parameter.shape)``.
     """
-    generator = as_generator(generator)
+    generator = None if generator is None else as_generator(generator)
     return {
         name: bernoulli_masks(num_subnets, p.shape, sparsity, generator=generator, device=p.device)
         for name, p in network.named_parameters()
@@ -160,7 +161,9 @@ def check_num_subnets(num_subnets: int) -> None:
 
 
 def check_sparsity(sparsity: float) -> None:
-    """Raise if ``sparsity`` is outside [0, 1)."""
+    """Raise if ``sparsity`` is no number in [0, 1)."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float):
+        raise TypeError(f"sparsity must be a number in [0, 1), got {sparsity!r}.")
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity, the fraction of weights masked out, must be in [0, 1), got {sparsity}.")
 

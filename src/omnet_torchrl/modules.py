@@ -44,7 +44,7 @@ class SubnetQValueOperator(ValueOperator):
 
     Raises:
         KeyError: the TensorDict has no index.
-        ValueError: an index is out of range.
+        ValueError: an index is out of range (seen on the CPU; a GPU raises a device-side assertion).
 
     Examples:
         >>> from tensordict import TensorDict
@@ -60,7 +60,7 @@ class SubnetQValueOperator(ValueOperator):
         in_keys: Sequence[NestedKey] | None = None,
         out_keys: Sequence[NestedKey] | None = None,
     ):
-        self.num_subnets = _says_how_many(module)
+        self.num_subnets = _get_num_subnets(module)
         super().__init__(
             module,
             in_keys=["observation", "action", "subnet"] if in_keys is None else in_keys,
@@ -93,7 +93,9 @@ class SubnetActor(ProbabilisticActor):
         action_key (NestedKey): defaults to ``"action"``.
 
     Raises:
-        ValueError, TypeError: the action spec is not a bounded continuous one; an index is out of range or not int64.
+        ValueError, TypeError: the action spec is not a bounded continuous one; an index is not int64 or out of range (seen
+            on the CPU; a GPU raises a device-side assertion). An environment that draws from another number of subnetworks
+            is not seen before an index is out of range: ask :meth:`check_env`.
         KeyError: the TensorDict has no index; the message says what adds it.
 
     Examples:
@@ -114,7 +116,7 @@ class SubnetActor(ProbabilisticActor):
     ):
         in_keys = ["observation", "subnet"] if in_keys is None else list(in_keys)
         _init_actor(super().__init__, _SquashedGaussian(module), in_keys, check_action_spec(action_spec), action_key)
-        self.num_subnets, self.subnet_key, self.action_key = _says_how_many(module), in_keys[-1], action_key
+        self.num_subnets, self.subnet_key, self.action_key = _get_num_subnets(module), in_keys[-1], action_key
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
@@ -154,7 +156,8 @@ class SubnetModule(nn.Module):
     r"""Any network as N subnetworks, :math:`f_{\theta \odot m_k}`: convolutional, recurrent, whatever it is.
 
     The network is called once for each index asked, with its parameters masked; :class:`~omnet_torchrl.MaskedMLP` is the fast
-    path for multi-layer perceptrons.
+    path for multi-layer perceptrons. Whatever the network is, it takes no index per element, and torch traces recurrent layers
+    only with ``torch._dynamo.config.allow_rnn = True``.
 
     Args:
         network (nn.Module): the network; its parameters stay where they are and are trained through this module.
@@ -361,7 +364,7 @@ def _features(spec: TensorSpec, key: NestedKey) -> int:
     return spec.shape[-1]
 
 
-def _says_how_many(module: nn.Module) -> int:
+def _get_num_subnets(module: nn.Module) -> int:
     num_subnets = getattr(module, "num_subnets", None)
     if not isinstance(num_subnets, int):
         raise TypeError(f"a module that takes an index needs an int attribute num_subnets; {type(module).__name__} has none.")

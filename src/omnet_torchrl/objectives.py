@@ -43,7 +43,7 @@ class OMNetSACLoss(SACLoss):
     OMNet (default)        one masked network, N 5            1             2           all
     SAC, DroQ              2 separate networks                all           2           all
     REDQ                   10 separate networks               all           2           all
-    single critic          1 network                          1             1           1
+    single critic          1 network                          1             1           all
     =====================  =================================  ============  ==========  ===========
 
     Args:
@@ -165,16 +165,18 @@ class OMNetSACLoss(SACLoss):
         self.num_target_subnets = self._checked_count("num_target_subnets", num_target_subnets)
         self.num_value_subnets = self._checked_count("num_value_subnets", num_value_subnets)
         self.replacement, self.value_reduction = replacement, value_reduction
-        params = self.qvalue_network_params
-        self._frozen_keys = [k for k, v in params.items(True, True) if not v.is_floating_point()] if delay_qvalue else []
-        # Made now rather than at first use, so that no buffer is registered while tracing. Where the action's spec is not known
-        # yet (a trainer may hand it over), the first use makes it or says what is missing.
+        self._mask_keys = [k for k, v in self.qvalue_network_params.items(True, True) if not v.is_floating_point()]
+        # Made now rather than at first use, so that nothing is registered while tracing or missing from a state dict. Where
+        # the action's spec is not known yet (a trainer may hand it over), the first use makes it or says what is missing.
+        self.make_value_estimator()
         with contextlib.suppress(RuntimeError):
             self.target_entropy  # noqa: B018
 
     def _checked_count(self, name: str, count: int | None) -> int:
         if count is None:
             return self.num_subnets
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"{name} must be an int or None, got {count!r}.")
         if not 1 <= count <= self.num_subnets:
             raise ValueError(f"{name} must be in [1, num_subnets={self.num_subnets}], got {count}.")
         return count
@@ -187,6 +189,18 @@ class OMNetSACLoss(SACLoss):
         ends = [keys.reward, keys.done, keys.terminated]
         following = [unravel_key(("next", key)) for key in [*ends, *states]]
         self._in_keys = list(dict.fromkeys([keys.action, *following, *states]))
+
+    def set_keys(self, **kwargs: Any) -> None:
+        """As :meth:`~torchrl.objectives.LossModule.set_keys`, and ``subnet``, the key of the index."""
+        super().set_keys(**kwargs)
+        for name in ("qvalue_network", "actor_network"):
+            _num_subnets(getattr(self, name), self.tensor_keys.subnet, name)
+
+    def reset_parameters_recursive(self) -> None:
+        """Draw the networks anew; the target starts as the online critic again. Masks and temperature stay."""
+        super().reset_parameters_recursive()
+        if self.delay_qvalue:
+            self.target_qvalue_network_params.data.update_(self.qvalue_network_params.data)
 
     def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> OMNetSACLoss:
         """As :meth:`~torchrl.objectives.LossModule.make_value_estimator`; returns the loss."""
@@ -207,7 +221,7 @@ class OMNetSACLoss(SACLoss):
             TensorDict: on the device of the parameters, without batch size: the int64 indices ``critic (K,)``, ``target (M,)``,
             ``value (V,)``, ``next_actor ()``, ``actor ()``; and the standard-normal ``next_noise``, ``noise`` of the next and
             the current action, of the action's shape (left out where the action is no tensor). Replace any of them before you
-            pass it on: indices ``(B,)`` for the actors or ``(K, B)`` for the critics choose per element.
+            pass it on: indices of shape ``batch`` for the actors or ``(K, *batch)`` for the critics choose per element.
         """
         device = self.log_alpha.device
         num, num_actor = self.num_subnets, self.num_actor_subnets
@@ -265,7 +279,7 @@ class OMNetSACLoss(SACLoss):
             draws (TensorDictBase or None): see :meth:`draw`. ``None``: drawn here.
             params (TensorDictBase or None): parameters to use instead of the loss's own: any of ``actor_network_params``,
                 ``qvalue_network_params``, ``target_qvalue_network_params``, ``log_alpha``, named as the attributes they stand
-                for.
+                for. Bounds of the temperature are applied to a given ``log_alpha``'s value; keeping it within is the caller's.
 
         Returns:
             tuple: the loss, reduced, and ``{"td_error": (*batch,), "target_value": (*batch,), "pred_value": (K, *batch)}``,
@@ -347,7 +361,7 @@ class OMNetSACLoss(SACLoss):
     def _qvalue(self, params: TensorDictBase, tensordict: TensorDictBase, action: Any, subnet: Tensor) -> Tensor:
         """Values of the asked critic subnetworks, ``(K, *batch)``."""
         batch = tensordict.batch_size
-        if subnet.ndim == 1:
+        if subnet.ndim <= 1:
             subnet = subnet.reshape(-1, *(1 for _ in batch))
         inputs = self._inputs(self.qvalue_network, tensordict, subnet).set(self.tensor_keys.action, action)
         with params.to_module(self.qvalue_network, preserve_module_state=False):
@@ -358,6 +372,11 @@ class OMNetSACLoss(SACLoss):
     def _inputs(self, network: TensorDictModule, tensordict: TensorDictBase, subnet: Tensor) -> TensorDictBase:
         """The network's inputs and its index, in a TensorDict of its own; the index fits no batch size."""
         if self.tensor_keys.subnet not in network.in_keys:
+            if (self.num_subnets if network is self.qvalue_network else self.num_actor_subnets) > 1:
+                raise ValueError(
+                    f"a network of several subnetworks reads {network.in_keys} and no {self.tensor_keys.subnet!r}: say which "
+                    "key is its index with loss.set_keys(subnet=...)."
+                )
             return tensordict.select(*network.in_keys, strict=False)
         inputs = TensorDict()
         for key in network.in_keys:
@@ -379,12 +398,14 @@ class OMNetSACLoss(SACLoss):
         return getattr(self, name) if given is None else given
 
     def _target_params(self, params: TensorDictBase | None) -> TensorDictBase:
-        target = self._params("target_qvalue_network_params", params)
-        if not self._frozen_keys:
-            return target
         online = self._params("qvalue_network_params", params)
+        if not self.delay_qvalue:
+            return online.detach()
+        target = self._params("target_qvalue_network_params", params)
+        if not self._mask_keys:
+            return target
         target = (target._param_td if isinstance(target, TensorDictParams) else target).copy()
-        return target.update(online.select(*self._frozen_keys))
+        return target.update(online.select(*self._mask_keys))
 
     def _temperature(self, params: TensorDictBase | None) -> Tensor:
         if params is None or params.get("log_alpha", None) is None:
@@ -408,7 +429,7 @@ def _sample(distribution: Distribution, noise: Tensor | None) -> tuple[Tensor, T
         base, transforms = distribution.base_dist, distribution.transforms
     if noise is None or not (isinstance(base, Independent) and isinstance(base.base_dist, Normal)):
         return compute_rsample_log_prob(distribution)
-    values = [base.base_dist.loc + noise * base.base_dist.scale]
+    values = [base.base_dist.loc + noise.to(base.base_dist.loc.dtype) * base.base_dist.scale]
     for transform in transforms:
         values.append(transform(values[-1]))
     log_prob = base.log_prob(values[0])

@@ -41,7 +41,8 @@ class SubnetPrimer(TensorDictPrimer):
             ``None`` (default) seeds a stream from torch's global generator at the first draw. (A spawned worker has a global
             generator of its own, which ``torch.manual_seed`` in the main process doesn't reach: give such workers an integer.)
             In a worker process all three only seed a stream, together with the worker's place among the processes that its
-            parent started: workers differ, and a program that is run again repeats itself.
+            parent started: workers differ, and a program that is run again repeats itself (but a run inside a pool's
+            worker doesn't repeat one outside).
         reset_key (NestedKey or None): see :class:`~torchrl.envs.TensorDictPrimer`.
 
     Keys:
