@@ -71,6 +71,13 @@ def test_a_wrong_option_is_named(tmp_path):
     assert "Bounded of floating point" in run_example(tmp_path, "env=CartPole-v1", ok=False).stderr
 
 
+@pytest.mark.gpu
+def test_a_short_run_on_a_gpu_reaches_its_evaluations(tmp_path):
+    options = ["env=InvertedPendulum-v4", "total_frames=120", "init_random_frames=50", "eval.interval=60", "utd_ratio=2"]
+    run_example(tmp_path, *options, "device=cuda")
+    assert list(values(tmp_path, "eval/return")) == [60, 120]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_it_solves_the_inverted_pendulum(tmp_path):
