@@ -17,9 +17,10 @@ ROOMS = {
     "layers": {"masks"},
     "ensembles": {"masks", "layers"},
     "modules": {"masks", "layers", "transforms"},
+    "builders": {"layers", "modules"},
     "transforms": set(),
     "objectives": set(),
-    "__init__": {"masks", "layers", "ensembles", "modules", "transforms", "objectives"},
+    "__init__": {"masks", "layers", "ensembles", "modules", "builders", "transforms", "objectives"},
 }
 
 

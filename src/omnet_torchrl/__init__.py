@@ -1,9 +1,11 @@
 """OMNet for TorchRL: many value functions and policies for the price of one network.
 
 Reading order: :mod:`~omnet_torchrl.masks`, :mod:`~omnet_torchrl.layers`, :mod:`~omnet_torchrl.ensembles`,
-:mod:`~omnet_torchrl.modules`, :mod:`~omnet_torchrl.transforms`, :mod:`~omnet_torchrl.objectives`.
+:mod:`~omnet_torchrl.modules`, :mod:`~omnet_torchrl.builders`, :mod:`~omnet_torchrl.transforms`,
+:mod:`~omnet_torchrl.objectives`.
 """
 
+from omnet_torchrl.builders import make_actor, make_qvalue
 from omnet_torchrl.ensembles import EnsembleLayerNorm, EnsembleLinear, EnsembleMLP
 from omnet_torchrl.layers import MaskedLinear, MaskedMLP
 from omnet_torchrl.masks import (
@@ -14,7 +16,7 @@ from omnet_torchrl.masks import (
     shared_fraction,
     unused_fraction,
 )
-from omnet_torchrl.modules import SubnetActor, SubnetModule, SubnetQValueOperator, make_actor, make_qvalue
+from omnet_torchrl.modules import SubnetActor, SubnetModule, SubnetQValueOperator
 from omnet_torchrl.objectives import OMNetSACLoss
 from omnet_torchrl.transforms import SubnetPrimer
 

@@ -2,10 +2,6 @@ r"""TensorDictModules that read ``"subnet"``.
 
 Which subnetwork answers is data: an int64 index in the TensorDict, next to the observation. A module reads it and applies that
 mask; who writes it (a loss, an environment transform, a user) is none of the module's business.
-
-:func:`make_actor` and :func:`make_qvalue` build the networks of the paper (section 4.1 of https://arxiv.org/abs/2310.14009)
-from two TorchRL specs: two hidden layers of 256 units, each Linear, LayerNorm, ReLU; 5 subnetworks at sparsity 0.5 in critic
-and actor. The initialisation is REDQ's: Xavier-uniform weights and zero biases.
 """
 
 from __future__ import annotations
@@ -25,7 +21,7 @@ from torchrl.data import Bounded, Categorical, Composite, TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
 
-from omnet_torchrl.layers import MaskedMLP, check_subnet
+from omnet_torchrl.layers import check_subnet
 from omnet_torchrl.masks import check_module_masks
 from omnet_torchrl.transforms import SubnetPrimer
 
@@ -48,6 +44,7 @@ class SubnetQValueOperator(ValueOperator):
 
     Examples:
         >>> from tensordict import TensorDict
+        >>> from omnet_torchrl import MaskedMLP
         >>> qvalue = SubnetQValueOperator(MaskedMLP(in_features=23, out_features=1, num_cells=[256, 256], generator=0))
         >>> td = TensorDict(observation=torch.zeros(32, 17), action=torch.zeros(32, 6), subnet=torch.tensor(3))
         >>> qvalue(td)["state_action_value"].shape
@@ -100,6 +97,7 @@ class SubnetActor(ProbabilisticActor):
 
     Examples:
         >>> from tensordict import TensorDict
+        >>> from omnet_torchrl import MaskedMLP
         >>> network = MaskedMLP(in_features=17, out_features=12, num_cells=[256, 256], generator=0)
         >>> actor = SubnetActor(network, Bounded(-1, 1, (6,)))
         >>> td = TensorDict(observation=torch.zeros(32, 17), subnet=torch.randint(5, (32,)), batch_size=[32])
@@ -229,72 +227,6 @@ class SubnetModule(nn.Module):
         return plain
 
 
-def make_actor(
-    observation_spec: TensorSpec,
-    action_spec: TensorSpec,
-    *,
-    network_class: Callable[..., nn.Module] = MaskedMLP,
-    num_cells: Sequence[int] = (256, 256),
-    layer_norm: bool = True,
-    observation_key: NestedKey = "observation",
-    action_key: NestedKey = "action",
-    subnet_key: NestedKey = "subnet",
-    **kwargs: Any,
-) -> SubnetActor:
-    """The paper's actor from two specs.
-
-    Args:
-        observation_spec (TensorSpec): of the environment (a Composite with ``observation_key``) or of the observation itself;
-            its last dimension is the number of features.
-        action_spec (TensorSpec): continuous with finite bounds, e.g. ``env.action_spec``.
-
-    Keyword Args:
-        network_class: :class:`~omnet_torchrl.MaskedMLP` (default) or :class:`~omnet_torchrl.EnsembleMLP`.
-        num_cells (sequence of int): hidden units of each layer.
-        layer_norm (bool): Linear, LayerNorm, ReLU instead of Linear, ReLU.
-        observation_key, action_key, subnet_key (NestedKey): the keys read and written.
-        **kwargs: of ``network_class``: ``num_subnets``, ``sparsity``, ``generator``, ``device``, ...
-
-    Examples:
-        >>> from torchrl.envs import GymEnv
-        >>> env = GymEnv("Pendulum-v1")
-        >>> make_actor(env.observation_spec, env.action_spec, num_subnets=8, sparsity=[0.0, 0.5, 0.5]).num_subnets
-        8
-    """
-    spec = check_action_spec(action_spec)
-    features = _features(observation_spec, observation_key)
-    network = _paper_network(network_class, features, 2 * spec.shape[-1], num_cells, layer_norm, **kwargs)
-    return SubnetActor(network, spec.to(kwargs.get("device") or "cpu"), [observation_key, subnet_key], action_key)
-
-
-def make_qvalue(
-    observation_spec: TensorSpec,
-    action_spec: TensorSpec,
-    *,
-    network_class: Callable[..., nn.Module] = MaskedMLP,
-    num_cells: Sequence[int] = (256, 256),
-    layer_norm: bool = True,
-    observation_key: NestedKey = "observation",
-    action_key: NestedKey = "action",
-    subnet_key: NestedKey = "subnet",
-    **kwargs: Any,
-) -> SubnetQValueOperator:
-    """The paper's critic from two specs; arguments as in :func:`make_actor`.
-
-    With ``network_class=EnsembleMLP``, ``num_subnets`` separate critics: 2 for SAC, 10 for REDQ.
-
-    Examples:
-        >>> from torchrl.envs import GymEnv
-        >>> from omnet_torchrl import EnsembleMLP
-        >>> env = GymEnv("Pendulum-v1")
-        >>> qvalue = make_qvalue(env.observation_spec, env.action_spec, num_subnets=8, sparsity=[0.0, 0.5, 0.5])
-        >>> redq = make_qvalue(env.observation_spec, env.action_spec, network_class=EnsembleMLP, num_subnets=10)
-    """
-    features = _features(observation_spec, observation_key) + check_action_spec(action_spec).shape[-1]
-    network = _paper_network(network_class, features, 1, num_cells, layer_norm, **kwargs)
-    return SubnetQValueOperator(network, in_keys=[observation_key, action_key, subnet_key])
-
-
 def check_action_spec(action_spec: TensorSpec) -> Bounded:
     """Return the spec of one action; raise unless it is a vector of continuous actions with finite bounds."""
     if isinstance(action_spec, Composite) and len(action_spec.keys(True, True)) == 1:
@@ -339,29 +271,6 @@ def _init_actor(
         distribution_kwargs={"low": spec.space.low, "high": spec.space.high},
         default_interaction_type=InteractionType.RANDOM,
     )
-
-
-def _paper_network(
-    network_class: Callable[..., nn.Module],
-    in_features: int,
-    out_features: int,
-    num_cells: Sequence[int],
-    layer_norm: bool,
-    **kwargs: Any,
-) -> nn.Module:
-    norm = {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": n} for n in num_cells]} if layer_norm else {}
-    defaults = {"activation_class": nn.ReLU, "init_fn": nn.init.xavier_uniform_, **norm}
-    return network_class(in_features=in_features, out_features=out_features, num_cells=num_cells, **{**defaults, **kwargs})
-
-
-def _features(spec: TensorSpec, key: NestedKey) -> int:
-    if isinstance(spec, Composite):
-        if key not in spec.keys(True, True):
-            raise KeyError(f"the observation spec has no {key!r}, only {list(spec.keys(True, True))}; pass observation_key.")
-        spec = spec[key]
-    if not spec.shape or not spec.dtype.is_floating_point:
-        raise ValueError(f"the observation must be a floating point vector, got shape {tuple(spec.shape)} of {spec.dtype}.")
-    return spec.shape[-1]
 
 
 def _get_num_subnets(module: nn.Module) -> int:

@@ -1,0 +1,106 @@
+"""The networks of the paper from two TorchRL specs.
+
+Section 4.1 of https://arxiv.org/abs/2310.14009: two hidden layers of 256 units, each Linear, LayerNorm, ReLU; 5 subnetworks at
+sparsity 0.5 in critic and actor. The initialisation is REDQ's: Xavier-uniform weights and zero biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tensordict import NestedKey
+from torch import nn
+from torchrl.data import Composite, TensorSpec
+
+from omnet_torchrl.layers import MaskedMLP
+from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator, check_action_spec
+
+
+def make_actor(
+    observation_spec: TensorSpec,
+    action_spec: TensorSpec,
+    *,
+    network_class: Callable[..., nn.Module] = MaskedMLP,
+    num_cells: Sequence[int] = (256, 256),
+    layer_norm: bool = True,
+    observation_key: NestedKey = "observation",
+    action_key: NestedKey = "action",
+    subnet_key: NestedKey = "subnet",
+    **kwargs: Any,
+) -> SubnetActor:
+    """The paper's actor from two specs.
+
+    Args:
+        observation_spec (TensorSpec): of the environment (a Composite with ``observation_key``) or of the observation itself;
+            its last dimension is the number of features.
+        action_spec (TensorSpec): continuous with finite bounds, e.g. ``env.action_spec``.
+
+    Keyword Args:
+        network_class: :class:`~omnet_torchrl.MaskedMLP` (default) or :class:`~omnet_torchrl.EnsembleMLP`.
+        num_cells (sequence of int): hidden units of each layer.
+        layer_norm (bool): Linear, LayerNorm, ReLU instead of Linear, ReLU.
+        observation_key, action_key, subnet_key (NestedKey): the keys read and written.
+        **kwargs: of ``network_class``: ``num_subnets``, ``sparsity``, ``generator``, ``device``, ...
+
+    Examples:
+        >>> from torchrl.envs import GymEnv
+        >>> env = GymEnv("Pendulum-v1")
+        >>> make_actor(env.observation_spec, env.action_spec, num_subnets=8, sparsity=[0.0, 0.5, 0.5]).num_subnets
+        8
+    """
+    spec = check_action_spec(action_spec)
+    features = _features(observation_spec, observation_key)
+    network = _paper_network(network_class, features, 2 * spec.shape[-1], num_cells, layer_norm, **kwargs)
+    return SubnetActor(network, spec.to(kwargs.get("device") or "cpu"), [observation_key, subnet_key], action_key)
+
+
+def make_qvalue(
+    observation_spec: TensorSpec,
+    action_spec: TensorSpec,
+    *,
+    network_class: Callable[..., nn.Module] = MaskedMLP,
+    num_cells: Sequence[int] = (256, 256),
+    layer_norm: bool = True,
+    observation_key: NestedKey = "observation",
+    action_key: NestedKey = "action",
+    subnet_key: NestedKey = "subnet",
+    **kwargs: Any,
+) -> SubnetQValueOperator:
+    """The paper's critic from two specs; arguments as in :func:`make_actor`.
+
+    With ``network_class=EnsembleMLP``, ``num_subnets`` separate critics: 2 for SAC, 10 for REDQ.
+
+    Examples:
+        >>> from torchrl.envs import GymEnv
+        >>> from omnet_torchrl import EnsembleMLP
+        >>> env = GymEnv("Pendulum-v1")
+        >>> qvalue = make_qvalue(env.observation_spec, env.action_spec, num_subnets=8, sparsity=[0.0, 0.5, 0.5])
+        >>> redq = make_qvalue(env.observation_spec, env.action_spec, network_class=EnsembleMLP, num_subnets=10)
+    """
+    features = _features(observation_spec, observation_key) + check_action_spec(action_spec).shape[-1]
+    network = _paper_network(network_class, features, 1, num_cells, layer_norm, **kwargs)
+    return SubnetQValueOperator(network, in_keys=[observation_key, action_key, subnet_key])
+
+
+def _paper_network(
+    network_class: Callable[..., nn.Module],
+    in_features: int,
+    out_features: int,
+    num_cells: Sequence[int],
+    layer_norm: bool,
+    **kwargs: Any,
+) -> nn.Module:
+    norm = {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": n} for n in num_cells]} if layer_norm else {}
+    defaults = {"activation_class": nn.ReLU, "init_fn": nn.init.xavier_uniform_, **norm}
+    return network_class(in_features=in_features, out_features=out_features, num_cells=num_cells, **{**defaults, **kwargs})
+
+
+def _features(spec: TensorSpec, key: NestedKey) -> int:
+    if isinstance(spec, Composite):
+        if key not in spec.keys(True, True):
+            raise KeyError(f"the observation spec has no {key!r}, only {list(spec.keys(True, True))}; pass observation_key.")
+        spec = spec[key]
+    if not spec.shape or not spec.dtype.is_floating_point:
+        raise ValueError(f"the observation must be a floating point vector, got shape {tuple(spec.shape)} of {spec.dtype}.")
+    return spec.shape[-1]
