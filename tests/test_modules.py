@@ -298,6 +298,17 @@ def test_a_network_that_does_not_say_how_many_it_is_is_refused():
             make(nn.Linear(3, 1))
 
 
+@pytest.mark.parametrize("build", ["actor", "builder"])
+def test_the_bounds_of_the_actions_are_where_the_network_is(build):
+    spec = specs()[1]
+    if build == "builder":
+        actor = make_actor(*specs(), num_cells=(8,), sparsity=0.0, device="meta")
+    else:
+        actor = SubnetActor(MaskedMLP(OBS, 2 * ACT, num_cells=[8], sparsity=0.0, device="meta"), spec)
+    assert {bound.device.type for bound in actor.module[-1].distribution_kwargs.values()} == {"meta"}
+    assert spec.device.type == "cpu"
+
+
 def test_environments_of_a_batch_with_other_bounds_are_refused():
     bounds = torch.tensor([[1.0], [2.0]])
     with pytest.raises(ValueError, match="differs between the environments"):

@@ -822,6 +822,13 @@ def test_a_fresh_draw_is_scored_without_inverting_it(monkeypatch):
     assert make_loss()(make_batch(8)).isfinite().all()
 
 
+def test_the_value_estimator_is_made_on_the_device_of_the_networks():
+    loss = OMNetSACLoss(small_actor().to("meta"), small_qvalue().to("meta"))
+    assert loss.value_estimator.gamma.device.type == "meta"
+    assert loss.make_value_estimator(gamma=0.5).value_estimator.gamma.device.type == "meta"
+    assert loss.make_value_estimator(gamma=0.5, device="cpu").value_estimator.gamma.device.type == "cpu"
+
+
 def test_target_updater_is_asked_for():
     loss = OMNetSACLoss(small_actor(), small_qvalue())
     with pytest.warns(UserWarning, match="No target network updater"):

@@ -52,7 +52,7 @@ def make_actor(
     spec = check_action_spec(action_spec)
     features = _features(observation_spec, observation_key)
     network = _paper_network(network_class, features, 2 * spec.shape[-1], num_cells, layer_norm, **kwargs)
-    return SubnetActor(network, spec.to(kwargs.get("device") or "cpu"), [observation_key, subnet_key], action_key)
+    return SubnetActor(network, spec, [observation_key, subnet_key], action_key)
 
 
 def make_qvalue(

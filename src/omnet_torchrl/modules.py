@@ -113,7 +113,10 @@ class SubnetActor(ProbabilisticActor):
         action_key: NestedKey = "action",
     ):
         in_keys = ["observation", "subnet"] if in_keys is None else list(in_keys)
-        _init_actor(super().__init__, _SquashedGaussian(module), in_keys, check_action_spec(action_spec), action_key)
+        spec, parameter = check_action_spec(action_spec), next(module.parameters(), None)
+        if parameter is not None:  # the bounds, which each call reads, belong where the network is
+            spec = spec.to(parameter.device)
+        _init_actor(super().__init__, _SquashedGaussian(module), in_keys, spec, action_key)
         self.num_subnets, self.subnet_key, self.action_key = _get_num_subnets(module), in_keys[-1], action_key
 
     @dispatch(auto_batch_size=False)

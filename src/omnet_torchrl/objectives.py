@@ -203,8 +203,8 @@ class OMNetSACLoss(SACLoss):
             self.target_qvalue_network_params.data.update_(self.qvalue_network_params.data)
 
     def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> OMNetSACLoss:
-        """As :meth:`~torchrl.objectives.LossModule.make_value_estimator`; returns the loss."""
-        super().make_value_estimator(value_type, **hyperparams)
+        """As :meth:`~torchrl.objectives.LossModule.make_value_estimator`, on the device of the networks; returns the loss."""
+        super().make_value_estimator(value_type, **{"device": self._default_device, **hyperparams})
         return self
 
     def draw(self, tensordict: TensorDictBase, generator: torch.Generator | None = None) -> TensorDict:
