@@ -1,0 +1,12 @@
+"""What runs a job: options, environments, the compiled update, the loop, checkpoints, logging and plots.
+
+Needs the extra ``train``: ``pip install "omnet-torchrl[train]"``.
+"""
+
+from omnet_torchrl.training.environments import make_env
+from omnet_torchrl.training.evaluation import evaluate
+from omnet_torchrl.training.run import Run, describe, schedule
+from omnet_torchrl.training.trainer import Trainer
+from omnet_torchrl.training.update import SACUpdate
+
+__all__ = ["Run", "SACUpdate", "Trainer", "describe", "evaluate", "make_env", "schedule"]

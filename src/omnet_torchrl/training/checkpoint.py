@@ -1,0 +1,167 @@
+"""Checkpoints that are complete or none.
+
+A checkpoint is a state file, the segments of the replay buffer, and a manifest with the hash of each, written last. Every file is
+written under another name, flushed to the disk and renamed, so that whatever kills the process leaves the checkpoints before
+as they were. The replay buffer only grows: a save writes what is new since the one before. Files hold tensors, numbers and
+strings; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torchrl.data import ReplayBuffer
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """No checkpoint can be loaded."""
+
+
+class Checkpointer:
+    """The checkpoints of one run, in a folder of their own.
+
+    Args:
+        path (Path): the folder; made at the first save.
+        keep (int): checkpoints kept, at least 2: one that turns out damaged falls back to the one before.
+    """
+
+    def __init__(self, path: str | Path, keep: int = 2):
+        self.path, self.keep = Path(path), keep
+
+    def save(self, frames: int, state: dict[str, Any], buffer: ReplayBuffer | None = None) -> None:
+        """Write a checkpoint.
+
+        Args:
+            frames (int): names and orders the checkpoints.
+            state (dict): nested dicts and lists of tensors, numbers and strings.
+            buffer (ReplayBuffer or None): with a writer that goes round (TorchRL's default).
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        manifest: dict[str, Any] = {"format": FORMAT, "frames": frames, "replay": []}
+        if buffer is not None:
+            manifest["replay"] = self._save_replay(buffer)
+        manifest["state"] = self._write(f"state_{frames:09d}", state)
+        _replace(self._manifest(frames), json.dumps(manifest, indent=1).encode())
+        self._clean()
+
+    def load(self) -> tuple[dict[str, Any], list[Path]] | None:
+        """The newest checkpoint that is whole: its state, and the files of its replay buffer for :meth:`load_replay`.
+
+        ``None`` where there is none. Every file has been checked against its hash.
+
+        Raises:
+            CheckpointError: there are checkpoints and none is whole.
+        """
+        manifests = sorted(self.path.glob("checkpoint_*.json"), reverse=True)
+        faults = []
+        for path in manifests:
+            try:
+                manifest = self._checked(path)
+                state = torch.load(self.path / manifest["state"]["file"], weights_only=True, map_location="cpu")
+            except Exception as error:  # whatever a damaged file leads to
+                faults.append(f"{path.name}: {error}")
+                continue
+            for fault in faults:
+                warnings.warn(f"a damaged checkpoint is passed over for the one before: {fault}", stacklevel=2)
+            return state, [self.path / segment["file"] for segment in manifest["replay"]]
+        if faults:
+            raise CheckpointError(f"no checkpoint in {self.path} is whole: " + "; ".join(faults))
+        return None
+
+    def _checked(self, path: Path) -> dict[str, Any]:
+        manifest = json.loads(path.read_bytes())
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"expected checkpoint format {FORMAT}, got {manifest['format']}.")
+        for entry in (manifest["state"], *manifest["replay"]):
+            if _sha256((self.path / entry["file"]).read_bytes()) != entry["sha256"]:
+                raise CheckpointError(f"{entry['file']} is not what was written.")
+        return manifest
+
+    def _save_replay(self, buffer: ReplayBuffer) -> list[dict[str, Any]]:
+        written, capacity = buffer.write_count, buffer.storage.max_size
+        oldest = max(0, written - capacity)
+        segments = [segment for segment in self._last_segments() if oldest < segment["stop"] <= written]
+        start = segments[-1]["stop"] if segments else oldest
+        if start < written:
+            index = torch.arange(start, written) % capacity
+            data = buffer.storage.get(index).flatten_keys(".").to("cpu").to_dict()
+            entry = self._write(f"replay_{start:09d}_{written:09d}", {"start": start, "data": data})
+            segments.append({**entry, "start": start, "stop": written})
+        return segments
+
+    def _last_segments(self) -> list[dict[str, Any]]:
+        manifests = sorted(self.path.glob("checkpoint_*.json"))
+        return json.loads(manifests[-1].read_bytes())["replay"] if manifests else []
+
+    def _write(self, name: str, state: dict[str, Any]) -> dict[str, Any]:
+        memory = io.BytesIO()
+        torch.save(state, memory)
+        content = memory.getvalue()
+        digest = _sha256(content)
+        # Named after its content too: a file that an earlier manifest names is never written over.
+        file = f"{name}_{digest[:8]}.pt"
+        _replace(self.path / file, content)
+        return {"file": file, "sha256": digest}
+
+    def _manifest(self, frames: int) -> Path:
+        return self.path / f"checkpoint_{frames:09d}.json"
+
+    def discard_after(self, frames: int) -> None:
+        """Forget the checkpoints beyond ``frames``: a run that goes on from an earlier one writes its own."""
+        for path in self.path.glob("checkpoint_*.json"):
+            if int(re.findall(r"\d+", path.stem)[0]) > frames:
+                path.unlink()
+
+    def _clean(self) -> None:
+        manifests = sorted(self.path.glob("checkpoint_*.json"))
+        for path in manifests[: -self.keep]:
+            path.unlink()
+        used = set()
+        for path in manifests[-self.keep :]:
+            manifest = json.loads(path.read_bytes())
+            used |= {path.name, manifest["state"]["file"], *(segment["file"] for segment in manifest["replay"])}
+        for path in self.path.iterdir():
+            if path.name not in used:
+                path.unlink()
+
+
+def load_replay(buffer: ReplayBuffer, files: list[Path], writer: dict[str, Any]) -> None:
+    """Fill an empty buffer from the files of a checkpoint, each transition where it stood."""
+    capacity = buffer.storage.max_size
+    for path in files:
+        segment = torch.load(path, weights_only=True)
+        data = TensorDict(segment["data"]).auto_batch_size_(1).unflatten_keys(".")
+        index = torch.arange(segment["start"], segment["start"] + len(data))
+        last = slice(max(0, len(data) - capacity), None)
+        buffer.storage.set(index[last] % capacity, data[last])
+    buffer.writer.load_state_dict(writer)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,362 @@
+"""What a run can be told: every option with its default, unit and meaning, and the check of all of them before a run starts.
+
+The dataclasses are structured configs of OmegaConf and Hydra, and the one place of every default: the paper's (section 4.1 of
+https://arxiv.org/abs/2310.14009). A wrong value, or two that contradict each other, is a ``ValueError`` that says what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
+from hydra.core.utils import setup_globals
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+# Target entropies that REDQ published for the paper's tasks, in nats.
+TARGET_ENTROPY = {"Hopper-v4": -1.0, "Walker2d-v4": -3.0, "Ant-v4": -4.0, "Humanoid-v4": -2.0}
+
+# What a resumed run may change: how long it lasts (total_frames may only grow), how it is watched and kept, and where it is
+# computed. Everything else decides which numbers it trains on, and a run of two halves would be neither of the two.
+MAY_CHANGE = (
+    *("total_frames", "eval", "checkpoint", "logger", "wandb", "log_interval", "progress"),
+    *("device", "compile", "num_threads", "stop_when_diverged", "folder", "resume"),
+)
+
+
+@dataclass
+class NetworkConfig:
+    """The networks of critic and actor."""
+
+    num_subnets: int = 5  # N, subnetworks of the critic and of the actor
+    sparsity: Any = 0.5  # S, fraction of the weights masked out, in [0, 1): a number, or a list of one per linear layer
+    num_cells: list[int] = field(default_factory=lambda: [256, 256])  # hidden units of each layer
+    actor_layer_norm: bool = True  # Linear, LayerNorm, ReLU instead of Linear, ReLU, in the actor
+    critic_layer_norm: bool = True  # the same in the critic
+    mask_bias: bool = False  # mask the biases as well
+    dense_input: bool = False  # leave the input layer unmasked
+    dense_output: bool = False  # leave the output layer unmasked
+
+
+@dataclass
+class LossConfig:
+    """Equations 4 and 5."""
+
+    num_trained_subnets: int = 1  # K, critic subnetworks that an update trains
+    num_target_subnets: int = 2  # M, target subnetworks of which the minimum is taken
+    replacement: bool = False  # draw subnetworks with replacement
+    gamma: float = 0.99  # discount per frame
+    target_entropy: float | None = None  # nats; None: REDQ's value for the paper's four tasks, -dim(action) elsewhere
+    alpha_init: float = 1.0  # temperature at the start
+
+
+@dataclass
+class OptimConfig:
+    """Adam, and the target network's step."""
+
+    lr: float = 3e-4  # learning rate of critic, actor and temperature
+    batch_size: int = 256  # transitions per update
+    tau: float = 0.005  # step of the target critic towards the critic, after each critic update
+
+
+@dataclass
+class EvalConfig:
+    """Deterministic episodes in an environment of their own, which cycle through the subnetworks."""
+
+    interval: int = 5_000  # frames between evaluations
+    episodes: int = 10  # episodes per evaluation
+
+
+@dataclass
+class CheckpointConfig:
+    """What a run can be resumed from."""
+
+    interval: int = 10_000  # frames between checkpoints; 0: only at the end and when the run is stopped
+    keep: int = 2  # latest checkpoints that are kept
+
+
+@dataclass
+class WandbConfig:
+    """Read with ``logger=wandb`` only."""
+
+    project: str = "omnet_torchrl"  # project that the run appears in
+    mode: str = "offline"  # offline (files in the run's folder), online or disabled
+    entity: str | None = None  # user or team; None: the account's own
+    group: str | None = None  # runs shown together; None: none
+
+
+@dataclass
+class TrainConfig:
+    """One run."""
+
+    env: str = "Hopper-v4"  # a gymnasium id with a flat Box observation and a bounded Box action
+    num_envs: int = 1  # environments stepped together; a step of all is num_envs frames
+    seed: int = 0  # of everything random in the run
+    device: str = "auto"  # cpu, cuda or cuda:1; auto: cuda where there is one
+    compile: bool = True  # torch.compile the update
+    num_threads: int | None = None  # CPU threads of torch; None: torch's own choice
+    total_frames: int = 300_000  # environment steps, the random ones included
+    init_random_frames: int = 5_000  # uniformly random actions at the start; no update before their end
+    utd_ratio: float = 20  # critic updates per frame; a fraction is one update every so many frames
+    policy_update_delay: int = 20  # critic updates per actor and temperature update
+    buffer_size: int = 1_000_000  # transitions that are kept for replay
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    logger: str = "csv"  # csv, tensorboard or wandb; metrics.csv is written in any case
+    log_interval: int = 100  # frames between rows of training metrics
+    progress: bool = True  # show a progress bar
+    stop_when_diverged: bool = True  # end the run when a loss is no longer finite
+    folder: str = "runs/${env}/seed${seed}/${now:%Y-%m-%d_%H-%M-%S}"  # of the run's files
+    resume: str | None = None  # folder of the run to go on with; None: a new run
+
+
+# The ends as in mathematics; no range of floats holds nan or infinity. None is always inside.
+_RANGES = {
+    "[1, inf)": "num_envs num_threads total_frames init_random_frames policy_update_delay buffer_size log_interval "
+    "network.num_subnets optim.batch_size eval.interval eval.episodes",
+    "[0, inf)": "checkpoint.interval",
+    "[2, inf)": "checkpoint.keep",
+    f"[0, {2**31})": "seed",
+    "(0, inf)": "utd_ratio loss.alpha_init optim.lr",
+    "[0, 1]": "loss.gamma",
+    "(0, 1]": "optim.tau",
+    "(-inf, inf)": "loss.target_entropy",
+}
+# Hydra's flags that are followed by a value.
+_FLAGS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p", "--info", "-i")
+_CHOICES = {"logger": ("csv", "tensorboard", "wandb"), "wandb.mode": ("offline", "online", "disabled")}
+
+
+def to_config(config: DictConfig | Mapping[str, Any] | TrainConfig) -> TrainConfig:
+    """A checked config, its interpolations resolved, from what Hydra composed or a nested mapping; see :func:`validate`."""
+    validate(result := _typed(config))
+    return result
+
+
+def validate(config: TrainConfig) -> None:
+    """Raise a ``ValueError`` if a value is of another type or out of its range, or if two values contradict each other."""
+    typed = _typed(config)
+    values = _leaves(typed)
+    for interval, names in _RANGES.items():
+        for name in names.split():
+            if values[name] is not None and not _inside(values[name], interval):
+                raise ValueError(f"{name} must be in {interval}, got {values[name]}.")
+    for name, choices in _CHOICES.items():
+        if values[name] not in choices:
+            closest = _closest(values[name], choices)
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {values[name]!r}; did you mean {closest}?")
+    _check_network(typed.network)
+    _check_loss(typed)
+    _check_frames(typed)
+    resolve_device(typed.device)
+    for name, value in _leaves(config).items():
+        if value == "":
+            raise ValueError(f"{name} must not be empty.")
+        if value != values.get(name):
+            raise ValueError(f"{name} must be of its type and resolved, got {value!r}: use what to_config returns.")
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called ``auto`` (cuda where there is one), ``cpu``, ``cuda`` or ``cuda:<index>``, if this machine has it."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<index>, got {name!r}.")
+    count = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
+    device = torch.device(name if name != "auto" else "cuda" if count else "cpu")
+    if device.type == "cuda" and not count:
+        raise ValueError(f"device={name}, but torch {torch.__version__} finds no CUDA device: use device=cpu or device=auto.")
+    if (device.index or 0) >= max(count, 1):
+        raise ValueError(f"device must be one of the {count} CUDA devices, cuda:0 to cuda:{count - 1}, got {name!r}.")
+    return device
+
+
+def check_env(name: str) -> None:
+    """Make the environment once; raise a ``ValueError`` if it is unknown, lacks a package, or its spaces are not supported."""
+    import gymnasium
+
+    if ":" not in name and name not in gymnasium.registry:
+        closest = _closest(name, gymnasium.registry, n=3)
+        raise ValueError(f"env must be a gymnasium id with its version, got {name!r}; the closest are {closest}.")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's tasks are the -v4 ones
+            env = gymnasium.make(name)
+    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
+        raise ValueError(f"env {name!r} needs a package that can't be imported: {error}") from error
+    except gymnasium.error.Error as error:
+        raise ValueError(f"env {name!r} can't be made: {error}") from error
+    spaces = {"observation": env.observation_space, "action": env.action_space}
+    env.close()
+    for kind, space in spaces.items():
+        box = space if isinstance(space, gymnasium.spaces.Box) else None
+        if box is None or len(box.shape) != 1 or box.dtype.kind != "f" or (kind == "action" and not box.is_bounded()):
+            expected = "a Box of floats with one dimension" + (" and finite bounds" if kind == "action" else "")
+            advice = "choose another env, or register it with a wrapper of gymnasium.wrappers that changes it"
+            raise ValueError(f"the {kind} of env must be {expected}, got {space} from {name!r}: {advice}.")
+
+
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Raise a ``ValueError`` with the closest option if the command line, ``sys.argv[1:]``, sets one that does not exist.
+
+    Hydra would say only that the key is not in its struct. What is added (``+``), deleted (``~``) or Hydra's own is left to it.
+    """
+    parser = OverridesParser.create()
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument.startswith("-") or before in _FLAGS:
+            continue
+        try:
+            override = parser.parse_override(argument)
+        except HydraException as error:
+            raise ValueError(f"options have the form name=value, got {argument!r}: {error}") from error
+        key = override.key_or_group
+        if override.type is OverrideType.CHANGE and re.split("[./]", key)[0] != "hydra" and key not in _OPTIONS:
+            raise ValueError(_unknown(key))
+
+
+def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """What keeps config ``b`` from resuming a run of ``a``: dotted name to both values; see ``MAY_CHANGE``."""
+    first, second = _leaves(a), _leaves(b)
+    fixed = [name for name in first if name.split(".")[0] not in MAY_CHANGE]
+    fixed += ["total_frames"] if b.total_frames < a.total_frames else []
+    return {name: (first[name], second[name]) for name in fixed if first[name] != second[name]}
+
+
+def save_config(config: TrainConfig, path: str | Path) -> None:
+    """Write ``config`` as YAML, with its interpolations resolved."""
+    OmegaConf.save(_typed(config), path)
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """Read what :func:`save_config` wrote. Only names and types are checked: the run may have had another machine's device."""
+    return _typed(OmegaConf.load(path))
+
+
+def target_entropy(config: TrainConfig, action_dim: int) -> float:
+    """The entropy that the temperature aims at, in nats."""
+    given = config.loss.target_entropy
+    return TARGET_ENTROPY.get(config.env, -float(action_dim)) if given is None else given
+
+
+def network_sparsity(network: NetworkConfig) -> float | list[float]:
+    """The argument ``sparsity`` of :class:`~omnet_torchrl.MaskedMLP`, with ``dense_input`` and ``dense_output`` applied."""
+    if not (network.dense_input or network.dense_output):
+        return network.sparsity
+    layers = [float(network.sparsity)] * (len(network.num_cells) + 1)
+    layers[0] *= not network.dense_input
+    layers[-1] *= not network.dense_output
+    return layers
+
+
+def network_options(config: TrainConfig, role: str) -> dict[str, Any]:
+    """The arguments of :func:`~omnet_torchrl.make_actor` (``role="actor"``) and ``make_qvalue`` (``"critic"``)."""
+    network = config.network
+    return {
+        "num_subnets": network.num_subnets,
+        "sparsity": network_sparsity(network),
+        "mask_bias": network.mask_bias,
+        "num_cells": network.num_cells,
+        "layer_norm": getattr(network, f"{role}_layer_norm"),
+    }
+
+
+def register() -> None:
+    """Offer :class:`TrainConfig` to Hydra's ``defaults`` lists, under the name ``train``."""
+    ConfigStore.instance().store(name="train", node=TrainConfig)
+
+
+def _check_network(network: NetworkConfig) -> None:
+    sparsity, layers = network.sparsity, len(network.num_cells) + 1
+    if min(network.num_cells, default=0) < 1:
+        raise ValueError(f"network.num_cells must be one or more numbers of at least 1, got {network.num_cells}.")
+    for number in sparsity if isinstance(sparsity, list) else [sparsity]:
+        if type(number) not in (int, float) or not 0 <= number < 1:
+            raise ValueError(f"network.sparsity must be a number in [0, 1), or a list of them, got {sparsity!r}.")
+    dense = " and ".join(f"network.{name}=true" for name in ("dense_input", "dense_output") if getattr(network, name))
+    if isinstance(sparsity, list) and len(sparsity) != layers:
+        raise ValueError(f"network.sparsity must have one number for each of {layers} linear layers, got {sparsity}.")
+    if isinstance(sparsity, list) and dense:
+        raise ValueError(f"network.sparsity must be one number with {dense}, got {sparsity}: write 0 in the list instead.")
+    if dense and not any(network_sparsity(network)) and sparsity:  # type: ignore[arg-type]
+        raise ValueError(f"network.sparsity must be 0 where {dense} leaves no layer to mask, got {sparsity}.")
+
+
+def _check_loss(config: TrainConfig) -> None:
+    limit = config.network.num_subnets
+    for name in ("num_trained_subnets", "num_target_subnets"):
+        count = getattr(config.loss, name)
+        if not 1 <= count <= limit:
+            advice = f"set loss.{name}={min(max(count, 1), limit)}" + (" or more subnets" if count > limit else "")
+            raise ValueError(f"loss.{name} must be in [1, network.num_subnets={limit}], got {count}: {advice}.")
+
+
+def _check_frames(config: TrainConfig) -> None:
+    total, init, num_envs, batch_size = config.total_frames, config.init_random_frames, config.num_envs, config.optim.batch_size
+    for name, frames in (("total_frames", total), ("init_random_frames", init)):
+        if frames % num_envs:
+            above = math.ceil(frames / num_envs) * num_envs
+            raise ValueError(f"{name} must be a multiple of num_envs={num_envs}, got {frames}: use {name}={above}.")
+    if init >= total:
+        raise ValueError(f"init_random_frames must be below total_frames={total}, or nothing is trained, got {init}: lower it.")
+    if batch_size > init:
+        reason = "the first batch would repeat transitions; lower it, or raise init_random_frames"
+        raise ValueError(f"optim.batch_size must be at most init_random_frames={init}, got {batch_size}: {reason}.")
+    for name, needed in (("optim.batch_size", batch_size), ("num_envs", num_envs)):
+        if needed > config.buffer_size:
+            raise ValueError(f"buffer_size must be at least {name}={needed}, got {config.buffer_size}: raise it.")
+    updates = int(config.utd_ratio * (total - init) + 1e-6)
+    if config.policy_update_delay > updates:
+        limit = f"{updates}, the critic updates of the run (utd_ratio={config.utd_ratio} in each of {total - init} frames)"
+        reason = "the actor would never be trained; lower it"
+        raise ValueError(f"policy_update_delay must be at most {limit}, got {config.policy_update_delay}: {reason}.")
+
+
+def _typed(config: Any) -> TrainConfig:
+    setup_globals()  # Hydra's resolvers, such as the one of ${now:...}
+    given = config if isinstance(config, DictConfig) else OmegaConf.create(config)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), given)
+        OmegaConf.copy_cache(from_config=given, to_config=merged)  # ${now:...} stays the time that Hydra's folder has
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except ConfigKeyError as error:
+        raise ValueError(_unknown(str(error.full_key))) from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key or 'options'}: {str(error.msg).splitlines()[0]}") from error
+
+
+def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        leaves |= _leaves(value, f"{prefix}{name}.") if is_dataclass(value) else {prefix + name: value}
+    return leaves
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = map(float, interval[1:-1].split(","))
+    return low <= value <= high and (interval[0] == "[" or value > low) and (interval[-1] == "]" or value < high)
+
+
+def _closest(name: str, names: Iterable[str], n: int = 1) -> str:
+    return ", ".join(difflib.get_close_matches(name, list(names), n=n, cutoff=0))
+
+
+def _unknown(key: str) -> str:
+    same = [name for name in _OPTIONS if name.split(".")[-1] == key.split(".")[-1]] or [_closest(key, _OPTIONS)]
+    return f"unknown option {key!r}; did you mean {' or '.join(map(repr, same))}?"
+
+
+# Every name that an option can have, those of groups included.
+_OPTIONS = {**vars(TrainConfig()), **_leaves(TrainConfig())}

@@ -1,0 +1,117 @@
+"""Environments of a run: gymnasium's, as TorchRL's, whose episodes can be brought back in their middle.
+
+No simulator state is saved. The current episode is played again, from the state of the random numbers at its reset and its
+actions, and compared with what was observed: exact wherever an environment is a function of these.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from torchrl.envs import (
+    Compose,
+    DoubleToFloat,
+    EnvBase,
+    GymWrapper,
+    InitTracker,
+    RewardSum,
+    StepCounter,
+    Transform,
+    TransformedEnv,
+)
+
+
+class ReplayError(RuntimeError):
+    """An episode, played again, came out differently."""
+
+
+class EpisodeRecorder(gymnasium.Wrapper):
+    """Remembers how the current episode came about, so that it can be played again."""
+
+    def __init__(self, env: gymnasium.Env):
+        super().__init__(env)
+        self._start: dict[str, Any] = {}
+        self._actions: list[np.ndarray] = []
+        self._observation: np.ndarray | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        """As the environment's; the state of its random numbers is kept."""
+        rng = None if seed is not None else json.dumps(self.unwrapped.np_random.bit_generator.state)
+        self._start, self._actions = {"seed": seed, "rng": rng}, []
+        self._observation, info = self.env.reset(seed=seed, options=options)
+        return self._observation, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
+        """As the environment's; the action is kept."""
+        self._actions.append(np.array(action))
+        self._observation, *rest = self.env.step(action)
+        return self._observation, *rest  # type: ignore[return-value]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Start, actions and last observation of the current episode: strings, numbers and tensors."""
+        return {
+            **self._start,
+            "actions": torch.from_numpy(np.array(self._actions)),
+            "observation": torch.from_numpy(np.array(self._observation)),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Play the episode of ``state`` again.
+
+        Raises:
+            ReplayError: the observation it leads to is not the one that was seen, bit for bit.
+        """
+        if state["rng"] is not None:
+            self.unwrapped.np_random.bit_generator.state = json.loads(state["rng"])
+        self.reset(seed=state["seed"])
+        self._start = {"seed": state["seed"], "rng": state["rng"]}
+        for action in state["actions"].numpy():
+            self.step(action)
+        expected = state["observation"].numpy()
+        if not np.array_equal(self._observation, expected):
+            raise ReplayError(
+                f"the episode in progress, played again for {len(self._actions)} steps, came to another observation: expected "
+                f"{expected}, got {self._observation}."
+            )
+
+
+def make_env(name: str, *transforms: Transform, num_envs: int | None = None, seed: int | None = None) -> EnvBase:
+    """A gymnasium environment for training or evaluation, its episodes summed and counted.
+
+    Args:
+        name (str): gymnasium id.
+        *transforms (Transform): appended, e.g. a :class:`~omnet_torchrl.SubnetPrimer`.
+
+    Keyword Args:
+        num_envs (int or None): this many, stepped one after the other in this process, as one environment of batch size
+            ``(num_envs,)``. ``None`` (default): a single one, without batch size.
+        seed (int or None): of the environment's random numbers.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's tasks are the -v4 ones
+
+        def make() -> gymnasium.Env:
+            return EpisodeRecorder(gymnasium.make(name))
+
+        if num_envs is None:
+            base: Any = make()
+        else:
+            # The only mode of gymnasium's vector environments in which TorchRL sees each environment's own last observation.
+            mode = gymnasium.vector.AutoresetMode.DISABLED
+            base = gymnasium.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
+    env = TransformedEnv(GymWrapper(base), Compose(DoubleToFloat(), InitTracker(), RewardSum(), StepCounter(), *transforms))
+    if seed is not None:
+        env.set_seed(seed)
+    return env
+
+
+def recorders(env: EnvBase) -> list[EpisodeRecorder]:
+    """The recorders of an environment of :func:`make_env`, one per environment in the batch."""
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    return list(env._env.envs) if isinstance(env._env, gymnasium.vector.SyncVectorEnv) else [env._env]

@@ -1,0 +1,47 @@
+"""How good the policy is by now: deterministic episodes, one for each environment of a batch."""
+
+from __future__ import annotations
+
+import torch
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from omnet_torchrl.modules import SubnetActor
+
+
+@torch.no_grad()
+def evaluate(actor: SubnetActor, env: EnvBase, *, seed: int | None = None) -> dict[str, float]:
+    """Undiscounted returns of deterministic episodes, one per environment; they cycle through the subnetworks.
+
+    Args:
+        actor (SubnetActor): its subnetwork ``e % N`` plays the episode of environment ``e``.
+        env (EnvBase): of batch size ``(episodes,)``, see :func:`~omnet_torchrl.training.environments.make_env`.
+
+    Keyword Args:
+        seed (int or None): of the environment; the start states are the same for the same seed.
+
+    Returns:
+        dict: ``eval/return`` and ``eval/length``, means over the episodes; ``eval/return_subnet_k`` for each subnetwork that
+        played.
+    """
+    if seed is not None:
+        env.set_seed(seed)
+    device = next(actor.parameters()).device
+    episodes = env.batch_size.numel()
+    subnet = torch.arange(episodes) % actor.num_subnets
+    total, length, playing = torch.zeros(episodes), torch.zeros(episodes), torch.ones(episodes, dtype=torch.bool)
+    state = env.reset()
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        while playing.any():
+            inputs = state.select(*actor.in_keys, strict=False).set(actor.subnet_key, subnet).to(device)
+            state.set(actor.action_key, actor(inputs).get(actor.action_key).to(env.device))
+            # Who is done begins another episode, which does not count.
+            state, following = env.step_and_maybe_reset(state)
+            step, state = state.get("next"), following
+            total += step.get("reward").view(-1).cpu() * playing
+            length += playing
+            playing &= ~step.get("done").view(-1).cpu()
+    metrics = {"eval/return": total.mean().item(), "eval/length": length.mean().item()}
+    for k in range(min(episodes, actor.num_subnets)):
+        metrics[f"eval/return_subnet_{k}"] = total[subnet == k].mean().item()
+    return metrics

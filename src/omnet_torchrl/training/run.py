@@ -1,0 +1,221 @@
+"""One run from its options to its summary: the folder, what a person sees, and what is kept."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from omnet_torchrl.metrics import sac_flops
+from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator
+from omnet_torchrl.training.checkpoint import Checkpointer, CheckpointError
+from omnet_torchrl.training.config import (
+    TrainConfig,
+    check_env,
+    differences,
+    load_config,
+    resolve_device,
+    save_config,
+    to_config,
+    validate,
+)
+from omnet_torchrl.training.logging import BackgroundLogger, CSVLogger, check_logger, make_logger
+from omnet_torchrl.training.plots import learning_curve
+from omnet_torchrl.training.run_folder import RunFolder
+from omnet_torchrl.training.terminal import Terminal, duration, shares
+from omnet_torchrl.training.trainer import Trainer
+
+
+class Run:
+    """A run: new, or going on in the folder that ``resume`` names. Options are checked before anything is made.
+
+    Args:
+        config (DictConfig, Mapping or TrainConfig): the options.
+        overrides (sequence of str): ``name=value``, those of them that the user gave: what a resumed run changes.
+
+    Raises:
+        ValueError: a wrong option, environment or folder to resume.
+    """
+
+    def __init__(self, config: DictConfig | Mapping[str, Any] | TrainConfig, overrides: Sequence[str] = ()):
+        self.config = to_config(config)
+        self.resumed = self.config.resume is not None
+        if self.config.resume is not None:
+            self.folder = RunFolder.open(self.config.resume)
+            self.config = _resumed(self.folder, overrides)
+        check_logger(self.config.logger)
+        check_env(self.config.env)
+        self.device = resolve_device(self.config.device)
+        if not self.resumed:
+            self.folder = RunFolder.create(self.config.folder)
+        save_config(self.config, self.folder.config_path)
+        if self.config.num_threads is not None:
+            torch.set_num_threads(self.config.num_threads)
+        logging.getLogger("torchrl").setLevel(logging.WARNING)
+        self.checkpointer = Checkpointer(self.folder.checkpoint_path, self.config.checkpoint.keep)
+        self.terminal = Terminal(self.config.total_frames, enabled=self.config.progress)
+        self._csv: CSVLogger | None = None
+        self._logger = BackgroundLogger()
+
+    @classmethod
+    def start(cls, config: DictConfig | Mapping[str, Any] | TrainConfig, overrides: Sequence[str] = ()) -> Run:
+        """As the constructor, for a script: a wrong option ends it with a line instead of a traceback."""
+        try:
+            return cls(config, overrides)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+
+    def train(self, trainer: Trainer, description: Mapping[str, object]) -> str:
+        """Run ``trainer`` and say so; the status: ``finished``, ``interrupted`` or ``diverged``."""
+        self.terminal.header({**description, "results": _relative(self.folder.path)}, f"{self.config.env}, seed {self.config.seed}")
+        warn, warnings.showwarning = warnings.showwarning, self._show_warning
+        status = "failed"
+        try:
+            if self.resumed:
+                found = trainer.resume()
+                self.say(f"goes on from frame {trainer.frames:,}" if found else "no checkpoint yet: starts from the beginning")
+            if not trainer.frames:
+                self.restore(None)
+            self.folder.begin_session(trainer.frames, seed=self.config.seed, device=_device_name(self.device))
+            self._logger = make_logger(
+                self.config.logger, self.folder, asdict(self.config), frames=trainer.frames, warn=self.say, **asdict(self.config.wandb)
+            )
+            if trainer.update.compiled:
+                self.say("compiling the update; this takes up to a minute ...")
+            trainer.prepare()
+            status = trainer.run()
+        except KeyboardInterrupt:
+            status = "interrupted"
+        except CheckpointError as error:
+            sys.exit(f"error: {error}")
+        finally:
+            warnings.showwarning = warn
+            self._close(status, trainer)
+        return status
+
+    def log(self, frames: int, seconds: float, metrics: Mapping[str, float]) -> None:
+        """Write metrics to ``metrics.csv`` and the logger."""
+        assert self._csv is not None
+        self._csv.log(frames, seconds, metrics)
+        self._logger.log(frames, seconds, metrics)
+        if "eval/return" in metrics:
+            self.terminal.evaluation(frames, metrics, seconds)
+            self._draw()
+
+    def progress(self, frames: int, updates: int, metrics: Mapping[str, float]) -> None:
+        """Move the progress bar."""
+        self.terminal.update(frames, updates, metrics.get("train/episode_return"), metrics.get("eval/return"))
+
+    def say(self, text: str) -> None:
+        """A line on the terminal."""
+        self.terminal.line(text)
+
+    def position(self) -> int:
+        """Bytes of ``metrics.csv``, on the disk."""
+        assert self._csv is not None
+        self._csv.sync()
+        return self._csv.position
+
+    def restore(self, position: int | None) -> None:
+        """Go on with ``metrics.csv`` from ``position``; ``None``: anew."""
+        if position is None:
+            self.folder.metrics_path.unlink(missing_ok=True)
+        self._csv = CSVLogger(self.folder.metrics_path, position)
+
+    def _show_warning(self, message: Warning | str, *_: Any) -> None:
+        self.terminal.line(f"warning: {message}")
+
+    def _draw(self) -> None:
+        assert self._csv is not None
+        self._csv.flush()
+        try:
+            learning_curve(self.folder.path)
+        except Exception as error:  # a picture never ends a run
+            self.say(f"warning: {self.folder.curve_path.name} could not be drawn: {error}")
+
+    def _close(self, status: str, trainer: Trainer) -> None:
+        if self._csv is not None:
+            self._csv.close()
+        self._logger.close()
+        self.folder.write_info(status=status, frames=trainer.frames, updates=trainer.updates)
+        elapsed = trainer.elapsed
+        rows: dict[str, object] = {
+            "status": status,
+            "frames": f"{trainer.frames:,}",
+            "updates": f"{trainer.updates:,}",
+            "time": duration(elapsed),
+            "where it went": shares(trainer.times),
+        }
+        if elapsed and trainer.frames:
+            rows["rate"] = f"{trainer.frames / elapsed:.1f} frames/s, {trainer.updates / elapsed:.0f} updates/s"
+        if "eval/return" in trainer.last:
+            rows["evaluation return"] = f"{trainer.last['eval/return']:.1f}"
+        self.terminal.summary({**rows, "results": _relative(self.folder.path)}, "")
+        if status in ("interrupted", "failed"):
+            script = shlex.join(["python", _relative(Path(sys.argv[0]).resolve())])
+            self.say(f"to go on: {script} resume={shlex.quote(_relative(self.folder.path))}")
+        self.terminal.close()
+
+
+def schedule(config: TrainConfig) -> dict[str, Any]:
+    """The keyword arguments of :class:`~omnet_torchrl.training.trainer.Trainer`."""
+    names = ("total_frames", "init_random_frames", "utd_ratio", "policy_update_delay", "seed", "log_interval")
+    return {
+        **{name: getattr(config, name) for name in (*names, "stop_when_diverged")},
+        "batch_size": config.optim.batch_size,
+        "eval_interval": config.eval.interval,
+        "checkpoint_interval": config.checkpoint.interval,
+    }
+
+
+def describe(config: TrainConfig, actor: SubnetActor, qvalue: SubnetQValueOperator) -> dict[str, str]:
+    """What is about to run, for a person."""
+    network, sizes = config.network, {}
+    for name, module in (("actor", actor), ("critic", qvalue)):
+        weights = [parameter for parameter in module.parameters()]
+        shape = [weights[0].shape[1], *network.num_cells, weights[-1].shape[-1]]
+        total = sum(weight.numel() for weight in weights)
+        sizes[name] = f"{' - '.join(map(str, shape))}, {total:,} parameters"
+    action_dim = actor.spec[actor.action_key].shape[-1]
+    observation_dim = next(actor.parameters()).shape[1]
+    common = {"policy_update_delay": config.policy_update_delay, "batch_size": config.optim.batch_size}
+    dims = (observation_dim, action_dim, network.num_cells)
+    loss = {"num_online": config.loss.num_trained_subnets, "num_target": config.loss.num_target_subnets}
+    flops = sac_flops(*dims, **loss, num_value=network.num_subnets, **common)
+    redq = sac_flops(*dims, num_online=10, num_target=2, num_value=10, **common)
+    return {
+        **sizes,
+        "subnets": f"{network.num_subnets} in each, sparsity {network.sparsity}",
+        "frames": f"{config.total_frames:,}, of them {config.init_random_frames:,} random; {config.num_envs} environment(s)",
+        "updates": f"{config.utd_ratio:g} per frame, actor every {config.policy_update_delay}, batch {config.optim.batch_size}",
+        "training FLOPs": f"{flops / 1e6:.1f} M per update, {flops / redq:.0%} of REDQ's with 10 critics (dense count)",
+    }
+
+
+def _resumed(folder: RunFolder, overrides: Sequence[str]) -> TrainConfig:
+    """The config of a run in ``folder``, with what the user changes for its next part."""
+    stored = load_config(folder.config_path)
+    changed = to_config(OmegaConf.merge(OmegaConf.structured(stored), OmegaConf.from_dotlist(list(overrides))))
+    found = differences(stored, changed)
+    if found:
+        listed = "; ".join(f"{name} is {before}, got {after}" for name, (before, after) in found.items())
+        raise ValueError(f"resume={folder.path} goes on with the run's own options, and these differ: {listed}.")
+    changed.folder, changed.resume = str(folder.path), None
+    validate(changed)
+    return changed
+
+
+def _relative(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

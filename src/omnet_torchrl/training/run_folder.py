@@ -1,0 +1,150 @@
+"""The folder of a run: what ran, with which code, how it ended, and where its files are."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("omnet-torchrl", "torch", "tensordict", "torchrl", "gymnasium", "mujoco", "numpy")
+
+
+def now() -> str:
+    """The wall-clock time in ISO format, with the time zone."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str | None]:
+    """The versions that a run's numbers depend on; ``None`` where a package is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this package, with ``-dirty`` if its files differ or are new; ``None`` where it is in no git checkout."""
+    package = Path(__file__).parents[1]
+
+    def git(*command: str) -> str:
+        # Without optional locks, asking doesn't disturb a git command of the user's that runs now.
+        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        arguments = {"cwd": package, "capture_output": True, "text": True, "check": True, "timeout": 2, "env": environment}
+        return str(subprocess.run(["git", *command], **arguments).stdout).strip()  # type: ignore[call-overload]
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # not a checkout that merely has the installed package in a folder
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _code() -> dict[str, Any]:
+    return {"command": sys.argv, "versions": versions(), "git_commit": git_commit()}
+
+
+class RunFolder:
+    """The folder of a run: ``run.json, config.yaml, metrics.csv, checkpoints/, learning_curve.png``.
+
+    ``run.json`` says what ran and how it ended: ``status`` (running, finished, interrupted, diverged, failed), ``started``,
+    ``ended``, ``command``, ``versions``, ``git_commit``, ``sessions`` (each start: when, from how many frames and, when the run
+    was resumed, with which code) and what :meth:`write_info` adds. Made by :meth:`create` or :meth:`open`.
+
+    Args:
+        path (str or Path): the folder.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: str | Path) -> RunFolder:
+        """Make the folder of a new run: ``path`` or, if it exists already, the first free one of ``path-1, path-2, ...``."""
+        path = Path(path).expanduser().resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count():
+            # Two runs of a sweep may ask in the same second: whoever makes the folder has it.
+            folder = cls(path.with_name(f"{path.name}-{number}") if number else path)
+            with suppress(FileExistsError):
+                folder.path.mkdir()
+                break
+        folder.checkpoint_path.mkdir()
+        folder._write({"status": "running", "started": now(), "ended": None, **_code(), "sessions": []})
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """The folder of a run that was started before.
+
+        Raises:
+            ValueError: there is no ``run.json``, or it can't be read; names runs beneath the folder.
+        """
+        folder = cls(Path(path).expanduser().resolve())
+        try:
+            folder.info  # noqa: B018
+        except FileNotFoundError:
+            found = [str(run.parent) for run in itertools.islice(folder.path.rglob("run.json"), 3)]
+            hint = f"; there are runs beneath it, e.g. {', '.join(found)}" if found else ""
+            missing = "expected run.json in it, which is missing" if folder.path.exists() else "it does not exist"
+            raise ValueError(f"{folder.path} is no run folder: {missing}{hint}.") from None
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{folder.path} is no run folder: its run.json can't be read ({error}).") from error
+        return folder
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        """Every logged value, see :class:`CSVLogger`."""
+        return self.path / "metrics.csv"
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def curve_path(self) -> Path:
+        """The picture of the learning curve."""
+        return self.path / "learning_curve.png"
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The content of ``run.json``."""
+        return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+
+    def write_info(self, **fields: Any) -> None:
+        """Set fields of ``run.json``, which is replaced at once: a reader sees the old or the new, whole."""
+        self._write({**self.info, **fields})
+
+    def begin_session(self, frames: int = 0, **fields: Any) -> None:
+        """Note that the run starts, or goes on from ``frames``, in this process; sets ``fields`` as well."""
+        sessions = self.info["sessions"]
+        session = {"started": now(), "frames": frames, **(_code() if sessions else {})}
+        self.write_info(status="running", ended=None, **fields, sessions=[*sessions, session])
+
+    def _write(self, info: Mapping[str, Any]) -> None:
+        temporary = self.path / f".run.json.{os.getpid()}"
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(info, file, indent=2, default=str)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path / "run.json")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"

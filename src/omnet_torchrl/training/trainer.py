@@ -1,0 +1,346 @@
+"""The loop: collect, store, update, log, evaluate, save; until the end, or until it is told to stop.
+
+What happens at a frame depends on the frame's number and the seeds alone, so that a run that was stopped and goes on equals one
+that was not. Each purpose has random numbers of its own: environments, the index of an episode, exploration, replay, the
+draws of an update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.collectors import Collector
+from torchrl.data import TensorDictReplayBuffer
+
+from omnet_torchrl.training.checkpoint import Checkpointer, load_replay
+from omnet_torchrl.training.environments import ReplayError, recorders
+from omnet_torchrl.training.update import SACUpdate
+
+
+class Divergence(RuntimeError):
+    """Something is not finite any more."""
+
+
+class Reporter(Protocol):
+    """Who is told what happens."""
+
+    def log(self, frames: int, seconds: float, metrics: Mapping[str, float]) -> None:
+        """Metrics to be kept."""
+
+    def progress(self, frames: int, updates: int, metrics: Mapping[str, float]) -> None:
+        """After each frame."""
+
+    def say(self, text: str) -> None:
+        """A line for a person."""
+
+    def position(self) -> int:
+        """Where the log stands, on the disk."""
+
+    def restore(self, position: int) -> None:
+        """Go on with the log from there."""
+
+
+class Trainer:
+    """Runs a training job over components that it is given.
+
+    Args:
+        collector (Collector): whose environment is of :func:`~omnet_torchrl.training.environments.make_env`, which gives one
+            step of each environment at a time (``frames_per_batch`` equal to the number of environments).
+        buffer (TensorDictReplayBuffer): with a generator of its own.
+        update (SACUpdate): the update.
+        evaluate (callable): takes the number of frames, returns metrics.
+        checkpointer (Checkpointer): where the state is kept.
+        reporter (Reporter): who is told.
+
+    Keyword Args:
+        total_frames, init_random_frames, utd_ratio, policy_update_delay, batch_size: the schedule, in frames and updates as in
+            :class:`~omnet_torchrl.training.config.TrainConfig`; so are ``log_interval``, ``eval_interval``,
+            ``checkpoint_interval`` and ``stop_when_diverged``.
+        seed (int): of exploration, replay and draws.
+    """
+
+    def __init__(
+        self,
+        collector: Collector,
+        buffer: TensorDictReplayBuffer,
+        update: SACUpdate,
+        evaluate: Callable[[int], Mapping[str, float]],
+        checkpointer: Checkpointer,
+        reporter: Reporter,
+        *,
+        total_frames: int,
+        init_random_frames: int,
+        utd_ratio: float,
+        policy_update_delay: int,
+        batch_size: int,
+        seed: int,
+        log_interval: int = 100,
+        eval_interval: int = 5_000,
+        checkpoint_interval: int = 10_000,
+        stop_when_diverged: bool = True,
+    ):
+        self.collector, self.buffer, self.update, self.evaluate = collector, buffer, update, evaluate
+        self.checkpointer, self.reporter = checkpointer, reporter
+        self.total_frames, self.init_random_frames = total_frames, init_random_frames
+        self.utd_ratio, self.policy_update_delay, self.batch_size = utd_ratio, policy_update_delay, batch_size
+        self.log_interval, self.eval_interval, self.checkpoint_interval = log_interval, eval_interval, checkpoint_interval
+        self.stop_when_diverged = stop_when_diverged
+        self.frames = self.updates = 0
+        self.elapsed = 0.0  # seconds, those before a resume included
+        self.times = dict.fromkeys(("collect", "sample", "update", "log", "evaluate", "save"), 0.0)  # where they went
+        self.last: dict[str, float] = {}  # the newest value of each metric
+        self._saved, self._stop, self._diverged = -1, 0, False
+        device = update.device
+        self._exploration = _GlobalNumbers(seed, device)
+        self._draws = torch.Generator(device).manual_seed(seed + 1)
+        buffer._rng.manual_seed(seed + 2)
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint, if there is one."""
+        loaded = self.checkpointer.load()
+        if loaded is None:
+            return False
+        state, files = loaded
+        self.update.load_state_dict(state["update"])
+        load_replay(self.buffer, files, state["writer"])
+        self._load_collection(state)
+        self._exploration.load_state_dict(state["random"]["exploration"])
+        self._draws.set_state(state["random"]["draws"])
+        self.buffer._rng.set_state(state["random"]["replay"])
+        self.frames, self.updates, self.last = state["frames"], state["updates"], state["last"]
+        self.elapsed, self.times, self._saved = state["elapsed"], state["times"], self.frames
+        self.checkpointer.discard_after(self.frames)
+        self.reporter.restore(state["log"])
+        return True
+
+    def prepare(self) -> None:
+        """Compile the update, on made-up data."""
+        row = self.collector.env.fake_tensordict().select(*self.update.loss.in_keys).reshape(-1)[:1]
+        self.update.prepare(row.expand(self.batch_size).clone().to(self.update.device))
+
+    def _load_collection(self, state: dict[str, Any]) -> None:
+        carrier = self.collector._carrier
+        stored = TensorDict(state["carrier"], batch_size=carrier.batch_size)
+        fresh = carrier.clone()
+        for i, (recorder, episode) in enumerate(zip(recorders(self.collector.env), state["episodes"], strict=True)):
+            try:
+                recorder.load_state_dict(episode)
+            except ReplayError as error:
+                warnings.warn(f"environment {i}: {error} Its episode starts anew; the run goes on, inexactly.", stacklevel=2)
+                stored[i].update_(_reset_alone(recorder, fresh[i]))
+        self.collector.load_state_dict({"env_state_dict": state["transforms"], "frames": state["frames"], "iter": -1}, strict=False)
+        self.collector._carrier = carrier.update(stored)
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this frame has one or the run has diverged."""
+        if self.frames == self._saved or self._diverged:
+            return
+        collector = self.collector.state_dict()
+        state = {
+            "frames": self.frames,
+            "updates": self.updates,
+            "elapsed": self.elapsed,
+            "times": self.times,
+            "last": self.last,
+            "log": self.reporter.position(),
+            "policy": dict(collector["policy_state_dict"]),
+            "update": self.update.state_dict(),
+            "writer": dict(self.buffer.writer.state_dict()),
+            "transforms": dict(collector["env_state_dict"]),
+            "carrier": self.collector._carrier.cpu().to_dict(),
+            "episodes": [recorder.state_dict() for recorder in recorders(self.collector.env)],
+            "random": {
+                "exploration": self._exploration.state_dict(),
+                "draws": self._draws.get_state(),
+                "replay": self.buffer._rng.get_state(),
+            },
+        }
+        self.checkpointer.save(self.frames, state, self.buffer)
+        self._saved = self.frames
+
+    def run(self) -> str:
+        """Train to the end; the status: ``"finished"``, ``"interrupted"`` or ``"diverged"``."""
+        start = time.perf_counter() - self.elapsed
+        with self._signals():
+            try:
+                collected = iter(self.collector)
+                while self.frames < self.total_frames and not self._stop:
+                    before = self.frames
+                    batch = self._collect(collected)
+                    metrics = self._train(before)
+                    self.elapsed = time.perf_counter() - start
+                    self._report(before, batch, metrics)
+                with self._timed("save"):
+                    self._check_networks()
+                    self.save()
+            except Divergence as error:
+                self.reporter.say(f"diverged: {error}")
+                return "diverged"
+        if self._stop:
+            return "interrupted"
+        return "diverged" if self._diverged else "finished"
+
+    def _collect(self, collected: Iterator[TensorDictBase]) -> TensorDictBase:
+        with self._timed("collect"), self._exploration:
+            try:
+                data = next(collected).reshape(-1)
+            except Exception as error:  # a policy that is not finite may raise before its action is seen
+                if not self.update.is_finite():
+                    raise Divergence(f"the networks are not finite at frame {self.frames} ({error}).") from error
+                raise
+            _check_finite(data, self.frames)
+            self.buffer.extend(data.select(*self.update.loss.in_keys))
+            self.frames += data.numel()
+        return data
+
+    def _due(self, frames: int) -> int:
+        """Updates that are due by now."""
+        return math.floor(max(0, frames - self.init_random_frames) * self.utd_ratio)
+
+    def _train(self, before: int) -> dict[str, Tensor]:
+        count = self._due(self.frames) - self._due(before)
+        if not count:
+            return {}
+        with self._timed("sample"):
+            batches = self.buffer.sample(count * self.batch_size).to(self.update.device).reshape(count, self.batch_size)
+            batches = batches.unbind(0)
+            draws = [self.update.loss.draw(batch, generator=self._draws) for batch in batches]
+        metrics: dict[str, Tensor] = {}
+        with self._timed("update"):
+            for batch, draw in zip(batches, draws, strict=True):
+                metrics |= self.update.critic_step(batch, draw)
+                self.updates += 1
+                if self.updates % self.policy_update_delay == 0:
+                    metrics |= self.update.actor_step(batch, draw)
+        self._batch = batches[-1]
+        return metrics
+
+    def _report(self, before: int, data: TensorDictBase, metrics: dict[str, Tensor]) -> None:
+        frames = self.frames
+        with self._timed("log"):
+            self._log_training(before, data, metrics)
+        if _crosses(self.eval_interval, before, frames) or frames >= self.total_frames:
+            with self._timed("evaluate"):
+                self._log(dict(self.evaluate(frames)))
+        if self.checkpoint_interval and _crosses(self.checkpoint_interval, before, frames):
+            with self._timed("save"):
+                self._check_networks()
+                self.save()
+        self.reporter.progress(frames, self.updates, self.last)
+
+    def _log_training(self, before: int, data: TensorDictBase, metrics: dict[str, Tensor]) -> None:
+        for end in data.get("next")[data.get(("next", "done")).view(-1)]:
+            self._log({"train/episode_return": end["episode_reward"].item(), "train/episode_length": end["step_count"].item()})
+        if metrics and _crosses(self.log_interval, before, self.frames):
+            values = {f"train/{name}": value.item() for name, value in metrics.items()}
+            values |= {name: value.item() for name, value in self.update.disagreement(self._batch).items()}
+            rates = {"frames": self.frames / self.elapsed, "updates": self.updates / self.elapsed}
+            self._log({**values, **{f"time/{name}_per_second": rate for name, rate in rates.items()}})
+            self._check_loss(values)
+
+    def _log(self, metrics: Mapping[str, float]) -> None:
+        self.last.update(metrics)
+        self.reporter.log(self.frames, self.elapsed, metrics)
+
+    def _check_loss(self, values: Mapping[str, float]) -> None:
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        if wrong:
+            self._diverge(f"{', '.join(wrong)} not finite at frame {self.frames}, update {self.updates}.")
+
+    def _check_networks(self) -> None:
+        if not self._diverged and not self.update.is_finite():
+            self._diverge(f"the networks are not finite at frame {self.frames}, update {self.updates}.")
+
+    def _diverge(self, what: str) -> None:
+        if self.stop_when_diverged:
+            raise Divergence(what)
+        if not self._diverged:
+            self.reporter.say(f"diverged, and goes on without further checkpoints: {what}")
+        self._diverged = True
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.times[name] += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM ends the loop after the frame; the second one is as ever."""
+
+        def stop(number: int, frame: Any) -> None:
+            self._stop = number
+            signal.signal(number, before[number])
+            self.reporter.say("stopping: the run is saved first")
+
+        before: dict[int, Any] = {}
+        with contextlib.ExitStack() as stack:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                with contextlib.suppress(ValueError):  # not in the main thread: whoever has it decides
+                    before[number] = signal.signal(number, stop)
+                    stack.callback(signal.signal, number, before[number])
+            yield
+
+
+class _GlobalNumbers:
+    """Torch's global random numbers, a stream of its own within ``with``: the collector draws from the global one."""
+
+    def __init__(self, seed: int, device: torch.device):
+        self.device = device
+        with self._forked():
+            torch.manual_seed(seed)
+            self._state = self._get()
+
+    def _forked(self) -> contextlib.AbstractContextManager:
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
+    def _get(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])]
+
+    def _set(self, state: list[Tensor]) -> None:
+        torch.set_rng_state(state[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state[1], self.device)
+
+    def __enter__(self) -> None:
+        self._outside = self._get()
+        self._set(self._state)
+
+    def __exit__(self, *error: object) -> None:
+        self._state = self._get()
+        self._set(self._outside)
+
+    def state_dict(self) -> list[Tensor]:
+        return list(self._state)
+
+    def load_state_dict(self, state: list[Tensor]) -> None:
+        self._state = list(state)
+
+
+def _check_finite(data: TensorDictBase, frames: int) -> None:
+    for key in ("action", ("next", "observation"), ("next", "reward")):
+        value = data.get(key)
+        if not bool(value.isfinite().all()):
+            rows = (~value.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+            raise Divergence(
+                f"{key if isinstance(key, str) else key[-1]!r} of environment {', '.join(map(str, rows))} is not finite at frame "
+                f"{frames + len(data)}: {value[rows[0]].tolist()}."
+            )
+
+
+def _crosses(interval: int, before: int, after: int) -> bool:
+    return after // interval > before // interval
+
+
+def _reset_alone(recorder: Any, fresh: TensorDictBase) -> TensorDictBase:
+    observation, _ = recorder.reset()
+    return fresh.clone().set("observation", torch.as_tensor(observation, dtype=fresh["observation"].dtype))

@@ -1,0 +1,113 @@
+"""The learning curve: drawn from metrics.csv alone, whatever is in it."""
+
+import math
+import subprocess
+import sys
+
+import matplotlib
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from omnet_torchrl.training import plots
+from omnet_torchrl.training.logging import HEADER, CSVLogger
+from omnet_torchrl.training.plots import learning_curve
+from omnet_torchrl.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run with all that it logs."""
+    folder = RunFolder.create(tmp_path / "run")
+    folder.write_info(env="Hopper-v4", seed=7)
+    log = CSVLogger(folder.metrics_path)
+    for frames in range(1000, 10_001, 1000):
+        log.log(frames, 1.0, {"train/episode_return": frames / 9, "train/loss_qvalue": frames**2, "train/alpha": 1 / frames})
+        log.log(frames, 1.0, {"train/qvalue": 1.0, "train/entropy": -2.0, "subnets/q_std": 0.1, "time/updates": 5})
+        log.log(frames, 1.0, {"eval/return": frames / 10, "eval/return_subnet_0": 1.0, "eval/return_subnet_1": 2.0})
+    log.close()
+    return folder
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were drawn."""
+    drawn = []
+
+    def spy(figure, *args, save=Figure.savefig, **kwargs):
+        drawn.append(figure)
+        return save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    return drawn
+
+
+def test_the_picture_shows_what_was_logged(folder, figures):
+    assert learning_curve(folder) == folder.curve_path
+    assert imread(folder.curve_path).std() > 0
+    top, *panels = figures[0].axes
+    assert figures[0].get_suptitle() == "Hopper-v4, seed 7"
+    lines = {line.get_label(): line for line in top.lines}
+    assert lines["evaluation, mean"].get_ydata().tolist() == [100.0 * i for i in range(1, 11)]
+    assert {"training episode", "evaluation of each subnet"} <= set(lines)
+    assert len(top.lines) == 4
+    assert [axes.get_title() for axes in panels] == [
+        *("critic loss", "Q value, mean of the batch", "temperature", "entropy of the policy, nats"),
+        "disagreement of the subnets on Q",
+    ]
+    assert [axes.get_yscale() for axes in panels] == ["log", "linear", "linear", "linear", "linear"]
+    assert top.xaxis.get_major_formatter()(10_000) == "10K"
+
+
+def test_nothing_global_of_matplotlib_changes(folder):
+    before = dict(matplotlib.rcParams)
+    learning_curve(folder.path)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_run_without_an_evaluation_has_a_picture_that_says_so(tmp_path, figures):
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_bytes(HEADER)
+    assert learning_curve(metrics) == tmp_path / "learning_curve.png"
+    assert [text.get_text() for text in figures[0].axes[0].texts] == ["no evaluation yet"]
+
+
+def test_values_that_are_not_finite_or_not_positive_are_no_obstacle(tmp_path, figures):
+    log = CSVLogger(tmp_path / "metrics.csv")
+    for frames, value in enumerate((math.nan, math.inf, 0.0, -1e30, 1e30)):
+        log.log(frames, 0.0, {"train/loss_qvalue": value, "train/alpha": math.nan, "eval/return": value})
+    log.close()
+    learning_curve(log.path, tmp_path / "other.png", title="a title")
+    assert (tmp_path / "other.png").exists()
+    assert figures[0].get_suptitle() == "a title"
+    assert figures[0].axes[0].lines[0].get_xdata().tolist() == [2, 3, 4]
+    assert len(figures[0].axes) == 2
+
+
+def test_a_picture_that_can_not_be_drawn_leaves_the_old_one(folder, monkeypatch):
+    learning_curve(folder)
+    before = folder.curve_path.read_bytes()
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        learning_curve(folder)
+    assert folder.curve_path.read_bytes() == before
+
+
+def test_it_is_a_command_that_needs_no_display(folder):
+    command = [sys.executable, "-X", "importtime", "-m", "omnet_torchrl.training.plots", str(folder.path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == str(folder.curve_path)
+    assert folder.curve_path.exists()
+    assert "matplotlib.figure" in result.stderr
+    assert "matplotlib.pyplot" not in result.stderr
+
+
+def test_the_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit):
+        plots.main()
+    assert "nowhere" in capsys.readouterr().err

@@ -1,0 +1,137 @@
+"""The folder of a run: made once, found again, and its run.json always whole."""
+
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from omnet_torchrl.training import run_folder
+from omnet_torchrl.training.run_folder import RunFolder, git_commit, versions
+
+
+def test_a_new_run_never_takes_the_folder_of_another(tmp_path):
+    names = [RunFolder.create(tmp_path / "runs" / "seed0").path.name for _ in range(3)]
+    assert names == ["seed0", "seed0-1", "seed0-2"]
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
+    barrier, paths = threading.Barrier(8), []
+
+    def start():
+        barrier.wait()
+        paths.append(RunFolder.create(tmp_path / "run").path)
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(paths)) == 8
+
+
+def test_a_new_run_says_what_runs(tmp_path):
+    info = RunFolder.create(tmp_path / "run").info
+    assert info["status"] == "running"
+    assert info["command"] == sys.argv
+    assert info["versions"] == versions()
+    assert info["git_commit"] == git_commit()
+
+
+def test_info_is_kept_across_open_and_write(tmp_path):
+    folder = RunFolder.create(tmp_path / "run")
+    folder.begin_session(seed=3, device="cpu")
+    folder.write_info(status="interrupted", ended="2026-01-01T00:00:00+00:00")
+    again = RunFolder.open(folder.path)
+    again.begin_session(frames=500)
+    info = again.info
+    assert (info["seed"], info["device"], info["status"], info["ended"]) == (3, "cpu", "running", None)
+    assert [session["frames"] for session in info["sessions"]] == [0, 500]
+    assert "versions" not in info["sessions"][0]
+    assert info["sessions"][1]["versions"] == versions()
+
+
+def test_run_json_stays_whole_when_writing_fails(tmp_path, monkeypatch):
+    folder = RunFolder.create(tmp_path / "run")
+    before = folder.info
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(json, "dump", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        folder.write_info(status="finished")
+    assert folder.info == before
+
+
+def test_paths_lie_in_the_folder(tmp_path):
+    folder = RunFolder.create(tmp_path / "run")
+    assert folder.checkpoint_path.is_dir()
+    names = [path.name for path in (folder.config_path, folder.metrics_path, folder.checkpoint_path, folder.curve_path)]
+    assert names == ["config.yaml", "metrics.csv", "checkpoints", "learning_curve.png"]
+
+
+def test_a_folder_that_is_no_run_names_the_runs_beneath(tmp_path):
+    for seed in range(5):
+        RunFolder.create(tmp_path / "sweep" / f"seed{seed}")
+    with pytest.raises(ValueError, match=r"sweep is no run folder: expected run.json.*runs beneath it, e.g. .*seed") as caught:
+        RunFolder.open(tmp_path / "sweep")
+    assert str(caught.value).count("/seed") == 3
+
+
+def test_a_folder_that_is_missing_or_damaged_says_so(tmp_path):
+    with pytest.raises(ValueError, match="no run folder: it does not exist"):
+        RunFolder.open(tmp_path / "nowhere")
+    folder = RunFolder.create(tmp_path / "run")
+    (folder.path / "run.json").write_text('{"status": "runn')
+    with pytest.raises(ValueError, match=r"run.json can't be read \("):
+        RunFolder.open(folder.path)
+
+
+def test_versions_name_what_is_not_installed(monkeypatch):
+    monkeypatch.setattr(run_folder, "PACKAGES", ("torch", "no-such-package"))
+    found = versions()
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["torch"]
+    assert found["no-such-package"] is None
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A git checkout with a package in it, as if it were ours."""
+    package = tmp_path / "checkout" / "package"
+    (package / "training").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.setattr(run_folder, "__file__", str(package / "training" / "run_folder.py"))
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+
+    def git(*command):
+        identity = ("-c", "user.name=n", "-c", "user.email=e@e")
+        return subprocess.run(
+            ["git", *identity, *command], cwd=package, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    return package, git
+
+
+def test_commit_is_that_of_the_checkout(checkout):
+    package, git = checkout
+    head = git("rev-parse", "HEAD")
+    assert git_commit() == head
+    (package / "training" / "new.py").touch()
+    assert git_commit() == f"{head}-dirty"
+
+
+def test_a_package_installed_inside_a_checkout_has_no_commit(checkout):
+    _, git = checkout
+    git("rm", "--cached", "__init__.py")
+    assert git_commit() is None
+
+
+def test_there_is_no_commit_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert git_commit() is None

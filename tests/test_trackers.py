@@ -1,0 +1,139 @@
+"""TensorBoard and wandb, the real ones, with the network away."""
+
+import threading
+import time
+
+import pytest
+
+from omnet_torchrl.training import trackers
+from omnet_torchrl.training.logging import make_logger
+from omnet_torchrl.training.run_folder import RunFolder
+
+CONFIG = {"env": "Hopper-v4", "network": {"num_subnets": 5}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder.create(tmp_path / "run")
+
+
+def scalars(folder, name):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder.path / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def test_tensorboard_goes_on_from_the_checkpoint_in_the_same_folder(folder):
+    pytest.importorskip("tensorboard")
+    logger = make_logger("tensorboard", folder, CONFIG)
+    for frames in (100, 200, 300):
+        logger.log(frames, 1.0, {"eval/return": frames / 2})
+    logger.close()
+    resumed = make_logger("tensorboard", folder, CONFIG, frames=200)
+    resumed.log(300, 1.0, {"eval/return": 7.0})
+    resumed.close()
+    assert scalars(folder, "eval/return") == [(100, 50.0), (200, 100.0), (300, 7.0)]
+    assert str(folder.path / "tensorboard") in resumed.place
+
+
+def test_tensorboard_writer_that_raises_does_not_stop_the_run(folder):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    messages = []
+    logger = make_logger("tensorboard", folder, CONFIG, warn=messages.append)
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensorboard.SummaryWriter, "add_scalar", full_disk)
+        logger.log(1, 0.0, {"x": 1.0})
+        logger.close()
+    assert messages == [
+        "tensorboard: failed, and is off from now on (OSError: [Errno 28] No space left on device); metrics.csv has all."
+    ]
+
+
+class FakeWandb:
+    """Stands for a WandbTracker; ``online`` is what happens when it connects."""
+
+    name, place = "wandb", "wandb sync somewhere"
+
+    def __init__(self, folder, config, run_id, mode, options):
+        self.run_id, self.mode, self.closed = run_id, mode, False
+        if mode == "online":
+            self.online()
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    return wandb
+
+
+def test_wandb_without_a_server_falls_back_to_offline_with_one_warning(folder, wandb, monkeypatch):
+    given = {}
+
+    def no_network(**kwargs):
+        raise wandb.errors.AuthenticationError("no such host")
+
+    def spy(init=wandb.init, **kwargs):
+        given.update(kwargs)
+        return init(**kwargs)
+
+    monkeypatch.setattr(wandb, "login", no_network)
+    monkeypatch.setattr(wandb, "init", spy)
+    messages = []
+    logger = make_logger("wandb", folder, CONFIG, mode="online", warn=messages.append, project="p", group=None)
+    logger.log(5, 1.0, {"eval/return": 3.0})
+    logger.close()
+    assert messages == ["wandb can't be reached, and is offline in this run (AuthenticationError: no such host)."]
+    (file,) = folder.path.glob("wandb/offline-run-*/run-*.wandb")
+    assert file.stem == f"run-{folder.info['wandb_id']}"
+    content = file.read_bytes()
+    assert b"eval/return" in content
+    # Nothing of the code and of what is installed is in what a sync would upload.
+    assert b"tensordict==" not in content
+    assert (given["settings"].disable_git, given["settings"].save_code, given["settings"].console) == (True, False, "off")
+    assert logger.place == f"wandb sync {file.parent}"
+
+
+def test_wandb_without_a_key_asks_nobody(folder, wandb, monkeypatch):
+    monkeypatch.setattr(wandb, "login", lambda prompt, verify: prompt)
+    with pytest.raises(ConnectionError, match="there is no key"):
+        trackers.WandbTracker(folder, CONFIG, "id", "online", {})
+
+
+def test_a_connection_that_hangs_is_given_up(folder, wandb, monkeypatch):
+    go_on, started, messages = threading.Event(), [], []
+
+    class Hanging(FakeWandb):
+        def online(self):
+            started.append(self)
+            go_on.wait(30)
+
+    monkeypatch.setattr(trackers, "WandbTracker", Hanging)
+    monkeypatch.setattr(trackers, "CONNECT_SECONDS", 0.1)
+    start = time.monotonic()
+    tracker = trackers.start_wandb(folder, CONFIG, "online", messages.append, {})
+    assert time.monotonic() - start < 5
+    assert tracker.mode == "offline"
+    assert messages == ["wandb can't be reached, and is offline in this run (TimeoutError: no answer within 0 s)."]
+    # One that connects too late is not left behind.
+    go_on.set()
+    deadline = time.monotonic() + 10
+    while not started[0].closed and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert started[0].closed
+
+
+def test_a_resumed_run_is_the_same_run_of_wandb(folder, wandb, monkeypatch):
+    monkeypatch.setattr(trackers, "WandbTracker", FakeWandb)
+    first = trackers.start_wandb(folder, CONFIG, "offline", print, {})
+    second = trackers.start_wandb(RunFolder.open(folder.path), CONFIG, "offline", print, {})
+    assert first.run_id == second.run_id == folder.info["wandb_id"]
