@@ -69,10 +69,8 @@ def main(cfg: DictConfig) -> float:
         auto_register_policy_transforms=False,
         track_traj_ids=False,
     )
-    buffer = TensorDictReplayBuffer(
-        storage=LazyTensorStorage(min(config.buffer_size, config.total_frames), device=device),
-        generator=torch.Generator(),
-    )
+    capacity = min(config.buffer_size, config.total_frames)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(capacity, device=device))
     trainer = Trainer(
         collector,
         buffer,

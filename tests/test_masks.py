@@ -269,6 +269,15 @@ def test_the_inputs_of_a_convolution_are_its_channels_times_its_kernel():
         SubnetModule(conv, {"weight": DEAD.view(2, 3, 1, 2, 2)}, event_dims=3)
 
 
+def test_a_few_units_without_inputs_among_many_are_no_warning():
+    masks = torch.ones(5, 256, 11, dtype=torch.bool)
+    masks[0, 0] = False
+    check_masks(masks, (256, 11))
+    masks[1, :12] = False
+    with pytest.warns(UserWarning, match="13 of 1280 units"):
+        check_masks(masks, (256, 11))
+
+
 def test_no_warning_where_every_unit_has_an_input():
     # Warnings are errors here.
     check_masks(DEAD | torch.eye(3, 4, dtype=torch.bool), (3, 4))

@@ -35,6 +35,7 @@ def test_a_log_file_gets_a_line_a_minute(clock):
     shown.close()
     lines = file.getvalue().splitlines()
     assert len(lines) == 2
+    assert lines[0] == "  0%  1,199/300K, 4:09:00 left, 20 frames/s, 400 updates/s, episode 12"
     assert lines[1] == "  1%  2,399/300K, 4:08:00 left, 20 frames/s, 400 updates/s, episode 12"
 
 

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 MaskFn = Callable[..., Tensor]
+# The fraction of units without any input from which on it is worth a warning; a few among many do no harm.
+MAX_DEAD = 0.01
 
 
 def as_generator(generator: torch.Generator | int | None = None) -> torch.Generator:
@@ -183,7 +185,7 @@ def check_masks(masks: Tensor, shape: Sequence[int], name: str = "masks") -> Non
         )
     if masks.ndim > 2 and masks.device.type != "meta":
         dead = ~masks.flatten(2).any(-1)
-        if dead.any():
+        if dead.sum() > MAX_DEAD * dead.numel():
             warnings.warn(
                 f"{int(dead.sum())} of {dead.numel()} units ({masks.shape[1]} units in each of {masks.shape[0]} subnetworks) "
                 f"lose every one of their {masks[0, 0].numel()} inputs to the masks and are constant. Lower the sparsity of "

@@ -145,7 +145,7 @@ def load_replay(buffer: ReplayBuffer, files: list[Path], writer: dict[str, Any])
         data = TensorDict(segment["data"]).auto_batch_size_(1).unflatten_keys(".")
         index = torch.arange(segment["start"], segment["start"] + len(data))
         last = slice(max(0, len(data) - capacity), None)
-        buffer.storage.set(index[last] % capacity, data[last])
+        buffer.storage.set(index[last] % capacity, data[last].to(buffer.storage.device))
     buffer.writer.load_state_dict(writer)
 
 

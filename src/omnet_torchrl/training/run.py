@@ -75,31 +75,36 @@ class Run:
 
     def train(self, trainer: Trainer, description: Mapping[str, object]) -> str:
         """Run ``trainer`` and say so; the status: ``finished``, ``interrupted`` or ``diverged``."""
-        self.terminal.header({**description, "results": _relative(self.folder.path)}, f"{self.config.env}, seed {self.config.seed}")
+        title = f"{self.config.env}, seed {self.config.seed}, on {_device_name(self.device)}"
+        self.terminal.header({**description, "results": _relative(self.folder.path)}, title)
+        self._begin(trainer)
         warn, warnings.showwarning = warnings.showwarning, self._show_warning
         status = "failed"
         try:
-            if self.resumed:
-                found = trainer.resume()
-                self.say(f"goes on from frame {trainer.frames:,}" if found else "no checkpoint yet: starts from the beginning")
-            if not trainer.frames:
-                self.restore(None)
-            self.folder.begin_session(trainer.frames, seed=self.config.seed, device=_device_name(self.device))
-            self._logger = make_logger(
-                self.config.logger, self.folder, asdict(self.config), frames=trainer.frames, warn=self.say, **asdict(self.config.wandb)
-            )
             if trainer.update.compiled:
                 self.say("compiling the update; this takes up to a minute ...")
             trainer.prepare()
             status = trainer.run()
         except KeyboardInterrupt:
             status = "interrupted"
-        except CheckpointError as error:
-            sys.exit(f"error: {error}")
         finally:
             warnings.showwarning = warn
             self._close(status, trainer)
         return status
+
+    def _begin(self, trainer: Trainer) -> None:
+        if self.resumed:
+            try:
+                found = trainer.resume()
+            except CheckpointError as error:
+                sys.exit(f"error: {error}")
+            self.say(f"goes on from frame {trainer.frames:,}" if found else "no checkpoint yet: starts from the beginning")
+        if not trainer.frames:
+            self.restore(None)
+        config = self.config
+        self.folder.begin_session(trainer.frames, seed=config.seed, device=_device_name(self.device))
+        options = {"frames": trainer.frames, "warn": self.say, **asdict(config.wandb)}
+        self._logger = make_logger(config.logger, self.folder, asdict(config), **options)
 
     def log(self, frames: int, seconds: float, metrics: Mapping[str, float]) -> None:
         """Write metrics to ``metrics.csv`` and the logger."""

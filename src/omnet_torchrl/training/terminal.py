@@ -78,6 +78,8 @@ class Terminal:
         if eval_return is not None:
             self._returns["eval"] = eval_return
         now = time.monotonic()
+        if not self._window:
+            self._window.append((now, frames, updates))
         if now >= self._next:
             self._next = now + self._pause
             self._refresh(now)
@@ -132,7 +134,7 @@ class Terminal:
                 )
             self._bar.n = self.frames
             self._bar.set_description_str(text, refresh=False)
-            self._bar.refresh()
+            self._bar.refresh(nolock=True)  # the lock would stay held if the terminal has gone away
 
     def _progress(self, frame_rate: float, update_rate: float, narrow: bool) -> str:
         rates, episode = ("{} f/s, {} u/s", "ep") if narrow else ("{} frames/s, {} updates/s", "episode")

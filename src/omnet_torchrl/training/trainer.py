@@ -55,7 +55,7 @@ class Trainer:
     Args:
         collector (Collector): whose environment is of :func:`~omnet_torchrl.training.environments.make_env`, which gives one
             step of each environment at a time (``frames_per_batch`` equal to the number of environments).
-        buffer (TensorDictReplayBuffer): with a generator of its own.
+        buffer (TensorDictReplayBuffer): gets a generator of its own here.
         update (SACUpdate): the update.
         evaluate (callable): takes the number of frames, returns metrics.
         checkpointer (Checkpointer): where the state is kept.
@@ -102,7 +102,8 @@ class Trainer:
         device = update.device
         self._exploration = _GlobalNumbers(seed, device)
         self._draws = torch.Generator(device).manual_seed(seed + 1)
-        buffer._rng.manual_seed(seed + 2)
+        self._replay = torch.Generator(buffer.storage.device).manual_seed(seed + 2)
+        buffer.set_rng(self._replay)
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint, if there is one."""
@@ -115,7 +116,7 @@ class Trainer:
         self._load_collection(state)
         self._exploration.load_state_dict(state["random"]["exploration"])
         self._draws.set_state(state["random"]["draws"])
-        self.buffer._rng.set_state(state["random"]["replay"])
+        self._replay.set_state(state["random"]["replay"])
         self.frames, self.updates, self.last = state["frames"], state["updates"], state["last"]
         self.elapsed, self.times, self._saved = state["elapsed"], state["times"], self.frames
         self.checkpointer.discard_after(self.frames)
@@ -137,7 +138,9 @@ class Trainer:
             except ReplayError as error:
                 warnings.warn(f"environment {i}: {error} Its episode starts anew; the run goes on, inexactly.", stacklevel=2)
                 stored[i].update_(_reset_alone(recorder, fresh[i]))
-        self.collector.load_state_dict({"env_state_dict": state["transforms"], "frames": state["frames"], "iter": -1}, strict=False)
+        self.collector.load_state_dict(
+            {"env_state_dict": state["transforms"], "frames": state["frames"], "iter": -1}, strict=False
+        )
         self.collector._carrier = carrier.update(stored)
 
     def save(self) -> None:
@@ -161,7 +164,7 @@ class Trainer:
             "random": {
                 "exploration": self._exploration.state_dict(),
                 "draws": self._draws.get_state(),
-                "replay": self.buffer._rng.get_state(),
+                "replay": self._replay.get_state(),
             },
         }
         self.checkpointer.save(self.frames, state, self.buffer)

@@ -68,8 +68,7 @@ class SACUpdate:
             actor_optim, "actor_optim", {**dict(_trained(loss.actor_network_params)), "log_alpha": loss.log_alpha}
         )
         self._params = {
-            name: {key: self._fixed(value) for key, value in getattr(loss, name).items(True, True)}
-            for name in NETWORKS
+            name: {key: self._fixed(value) for key, value in getattr(loss, name).items(True, True)} for name in NETWORKS
         }
         self._params["log_alpha"] = {"log_alpha": loss.log_alpha.detach()}
         self._target = [key for key, _ in _trained(loss.target_qvalue_network_params)]
