@@ -1,85 +1,173 @@
-"""The examples on real environments, each started as a user starts it."""
+"""The main job on real environments, started as a user starts it."""
 
 import csv
+import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+# Small, so that a run takes seconds.
+SIZES = ["network.num_cells=[32,32]", "network.num_subnets=3", "optim.batch_size=16", "compile=false"]
+FRAMES = ["total_frames=200", "init_random_frames=50", "eval.interval=100", "eval.episodes=4", "utd_ratio=2"]
+PENDULUM = ["env=InvertedPendulum-v4", *SIZES, *FRAMES, "policy_update_delay=2"]
 
 
-def run_example(folder, *overrides, ok=True):
-    command = [sys.executable, EXAMPLES / "omnet_sac.py", f"hydra.run.dir={folder}", *overrides]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+def command(*arguments):
+    return [sys.executable, str(EXAMPLES / "omnet_sac.py"), *arguments]
+
+
+def run_example(folder, *arguments, ok=True):
+    """Start it in ``folder``, and give the run in ``folder/run``."""
+    result = subprocess.run(command(f"folder={folder}/run", *arguments), capture_output=True, text=True, cwd=folder)
     assert (result.returncode == 0) == ok, result.stderr
     return result
 
 
-def metrics(folder):
-    with (folder / "metrics.csv").open() as file:
+def metrics(run):
+    with (run / "metrics.csv").open() as file:
         return [(int(row["frames"]), row["name"], float(row["value"])) for row in csv.DictReader(file)]
 
 
-def values(folder, name):
-    return {frames: value for frames, key, value in metrics(folder) if key == name}
+def repeatable(run):
+    return [row for row in metrics(run) if not row[1].startswith("time/")]
+
+
+def values(run, name):
+    return {frames: value for frames, key, value in metrics(run) if key == name}
+
+
+def info(run):
+    return json.loads((run / "run.json").read_text())
 
 
 @pytest.mark.parametrize("env", ["InvertedPendulum-v4", "Humanoid-v4"])
-def test_a_short_run_logs_training_and_evaluation(env, tmp_path):
-    sizes = [
-        "network.num_cells=[32,32]",
-        "network.num_subnets=3",
-        "utd_ratio=2",
-        "policy_update_delay=2",
-        "optim.batch_size=16",
-    ]
-    frames = ["total_frames=200", "init_random_frames=50", "eval.interval=100", "eval.episodes=4"]
-    run_example(tmp_path, f"env={env}", *sizes, *frames)
-    names = {name for _, name, _ in metrics(tmp_path)}
-    assert names >= {
-        "train/episode_return",
-        "train/loss_qvalue",
-        "train/loss_actor",
-        "train/alpha",
-        "eval/return",
-        "eval/length",
-    }
-    assert values(tmp_path, "time/updates") == {100: 2 * 50, 200: 2 * 150}
-    assert list(values(tmp_path, "eval/return")) == [100, 200]
-    for frames, mean in values(tmp_path, "eval/return").items():
-        each = [values(tmp_path, f"eval/return_subnet_{k}")[frames] for k in range(3)]
+def test_a_short_run_leaves_all_that_it_promises(env, tmp_path):
+    result = run_example(tmp_path, *PENDULUM, f"env={env}")
+    run = tmp_path / "run"
+    names = {name for _, name, _ in metrics(run)}
+    training = {"loss_qvalue", "qvalue", "loss_actor", "alpha", "entropy", "episode_return", "episode_length"}
+    assert names >= {f"train/{name}" for name in training}
+    assert names >= {"eval/return", "eval/length", "subnets/q_std", "subnets/action_distance", "time/updates_per_second"}
+    assert list(values(run, "train/alpha")) == [100, 200]
+    assert list(values(run, "eval/return")) == [100, 200]
+    for frames, mean in values(run, "eval/return").items():
+        each = [values(run, f"eval/return_subnet_{k}")[frames] for k in range(3)]
         assert mean == pytest.approx((2 * each[0] + each[1] + each[2]) / 4)  # four episodes over three subnetworks
+    assert info(run)["status"] == "finished"
+    assert info(run)["updates"] == 2 * 150
+    assert (run / "learning_curve.png").stat().st_size > 10_000
+    assert (run / "checkpoints" / "checkpoint_000000200.json").exists()
+    for said in ("training FLOPs", "REDQ", "subnets", "results", "finished", "where it went"):
+        assert said in result.stderr
 
 
 def test_two_runs_with_one_seed_are_equal_and_with_another_are_not(tmp_path):
-    options = ["env=InvertedPendulum-v4", "total_frames=120", "init_random_frames=50", "eval.interval=120", "utd_ratio=2"]
     rows = []
     for i, seed in enumerate([1, 1, 2]):
         folder = tmp_path / str(i)
         folder.mkdir()
-        run_example(folder, *options, f"seed={seed}")
-        rows.append(metrics(folder))
+        run_example(folder, *PENDULUM, "total_frames=120", f"seed={seed}")
+        rows.append(repeatable(folder / "run"))
     assert rows[0] == rows[1]
     assert rows[0] != rows[2]
 
 
-def test_a_wrong_option_is_named(tmp_path):
-    assert "num_subnet" in run_example(tmp_path, "network.num_subnet=3", ok=False).stderr
-    assert "sparsity" in run_example(tmp_path, "network.sparsity=1.0", ok=False).stderr
-    assert "Bounded of floating point" in run_example(tmp_path, "env=CartPole-v1", ok=False).stderr
+def test_ctrl_c_saves_and_says_how_to_go_on_and_going_on_changes_nothing(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir()
+    stopped.mkdir()
+    run_example(whole, *PENDULUM, "total_frames=2000", "utd_ratio=1")
+    process = subprocess.Popen(
+        command("folder=run", *PENDULUM, "total_frames=2000", "utd_ratio=1"), stderr=subprocess.PIPE, text=True, cwd=stopped
+    )
+    while not values_so_far(stopped / "run", "eval/return"):
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert info(stopped / "run")["status"] == "interrupted"
+    hint = re.search(r"to go on: python (\S+omnet_sac.py) (resume=\S+)", said)
+    assert hint, said
+    resumed = subprocess.run([sys.executable, hint[1], hint[2]], capture_output=True, text=True, cwd=stopped)
+    assert resumed.returncode == 0, resumed.stderr
+    assert repeatable(stopped / "run") == repeatable(whole / "run")
+    assert len(info(stopped / "run")["sessions"]) == 2
+
+    # A finished run goes on when it may last longer.
+    subprocess.run(command(hint[2], "total_frames=2100"), check=True, capture_output=True, cwd=stopped)
+    assert max(values(stopped / "run", "eval/return")) == 2100
+    assert repeatable(stopped / "run")[: len(repeatable(whole / "run"))] == repeatable(whole / "run")
+
+
+def values_so_far(run, name):
+    return (run / "metrics.csv").exists() and name in (run / "metrics.csv").read_text()
+
+
+def test_several_environments_and_a_sweep_over_seeds(tmp_path):
+    arguments = [*PENDULUM, "num_envs=4", "init_random_frames=52", "-m", "seed=0,1", "folder=sweep/seed${seed}"]
+    result = subprocess.run(command(*arguments), capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for seed in (0, 1):
+        assert info(tmp_path / "sweep" / f"seed{seed}")["seed"] == seed
+        assert info(tmp_path / "sweep" / f"seed{seed}")["updates"] == 2 * (200 - 52)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep"]
+
+
+BAD = {
+    "network.num_subnet=3": r"did you mean 'network.num_subnets'",
+    "network.sparsity=1.0": r"network.sparsity must be .* \[0, 1\)",
+    "env=Hoper-v4": r"Hopper-v4",
+    "env=CartPole-v1": r"Box .* finite bounds, got Discrete\(2\)",
+    "device=cuda:77": r"device",
+    "policy_update_delay=1000": r"policy_update_delay must be at most 300",
+    "utd_ratio=0": r"utd_ratio must be in \(0, inf\)",
+    "resume=nowhere": r"is no run folder",
+    "logger=tensorbord": r"did you mean tensorboard",
+}
+
+
+@pytest.mark.parametrize("wrong", BAD)
+def test_a_wrong_option_is_one_line_before_anything_is_made(wrong, tmp_path):
+    result = run_example(tmp_path, *PENDULUM, wrong, ok=False)
+    (line,) = (line for line in result.stderr.splitlines() if line.strip())
+    assert line.startswith("error: ")
+    assert re.search(BAD[wrong], line)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_another_architecture_or_a_damaged_run_is_refused(tmp_path):
+    run_example(tmp_path, *PENDULUM)
+    run = tmp_path / "run"
+    before = (run / "metrics.csv").read_bytes()
+    result = subprocess.run(command(f"resume={run}", "network.num_cells=[8,8]"), capture_output=True, text=True, cwd=tmp_path)
+    assert "network.num_cells is [32, 32], got [8, 8]" in result.stderr
+    assert result.returncode == 1
+    for state in (run / "checkpoints").glob("state_*"):
+        os.truncate(state, 100)
+    result = subprocess.run(command(f"resume={run}"), capture_output=True, text=True, cwd=tmp_path)
+    assert "is whole" in result.stderr
+    assert result.returncode == 1
+    assert (run / "metrics.csv").read_bytes() == before
+    assert info(run)["status"] == "finished"
 
 
 @pytest.mark.gpu
 def test_a_short_run_on_a_gpu_reaches_its_evaluations(tmp_path):
-    options = ["env=InvertedPendulum-v4", "total_frames=120", "init_random_frames=50", "eval.interval=60", "utd_ratio=2"]
-    run_example(tmp_path, *options, "device=cuda")
-    assert list(values(tmp_path, "eval/return")) == [60, 120]
+    run_example(tmp_path, *PENDULUM, "device=cuda", "compile=true")
+    assert list(values(tmp_path / "run", "eval/return")) == [100, 200]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_it_solves_the_inverted_pendulum(tmp_path):
-    run_example(tmp_path, "env=InvertedPendulum-v4", "total_frames=6000", "init_random_frames=1000", "eval.interval=1000")
-    assert max(values(tmp_path, "eval/return").values()) > 950
+def test_the_quick_start_solves_its_task(tmp_path):
+    run_example(tmp_path, "--config-name", "quick_start")
+    returns = values(tmp_path / "run", "eval/return")
+    assert returns[max(returns)] > 9_000

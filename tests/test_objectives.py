@@ -225,9 +225,22 @@ def test_draws_have_the_shapes_of_the_contract():
     assert all(draws[key].dtype == torch.int64 for key in ("critic", "target", "value", "actor", "next_actor"))
 
 
-def test_drawn_indices_are_uniform_and_without_replacement():
+def test_the_draws_of_several_updates_have_a_leading_dimension_and_are_those_of_one_each():
+    loss, batch = make_loss(num_trained_subnets=2), make_batch(7)
+    draws = loss.draw(batch, torch.Generator().manual_seed(0), num_updates=4)
+    assert draws.batch_size == (4,)
+    assert (draws == loss.draw(batch, torch.Generator().manual_seed(0), num_updates=4)).all()
+    one = loss.draw(batch)
+    for each in draws.unbind(0):
+        assert {key: value.shape for key, value in each.items()} == {key: value.shape for key, value in one.items()}
+        assert loss(batch, draws=each).isfinite().all()
+    assert not torch.equal(draws["noise"][0], draws["noise"][1])
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_drawn_indices_are_uniform_and_without_replacement(together):
     loss, batch = make_loss(qvalue=small_qvalue(num_subnets=5), actor=small_actor(num_subnets=4)), make_batch(1)
-    draws = torch.stack([loss.draw(batch) for _ in range(4000)])
+    draws = loss.draw(batch, num_updates=4000) if together else torch.stack([loss.draw(batch) for _ in range(4000)])
     for name, num, count in [("critic", 5, 1), ("target", 5, 2), ("actor", 4, 1), ("next_actor", 4, 1)]:
         frequency = torch.bincount(draws[name].flatten(), minlength=num) / (4000 * count)
         torch.testing.assert_close(frequency, torch.full((num,), 1 / num), atol=0.03, rtol=0)

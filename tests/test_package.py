@@ -20,7 +20,25 @@ ROOMS = {
     "builders": {"layers", "modules"},
     "transforms": set(),
     "objectives": set(),
+    "metrics": set(),
     "__init__": {"masks", "layers", "ensembles", "modules", "builders", "transforms", "objectives"},
+}
+# The same within training/, whose files may import any room above: of themselves, which.
+TRAINING = {
+    "config": set(),
+    "terminal": set(),
+    "run_folder": set(),
+    "trackers": {"run_folder"},
+    "logging": {"run_folder", "trackers"},
+    "plots": {"run_folder", "logging", "terminal"},
+    "environments": set(),
+    "evaluation": set(),
+    "update": set(),
+    "checkpoint": set(),
+    "trainer": {"environments", "update", "checkpoint"},
+    "policy": {"config", "run_folder", "environments", "checkpoint"},
+    "run": {"config", "run_folder", "logging", "plots", "terminal", "checkpoint", "trainer"},
+    "__init__": {"environments", "evaluation", "policy", "run", "trainer", "update"},
 }
 
 
@@ -35,6 +53,19 @@ def imports(path):
 
 def test_every_file_is_a_room():
     assert {path.stem for path in PACKAGE.glob("*.py")} == set(ROOMS)
+    assert {path.stem for path in PACKAGE.glob("training/*.py")} == set(TRAINING)
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"} == {"training"}
+
+
+@pytest.mark.parametrize("room", TRAINING)
+def test_a_room_of_training_imports_only_what_it_may(room):
+    for name in imports(PACKAGE / "training" / f"{room}.py"):
+        top, *rest = name.split(".")
+        if top == "omnet_torchrl":
+            assert rest[1] in TRAINING[room] if rest[0] == "training" else rest[0] in ROOMS, f"{room} imports {name}"
+        else:
+            allowed = ANYWHERE | {"gymnasium", "hydra", "matplotlib", "numpy", "omegaconf", "tqdm", "wandb"}
+            assert top in allowed | sys.stdlib_module_names, f"{room} imports {name}"
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -2,14 +2,17 @@
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
+from omnet_torchrl.training.config import check_overrides
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-COMPOSED, BEFORE = (text for language, text in BLOCKS if language == "python")
+COMPOSED, BEFORE, LOADED = (text for language, text in BLOCKS if language == "python")
 (DIFF,) = (text for language, text in BLOCKS if language == "diff")
 
 
@@ -31,8 +34,23 @@ def run(text, tmp_path):
 
 def test_first_two_blocks_are_commands():
     assert [language for language, _ in BLOCKS[:2]] == ["bash", "bash"]
-    assert "examples/omnet_sac.py" in BLOCKS[0][1]
+    assert "examples/omnet_sac.py --config-name quick_start" in BLOCKS[0][1]
     assert "tox" in BLOCKS[1][1]
+
+
+def test_every_option_of_the_commands_exists():
+    (commands,) = (text for language, text in BLOCKS[2:] if language == "bash")
+    lines = [shlex.split(line, comments=True) for line in commands.splitlines()]
+    arguments = [words[2:] for words in lines if words[1] == "examples/omnet_sac.py"]
+    assert len(arguments) >= 6
+    for words in arguments:
+        check_overrides(words)
+
+
+def test_the_pictures_and_files_it_names_exist():
+    root = Path(__file__).parent.parent
+    for path in re.findall(r"!\[.*?\]\((.*?)\)|`((?:src|examples|benchmarks)/[\w./]+)`", README):
+        assert (root / "".join(path)).exists(), path
 
 
 def test_composed_script_is_short_and_runs(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -50,8 +51,8 @@ def sac_flops(
     r"""Training FLOPs of one critic update with its share of the actor's, by the convention of the paper's figure 3.
 
     :math:`2B\,[A + n_\text{target} C + 3 n_\text{online} C + (3A + 2 n_\text{value} C) / p]`: a multiply-add is two operations,
-    a training pass three forward passes, and the actor differentiates through critics that are not trained (two). Matrix products
-    only, counted dense: masked weights cost what the others do.
+    a training pass three forward passes, and the actor differentiates through critics that are not trained (two). Matrix
+    products only, counted dense: masked weights cost what the others do.
 
     Args:
         observation_dim, action_dim (int): sizes of observation and action.
@@ -72,7 +73,7 @@ def sac_flops(
     """
 
     def forward(*sizes: int) -> int:
-        return sum(before * after for before, after in zip(sizes, sizes[1:], strict=False))
+        return sum(before * after for before, after in pairwise(sizes))
 
     actor = forward(observation_dim, *num_cells, 2 * action_dim)
     critic = forward(observation_dim + action_dim, *num_cells, 1)

@@ -207,8 +207,10 @@ class OMNetSACLoss(SACLoss):
         super().make_value_estimator(value_type, **{"device": self._default_device, **hyperparams})
         return self
 
-    def draw(self, tensordict: TensorDictBase, generator: torch.Generator | None = None) -> TensorDict:
-        """Draw everything random of one update.
+    def draw(
+        self, tensordict: TensorDictBase, generator: torch.Generator | None = None, *, num_updates: int | None = None
+    ) -> TensorDict:
+        """Draw everything random of one update, or of several at once.
 
         Indices are uniform, and without replacement within ``critic``, ``target`` and ``value`` (unless ``replacement=True``).
         One subnetwork to choose from, or all of them, draws no random number.
@@ -217,33 +219,44 @@ class OMNetSACLoss(SACLoss):
             tensordict (TensorDictBase): a batch; only the shape of its action is read.
             generator (torch.Generator or None): on the device of the parameters. ``None``: torch's global generator.
 
+        Keyword Args:
+            num_updates (int or None): the draws of this many updates, along a leading dimension: ``unbind(0)`` gives those of
+                each, for a fraction of the time. ``None`` (default): of one, without that dimension.
+
         Returns:
-            TensorDict: on the device of the parameters, without batch size: the int64 indices ``critic (K,)``, ``target (M,)``,
+            TensorDict: on the device of the parameters, without (further) batch size: the int64 indices ``critic (K,)``, ``target (M,)``,
             ``value (V,)``, ``next_actor ()``, ``actor ()``; and the standard-normal ``next_noise``, ``noise`` of the next and
             the current action, of the action's shape (left out where the action is no tensor). Replace any of them before you
             pass it on: indices of shape ``batch`` for the actors or ``(K, *batch)`` for the critics choose per element.
         """
         device = self.log_alpha.device
         num, num_actor = self.num_subnets, self.num_actor_subnets
+        lead = () if num_updates is None else (num_updates,)
         draws = {
-            "critic": self._indices(num, self.num_trained_subnets, generator, device),
-            "target": self._indices(num, self.num_target_subnets, generator, device),
-            "value": self._indices(num, self.num_value_subnets, generator, device),
-            "next_actor": self._indices(num_actor, 1, generator, device).squeeze(0),
-            "actor": self._indices(num_actor, 1, generator, device).squeeze(0),
+            "critic": self._indices(num, self.num_trained_subnets, lead, generator, device),
+            "target": self._indices(num, self.num_target_subnets, lead, generator, device),
+            "value": self._indices(num, self.num_value_subnets, lead, generator, device),
+            "next_actor": self._indices(num_actor, 1, lead, generator, device).squeeze(-1),
+            "actor": self._indices(num_actor, 1, lead, generator, device).squeeze(-1),
         }
         action = tensordict.get(self.tensor_keys.action)
         if isinstance(action, Tensor):
             for name in ("next_noise", "noise"):
-                draws[name] = torch.randn(action.shape, generator=generator, device=device, dtype=self.log_alpha.dtype)
-        return TensorDict(draws, device=device)
+                shape = (*lead, *action.shape)
+                draws[name] = torch.randn(shape, generator=generator, device=device, dtype=self.log_alpha.dtype)
+        return TensorDict(draws, batch_size=lead, device=device)
 
-    def _indices(self, num: int, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    def _indices(
+        self, num: int, count: int, lead: tuple[int, ...], generator: torch.Generator | None, device: torch.device
+    ) -> Tensor:
         if num == 1 or (count == num and not self.replacement):
-            return torch.arange(count, device=device)
+            return torch.arange(count, device=device).expand(*lead, count)
         if count == 1 or self.replacement:
-            return torch.randint(num, (count,), generator=generator, device=device)
-        return torch.randperm(num, generator=generator, device=device)[:count]
+            return torch.randint(num, (*lead, count), generator=generator, device=device)
+        if not lead:
+            return torch.randperm(num, generator=generator, device=device)[:count]
+        # The order of independent uniform numbers is a uniform permutation; ties of float64 are of no account.
+        return torch.rand(*lead, num, generator=generator, device=device, dtype=torch.float64).argsort(-1)[..., :count]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase, *, draws: TensorDictBase | None = None) -> TensorDictBase:

@@ -1,20 +1,20 @@
 """Checkpoints that are complete or none.
 
-A checkpoint is a state file, the segments of the replay buffer, and a manifest with the hash of each, written last. Every file is
-written under another name, flushed to the disk and renamed, so that whatever kills the process leaves the checkpoints before
+A checkpoint is a state file, the segments of the replay buffer, and a manifest with the hash of each, written last. Every file
+is written under another name, flushed to the disk and renamed, so that whatever kills the process leaves the checkpoints before
 as they were. The replay buffer only grows: a save writes what is new since the one before. Files hold tensors, numbers and
 strings; nothing is unpickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from tensordict import TensorDict
 from torchrl.data import ReplayBuffer
 
 FORMAT = 1
+MANIFESTS = "checkpoint_*.json"
+FILES = re.compile(r"(state_\d+_|replay_\d+_\d+_)[0-9a-f]+\.pt(\.tmp)?|checkpoint_\d+\.json(\.tmp)?")
 
 
 class CheckpointError(ValueError):
@@ -39,6 +41,7 @@ class Checkpointer:
 
     def __init__(self, path: str | Path, keep: int = 2):
         self.path, self.keep = Path(path), keep
+        self._segments: list[dict[str, Any]] | None = None  # of the replay buffer, in the newest checkpoint
 
     def save(self, frames: int, state: dict[str, Any], buffer: ReplayBuffer | None = None) -> None:
         """Write a checkpoint.
@@ -47,43 +50,55 @@ class Checkpointer:
             frames (int): names and orders the checkpoints.
             state (dict): nested dicts and lists of tensors, numbers and strings.
             buffer (ReplayBuffer or None): with a writer that goes round (TorchRL's default).
+
+        Raises:
+            ValueError: the folder has checkpoints that were not loaded: two runs would mix.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        if self._segments is None and any(self.path.glob(MANIFESTS)):
+            raise ValueError(f"{self.path} has checkpoints of an earlier run: load() them and go on, or use another folder.")
         manifest: dict[str, Any] = {"format": FORMAT, "frames": frames, "replay": []}
         if buffer is not None:
             manifest["replay"] = self._save_replay(buffer)
         manifest["state"] = self._write(f"state_{frames:09d}", state)
         _replace(self._manifest(frames), json.dumps(manifest, indent=1).encode())
+        self._segments = manifest["replay"]
         self._clean()
 
-    def load(self) -> tuple[dict[str, Any], list[Path]] | None:
-        """The newest checkpoint that is whole: its state, and the files of its replay buffer for :meth:`load_replay`.
+    def load(self, *, replay: bool = True) -> tuple[dict[str, Any], list[Path]] | None:
+        """The newest checkpoint that is whole: its state, and the files of its replay buffer for :func:`load_replay`.
 
         ``None`` where there is none. Every file has been checked against its hash.
+
+        Keyword Args:
+            replay (bool): ``False`` leaves the replay buffer out: its files are neither checked nor returned.
 
         Raises:
             CheckpointError: there are checkpoints and none is whole.
         """
-        manifests = sorted(self.path.glob("checkpoint_*.json"), reverse=True)
+        manifests = sorted(self.path.glob(MANIFESTS), reverse=True)
         faults = []
         for path in manifests:
             try:
-                manifest = self._checked(path)
+                manifest = self._checked(path, replay)
                 state = torch.load(self.path / manifest["state"]["file"], weights_only=True, map_location="cpu")
             except Exception as error:  # whatever a damaged file leads to
                 faults.append(f"{path.name}: {error}")
                 continue
             for fault in faults:
                 warnings.warn(f"a damaged checkpoint is passed over for the one before: {fault}", stacklevel=2)
+            self._segments = manifest["replay"]
             return state, [self.path / segment["file"] for segment in manifest["replay"]]
         if faults:
             raise CheckpointError(f"no checkpoint in {self.path} is whole: " + "; ".join(faults))
         return None
 
-    def _checked(self, path: Path) -> dict[str, Any]:
+    def _checked(self, path: Path, replay: bool) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"expected checkpoint format {FORMAT}, got {manifest['format']}.")
+        if not replay:
+            manifest["replay"] = []
         for entry in (manifest["state"], *manifest["replay"]):
             if _sha256((self.path / entry["file"]).read_bytes()) != entry["sha256"]:
                 raise CheckpointError(f"{entry['file']} is not what was written.")
@@ -92,7 +107,7 @@ class Checkpointer:
     def _save_replay(self, buffer: ReplayBuffer) -> list[dict[str, Any]]:
         written, capacity = buffer.write_count, buffer.storage.max_size
         oldest = max(0, written - capacity)
-        segments = [segment for segment in self._last_segments() if oldest < segment["stop"] <= written]
+        segments = [segment for segment in self._segments or [] if oldest < segment["stop"] <= written]
         start = segments[-1]["stop"] if segments else oldest
         if start < written:
             index = torch.arange(start, written) % capacity
@@ -100,10 +115,6 @@ class Checkpointer:
             entry = self._write(f"replay_{start:09d}_{written:09d}", {"start": start, "data": data})
             segments.append({**entry, "start": start, "stop": written})
         return segments
-
-    def _last_segments(self) -> list[dict[str, Any]]:
-        manifests = sorted(self.path.glob("checkpoint_*.json"))
-        return json.loads(manifests[-1].read_bytes())["replay"] if manifests else []
 
     def _write(self, name: str, state: dict[str, Any]) -> dict[str, Any]:
         memory = io.BytesIO()
@@ -120,33 +131,46 @@ class Checkpointer:
 
     def discard_after(self, frames: int) -> None:
         """Forget the checkpoints beyond ``frames``: a run that goes on from an earlier one writes its own."""
-        for path in self.path.glob("checkpoint_*.json"):
+        for path in self.path.glob(MANIFESTS):
             if int(re.findall(r"\d+", path.stem)[0]) > frames:
                 path.unlink()
 
     def _clean(self) -> None:
-        manifests = sorted(self.path.glob("checkpoint_*.json"))
+        manifests = sorted(self.path.glob(MANIFESTS))
         for path in manifests[: -self.keep]:
             path.unlink()
         used = set()
         for path in manifests[-self.keep :]:
-            manifest = json.loads(path.read_bytes())
-            used |= {path.name, manifest["state"]["file"], *(segment["file"] for segment in manifest["replay"])}
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged one goes, too
+                manifest = json.loads(path.read_bytes())
+                used |= {path.name, manifest["state"]["file"], *(segment["file"] for segment in manifest["replay"])}
         for path in self.path.iterdir():
-            if path.name not in used:
+            if path.name not in used and FILES.fullmatch(path.name):
                 path.unlink()
 
 
 def load_replay(buffer: ReplayBuffer, files: list[Path], writer: dict[str, Any]) -> None:
-    """Fill an empty buffer from the files of a checkpoint, each transition where it stood."""
-    capacity = buffer.storage.max_size
-    for path in files:
+    """Fill an empty buffer from the files of a checkpoint.
+
+    Each transition goes where it would stand had it been written to this buffer, which may be larger than the one that was
+    saved: a run whose ``total_frames`` is raised.
+
+    Raises:
+        ValueError: the buffer is larger, and what it would still hold had been overwritten.
+    """
+    capacity, written = buffer.storage.max_size, writer["_write_count"]
+    for i, path in enumerate(files):
         segment = torch.load(path, weights_only=True)
+        if i == 0 and segment["start"] > max(0, written - capacity):
+            raise ValueError(
+                f"the buffer's capacity must be at most {written - segment['start']}, the transitions of the checkpoint, got "
+                f"{capacity}: those before had been overwritten."
+            )
         data = TensorDict(segment["data"]).auto_batch_size_(1).unflatten_keys(".")
         index = torch.arange(segment["start"], segment["start"] + len(data))
         last = slice(max(0, len(data) - capacity), None)
         buffer.storage.set(index[last] % capacity, data[last].to(buffer.storage.device))
-    buffer.writer.load_state_dict(writer)
+    buffer.writer.load_state_dict({**writer, "_cursor": written % capacity})
 
 
 def _sha256(content: bytes) -> str:

@@ -1,11 +1,12 @@
 """Environments of a run: gymnasium's, as TorchRL's, whose episodes can be brought back in their middle.
 
 No simulator state is saved. The current episode is played again, from the state of the random numbers at its reset and its
-actions, and compared with what was observed: exact wherever an environment is a function of these.
+actions, and compared with what was seen: exact wherever an environment is a function of these.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from typing import Any
@@ -37,34 +38,39 @@ class EpisodeRecorder(gymnasium.Wrapper):
         super().__init__(env)
         self._start: dict[str, Any] = {}
         self._actions: list[np.ndarray] = []
-        self._observation: np.ndarray | None = None
+        self._observation: Any = None
+        self._seen = hashlib.sha256()  # observations, rewards and ends of the current episode
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         """As the environment's; the state of its random numbers is kept."""
         rng = None if seed is not None else json.dumps(self.unwrapped.np_random.bit_generator.state)
-        self._start, self._actions = {"seed": seed, "rng": rng}, []
+        self._start, self._actions, self._seen = {"seed": seed, "rng": rng}, [], hashlib.sha256()
         self._observation, info = self.env.reset(seed=seed, options=options)
+        self._seen.update(np.asarray(self._observation).tobytes())
         return self._observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
         """As the environment's; the action is kept."""
         self._actions.append(np.array(action))
-        self._observation, *rest = self.env.step(action)
-        return self._observation, *rest  # type: ignore[return-value]
+        self._observation, reward, terminated, truncated, info = self.env.step(action)
+        self._seen.update(np.asarray(self._observation).tobytes())
+        self._seen.update(np.array([reward, terminated, truncated], dtype=np.float64).tobytes())
+        return self._observation, reward, terminated, truncated, info
 
     def state_dict(self) -> dict[str, Any]:
-        """Start, actions and last observation of the current episode: strings, numbers and tensors."""
+        """Start and actions of the current episode, and a hash of all that was seen: strings, numbers and tensors."""
         return {
             **self._start,
             "actions": torch.from_numpy(np.array(self._actions)),
             "observation": torch.from_numpy(np.array(self._observation)),
+            "seen": self._seen.hexdigest(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Play the episode of ``state`` again.
 
         Raises:
-            ReplayError: the observation it leads to is not the one that was seen, bit for bit.
+            ReplayError: an observation, reward or end on the way is not the one that was seen, bit for bit.
         """
         if state["rng"] is not None:
             self.unwrapped.np_random.bit_generator.state = json.loads(state["rng"])
@@ -72,11 +78,13 @@ class EpisodeRecorder(gymnasium.Wrapper):
         self._start = {"seed": state["seed"], "rng": state["rng"]}
         for action in state["actions"].numpy():
             self.step(action)
-        expected = state["observation"].numpy()
-        if not np.array_equal(self._observation, expected):
+        if self._seen.hexdigest() != state["seen"]:
+            name = type(self.unwrapped).__name__ if self.spec is None else self.spec.id
+            distance = np.abs(np.asarray(self._observation) - state["observation"].numpy()).max()
             raise ReplayError(
-                f"the episode in progress, played again for {len(self._actions)} steps, came to another observation: expected "
-                f"{expected}, got {self._observation}."
+                f"the episode of {name} in progress, played again for {len(self._actions)} steps, came out differently: its "
+                f"last observation is off by up to {distance:.3g}, or a reward or end is another; has the environment a state "
+                "that neither its seed nor its actions tell?"
             )
 
 
@@ -114,4 +122,5 @@ def recorders(env: EnvBase) -> list[EpisodeRecorder]:
     """The recorders of an environment of :func:`make_env`, one per environment in the batch."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
-    return list(env._env.envs) if isinstance(env._env, gymnasium.vector.SyncVectorEnv) else [env._env]
+    base: Any = env._env
+    return list(getattr(base, "envs", [base]))

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from omnet_torchrl.training.config import (
 )
 from omnet_torchrl.training.logging import BackgroundLogger, CSVLogger, check_logger, make_logger
 from omnet_torchrl.training.plots import learning_curve
-from omnet_torchrl.training.run_folder import RunFolder
+from omnet_torchrl.training.run_folder import RunFolder, now
 from omnet_torchrl.training.terminal import Terminal, duration, shares
 from omnet_torchrl.training.trainer import Trainer
 
@@ -38,19 +39,22 @@ class Run:
     """A run: new, or going on in the folder that ``resume`` names. Options are checked before anything is made.
 
     Args:
-        config (DictConfig, Mapping or TrainConfig): the options.
-        overrides (sequence of str): ``name=value``, those of them that the user gave: what a resumed run changes.
+        config (DictConfig, Mapping or TrainConfig): the options. Where ``resume`` is among them, the others are those of the
+            run in that folder.
+        overrides (sequence of str): ``name=value``, what a resumed run changes of its options; the others must be the same.
 
     Raises:
         ValueError: a wrong option, environment or folder to resume.
     """
 
     def __init__(self, config: DictConfig | Mapping[str, Any] | TrainConfig, overrides: Sequence[str] = ()):
-        self.config = to_config(config)
-        self.resumed = self.config.resume is not None
-        if self.config.resume is not None:
-            self.folder = RunFolder.open(self.config.resume)
+        resume = config.resume if isinstance(config, TrainConfig) else config.get("resume")
+        self.resumed = resume is not None
+        if resume is not None:
+            self.folder = RunFolder.open(resume)
             self.config = _resumed(self.folder, overrides)
+        else:
+            self.config = to_config(config)
         check_logger(self.config.logger)
         check_env(self.config.env)
         self.device = resolve_device(self.config.device)
@@ -102,9 +106,11 @@ class Run:
         if not trainer.frames:
             self.restore(None)
         config = self.config
-        self.folder.begin_session(trainer.frames, seed=config.seed, device=_device_name(self.device))
+        self.folder.begin_session(trainer.frames, env=config.env, seed=config.seed, device=_device_name(self.device))
         options = {"frames": trainer.frames, "warn": self.say, **asdict(config.wandb)}
         self._logger = make_logger(config.logger, self.folder, asdict(config), **options)
+        if self._logger.place:
+            self.say(f"{self._logger.name}: {self._logger.place}")
 
     def log(self, frames: int, seconds: float, metrics: Mapping[str, float]) -> None:
         """Write metrics to ``metrics.csv`` and the logger."""
@@ -135,7 +141,7 @@ class Run:
             self.folder.metrics_path.unlink(missing_ok=True)
         self._csv = CSVLogger(self.folder.metrics_path, position)
 
-    def _show_warning(self, message: Warning | str, *_: Any) -> None:
+    def _show_warning(self, message: Warning | str, *_: Any, **__: Any) -> None:
         self.terminal.line(f"warning: {message}")
 
     def _draw(self) -> None:
@@ -147,10 +153,14 @@ class Run:
             self.say(f"warning: {self.folder.curve_path.name} could not be drawn: {error}")
 
     def _close(self, status: str, trainer: Trainer) -> None:
-        if self._csv is not None:
-            self._csv.close()
+        try:
+            if self._csv is not None:
+                self._csv.close()
+        except OSError as error:  # a full disk
+            status = "failed"
+            self.say(f"warning: {self.folder.metrics_path.name} could not be closed: {error}")
         self._logger.close()
-        self.folder.write_info(status=status, frames=trainer.frames, updates=trainer.updates)
+        self.folder.write_info(status=status, ended=now(), frames=trainer.frames, updates=trainer.updates)
         elapsed = trainer.elapsed
         rows: dict[str, object] = {
             "status": status,
@@ -185,17 +195,26 @@ def describe(config: TrainConfig, actor: SubnetActor, qvalue: SubnetQValueOperat
     """What is about to run, for a person."""
     network, sizes = config.network, {}
     for name, module in (("actor", actor), ("critic", qvalue)):
-        weights = [parameter for parameter in module.parameters()]
+        weights = list(module.parameters())
         shape = [weights[0].shape[1], *network.num_cells, weights[-1].shape[-1]]
         total = sum(weight.numel() for weight in weights)
         sizes[name] = f"{' - '.join(map(str, shape))}, {total:,} parameters"
     action_dim = actor.spec[actor.action_key].shape[-1]
     observation_dim = next(actor.parameters()).shape[1]
-    common = {"policy_update_delay": config.policy_update_delay, "batch_size": config.optim.batch_size}
-    dims = (observation_dim, action_dim, network.num_cells)
-    loss = {"num_online": config.loss.num_trained_subnets, "num_target": config.loss.num_target_subnets}
-    flops = sac_flops(*dims, **loss, num_value=network.num_subnets, **common)
-    redq = sac_flops(*dims, num_online=10, num_target=2, num_value=10, **common)
+    count = partial(
+        sac_flops,
+        observation_dim,
+        action_dim,
+        network.num_cells,
+        policy_update_delay=config.policy_update_delay,
+        batch_size=config.optim.batch_size,
+    )
+    flops = count(
+        num_online=config.loss.num_trained_subnets,
+        num_target=config.loss.num_target_subnets,
+        num_value=network.num_subnets,
+    )
+    redq = count(num_online=10, num_target=2, num_value=10)
     return {
         **sizes,
         "subnets": f"{network.num_subnets} in each, sparsity {network.sparsity}",
@@ -208,7 +227,8 @@ def describe(config: TrainConfig, actor: SubnetActor, qvalue: SubnetQValueOperat
 def _resumed(folder: RunFolder, overrides: Sequence[str]) -> TrainConfig:
     """The config of a run in ``folder``, with what the user changes for its next part."""
     stored = load_config(folder.config_path)
-    changed = to_config(OmegaConf.merge(OmegaConf.structured(stored), OmegaConf.from_dotlist(list(overrides))))
+    merged = OmegaConf.merge(OmegaConf.structured(stored), OmegaConf.from_dotlist(list(overrides)))
+    changed = to_config(merged)  # type: ignore[arg-type]
     found = differences(stored, changed)
     if found:
         listed = "; ".join(f"{name} is {before}, got {after}" for name, (before, after) in found.items())

@@ -26,7 +26,7 @@ from omnet_torchrl.training.environments import ReplayError, recorders
 from omnet_torchrl.training.update import SACUpdate
 
 
-class Divergence(RuntimeError):
+class DivergenceError(RuntimeError):
     """Something is not finite any more."""
 
 
@@ -99,6 +99,8 @@ class Trainer:
         self.times = dict.fromkeys(("collect", "sample", "update", "log", "evaluate", "save"), 0.0)  # where they went
         self.last: dict[str, float] = {}  # the newest value of each metric
         self._saved, self._stop, self._diverged = -1, 0, False
+        self._metrics: dict[str, Tensor] = {}  # the newest of the update
+        self._log_due = False  # the interval of the log has passed, and no update since
         device = update.device
         self._exploration = _GlobalNumbers(seed, device)
         self._draws = torch.Generator(device).manual_seed(seed + 1)
@@ -118,6 +120,7 @@ class Trainer:
         self._draws.set_state(state["random"]["draws"])
         self._replay.set_state(state["random"]["replay"])
         self.frames, self.updates, self.last = state["frames"], state["updates"], state["last"]
+        self._metrics, self._log_due = dict(state["metrics"]), state["log_due"]
         self.elapsed, self.times, self._saved = state["elapsed"], state["times"], self.frames
         self.checkpointer.discard_after(self.frames)
         self.reporter.restore(state["log"])
@@ -137,7 +140,7 @@ class Trainer:
                 recorder.load_state_dict(episode)
             except ReplayError as error:
                 warnings.warn(f"environment {i}: {error} Its episode starts anew; the run goes on, inexactly.", stacklevel=2)
-                stored[i].update_(_reset_alone(recorder, fresh[i]))
+                stored.view(-1)[i].update_(_reset_alone(recorder, fresh.view(-1)[i]))
         self.collector.load_state_dict(
             {"env_state_dict": state["transforms"], "frames": state["frames"], "iter": -1}, strict=False
         )
@@ -154,6 +157,8 @@ class Trainer:
             "elapsed": self.elapsed,
             "times": self.times,
             "last": self.last,
+            "metrics": {name: value.cpu() for name, value in self._metrics.items()},
+            "log_due": self._log_due,
             "log": self.reporter.position(),
             "policy": dict(collector["policy_state_dict"]),
             "update": self.update.state_dict(),
@@ -185,7 +190,7 @@ class Trainer:
                 with self._timed("save"):
                     self._check_networks()
                     self.save()
-            except Divergence as error:
+            except DivergenceError as error:
                 self.reporter.say(f"diverged: {error}")
                 return "diverged"
         if self._stop:
@@ -194,13 +199,15 @@ class Trainer:
 
     def _collect(self, collected: Iterator[TensorDictBase]) -> TensorDictBase:
         with self._timed("collect"), self._exploration:
+            _check_finite("observation", self.collector._carrier.get("observation"), self.frames)
             try:
                 data = next(collected).reshape(-1)
             except Exception as error:  # a policy that is not finite may raise before its action is seen
                 if not self.update.is_finite():
-                    raise Divergence(f"the networks are not finite at frame {self.frames} ({error}).") from error
+                    raise DivergenceError(f"the networks are not finite at frame {self.frames} ({error}).") from error
                 raise
-            _check_finite(data, self.frames)
+            for key in ("action", ("next", "observation"), ("next", "reward")):
+                _check_finite(key if isinstance(key, str) else key[-1], data.get(key), self.frames + data.numel())
             self.buffer.extend(data.select(*self.update.loss.in_keys))
             self.frames += data.numel()
         return data
@@ -216,7 +223,7 @@ class Trainer:
         with self._timed("sample"):
             batches = self.buffer.sample(count * self.batch_size).to(self.update.device).reshape(count, self.batch_size)
             batches = batches.unbind(0)
-            draws = [self.update.loss.draw(batch, generator=self._draws) for batch in batches]
+            draws = self.update.loss.draw(batches[0], self._draws, num_updates=count).unbind(0)
         metrics: dict[str, Tensor] = {}
         with self._timed("update"):
             for batch, draw in zip(batches, draws, strict=True):
@@ -243,8 +250,11 @@ class Trainer:
     def _log_training(self, before: int, data: TensorDictBase, metrics: dict[str, Tensor]) -> None:
         for end in data.get("next")[data.get(("next", "done")).view(-1)]:
             self._log({"train/episode_return": end["episode_reward"].item(), "train/episode_length": end["step_count"].item()})
-        if metrics and _crosses(self.log_interval, before, self.frames):
-            values = {f"train/{name}": value.item() for name, value in metrics.items()}
+        self._metrics |= metrics
+        self._log_due |= _crosses(self.log_interval, before, self.frames)
+        if metrics and self._log_due:
+            self._log_due = False
+            values = {f"train/{name}": value.item() for name, value in self._metrics.items()}
             values |= {name: value.item() for name, value in self.update.disagreement(self._batch).items()}
             rates = {"frames": self.frames / self.elapsed, "updates": self.updates / self.elapsed}
             self._log({**values, **{f"time/{name}_per_second": rate for name, rate in rates.items()}})
@@ -265,7 +275,7 @@ class Trainer:
 
     def _diverge(self, what: str) -> None:
         if self.stop_when_diverged:
-            raise Divergence(what)
+            raise DivergenceError(what)
         if not self._diverged:
             self.reporter.say(f"diverged, and goes on without further checkpoints: {what}")
         self._diverged = True
@@ -282,8 +292,10 @@ class Trainer:
 
         def stop(number: int, frame: Any) -> None:
             self._stop = number
-            signal.signal(number, before[number])
-            self.reporter.say("stopping: the run is saved first")
+            for each, handler in before.items():
+                signal.signal(each, handler)
+            with contextlib.suppress(RuntimeError):  # Python's files refuse a print that interrupts another
+                self.reporter.say("stopping: the run is saved first")
 
         before: dict[int, Any] = {}
         with contextlib.ExitStack() as stack:
@@ -329,15 +341,12 @@ class _GlobalNumbers:
         self._state = list(state)
 
 
-def _check_finite(data: TensorDictBase, frames: int) -> None:
-    for key in ("action", ("next", "observation"), ("next", "reward")):
-        value = data.get(key)
-        if not bool(value.isfinite().all()):
-            rows = (~value.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-            raise Divergence(
-                f"{key if isinstance(key, str) else key[-1]!r} of environment {', '.join(map(str, rows))} is not finite at frame "
-                f"{frames + len(data)}: {value[rows[0]].tolist()}."
-            )
+def _check_finite(name: str, value: Tensor, frames: int) -> None:
+    rows = value.reshape(-1, value.shape[-1])
+    if not bool(rows.isfinite().all()):
+        wrong = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
+        where = ", ".join(map(str, wrong))
+        raise DivergenceError(f"{name} of environment {where} is not finite at frame {frames}: {rows[wrong[0]].tolist()}.")
 
 
 def _crosses(interval: int, before: int, after: int) -> bool:

@@ -1,0 +1,193 @@
+"""Play the policy of a run: a table of returns, one row per subnetwork, and a video of its first episode.
+
+    python examples/play.py runs/Hopper-v4/seed0/...                          # 5 episodes of each subnetwork
+    python examples/play.py runs/Hopper-v4/seed0/... --subnet 3 --stochastic  # of one, its actions drawn as in training
+    python examples/play.py runs/Hopper-v4/seed0/... --video hopper.gif       # or .mp4: pip install "imageio[ffmpeg]"
+    python examples/play.py runs/Hopper-v4/seed0/... --frames hopper          # PNG files
+
+Every subnetwork starts from the same states, those of the seeds ``--seed``, ``--seed`` + 1, ...
+"""
+
+import argparse
+import importlib.util
+import math
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean, pstdev
+
+# Libraries import MuJoCo, which fails where MUJOCO_GL can't draw, and only drawing needs it: see make.
+os.environ["USER_MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "")
+os.environ["MUJOCO_GL"] = "disable"
+
+import gymnasium
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import ProbabilisticActor
+
+from omnet_torchrl.training import load_policy
+from omnet_torchrl.training.config import load_config
+from omnet_torchrl.training.run_folder import RunFolder
+
+MAX_FPS = 30  # of a video; an environment of 125 steps a second shows every fifth
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    torch.set_num_threads(1)  # one observation at a time
+    run = RunFolder.open(args.run)
+    name = load_config(run.config_path).env
+    env = make(name, draw=bool(args.video or args.frames))
+    actor = load_policy(args.run)
+    policies = {k: actor.extract(k) for k in (range(actor.num_subnets) if args.subnet is None else [args.subnet])}
+
+    kind = "stochastic" if args.stochastic else "deterministic"
+    say(f"{name}, {kind} episodes of {run.path} ({run.info['status']})")
+    say(f"{'subnet':>8}{'episodes':>10}{'return':>21}{'length':>10}")
+    everything: list[tuple[float, int]] = []
+    with film(args, env) as show:
+        for k, policy in policies.items():
+            torch.manual_seed(args.seed)
+            episodes = []
+            for i in range(args.episodes):
+                episodes.append(play(policy, env, args.seed + i, args.stochastic, lambda k=k, i=i: i or show(f"subnet {k}")))
+            say(row(k, episodes))
+            everything += episodes
+    if len(policies) > 1:
+        say(row("total", everything))
+    if args.video or args.frames:
+        say(f"first episode of each: {args.video or args.frames}")
+    env.close()
+
+
+@torch.no_grad()
+def play(
+    policy: ProbabilisticActor, env: gymnasium.Env, seed: int, stochastic: bool, watch: Callable[[], object]
+) -> tuple[float, int]:
+    """Return and length of an episode; ``watch`` is called in each state."""
+    observation, _ = env.reset(seed=seed)
+    total, length, done = 0.0, 0, False
+    with set_exploration_type(ExplorationType.RANDOM if stochastic else ExplorationType.DETERMINISTIC):
+        while not done:
+            watch()
+            state = TensorDict(observation=torch.as_tensor(observation, dtype=torch.float32))
+            observation, reward, terminated, truncated, _ = env.step(policy(state)["action"].numpy())
+            total, length, done = total + float(reward), length + 1, terminated or truncated
+    watch()
+    return total, length
+
+
+def row(name: object, episodes: Sequence[tuple[float, int]]) -> str:
+    returns, lengths = zip(*episodes, strict=True)
+    return f"{name:>8}{len(episodes):>10}{fmean(returns):>11.1f} ± {pstdev(returns):<7.1f}{fmean(lengths):>10.1f}"
+
+
+def make(name: str, draw: bool) -> gymnasium.Env:
+    """The environment; with ``draw``, one that has drawn a frame: where that fails, it is before anything is played."""
+    backend = os.environ["USER_MUJOCO_GL"]
+    if not backend and sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        backend = "egl"  # without a screen
+    if draw and backend:
+        os.environ["MUJOCO_GL"] = backend
+    elif draw:
+        del os.environ["MUJOCO_GL"]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old versions of environments, and what leads to the errors below
+            env = gymnasium.make(name, render_mode="rgb_array" if draw else None)
+            if draw:
+                env.reset(seed=0)
+                env.render()
+    except gymnasium.error.Error as error:  # says itself what is missing
+        raise ValueError(f"{name} can't be played: {error}") from error
+    except Exception as error:  # each library of OpenGL fails in its own way
+        sys.unraisablehook = lambda _: None  # and once more when what it left half made is deleted
+        cause = traceback.format_exception_only(error)[-1].strip()
+        raise ValueError(
+            f"{name} can't be drawn with MUJOCO_GL={backend} ({cause}). MuJoCo needs OpenGL; without a "
+            "screen, set MUJOCO_GL=egl (a GPU's driver, or: apt install libegl1 libgl1-mesa-dri) or MUJOCO_GL=osmesa (slower; "
+            "apt install libosmesa6)."
+        ) from error
+    return env
+
+
+@contextmanager
+def film(args: argparse.Namespace, env: gymnasium.Env) -> Iterator[Callable[[str], None]]:
+    """A function to be called in each state, which draws it, with a text, into the video or the folder of frames."""
+    fps = env.metadata.get("render_fps") or MAX_FPS
+    every = math.ceil(fps / MAX_FPS)
+    states: dict[str, int] = {}  # seen, of each text
+    images: list[Image.Image] = []
+    writer = None
+
+    def show(text: str) -> None:
+        number = states[text] = states.get(text, -1) + 1
+        if number % every:
+            return
+        image = Image.fromarray(env.render())
+        if args.frames:
+            image.save(args.frames / f"{text.replace(' ', '_')}_{number:05d}.png")
+            return
+        ImageDraw.Draw(image).text((10, 10), text, font_size=20, stroke_width=1, stroke_fill="black")
+        if writer:
+            writer.append_data(np.asarray(image))
+        else:  # a GIF is kept in memory to its end, and is large enough at this size
+            image.thumbnail((320, 320))
+            images.append(image.quantize())
+
+    if args.frames:
+        args.frames.mkdir(parents=True, exist_ok=True)
+        yield show
+    elif args.video:
+        args.video.parent.mkdir(parents=True, exist_ok=True)
+        if args.video.suffix == ".mp4":
+            with imageio.get_writer(args.video, format="FFMPEG", fps=fps / every) as writer:
+                yield show
+        else:
+            yield show
+            images[0].save(args.video, save_all=True, append_images=images[1:], duration=1000 * every / fps, loop=0)
+    else:
+        yield lambda text: None
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("--subnet", type=int, help="play this subnetwork alone")
+    parser.add_argument("--episodes", type=int, default=5, help="of each subnetwork (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the start states and the actions (default: %(default)s)")
+    parser.add_argument("--stochastic", action="store_true", help="draw the actions, as in training")
+    pictures = parser.add_mutually_exclusive_group()
+    pictures.add_argument("--video", type=Path, help="file to write, .mp4 or .gif")
+    pictures.add_argument("--frames", type=Path, help="folder to write PNG files to")
+    args = parser.parse_args(arguments)
+    if args.episodes < 1 or args.seed < 0:
+        raise ValueError(f"--episodes must be at least 1 and --seed at least 0, got {args.episodes} and {args.seed}.")
+    if args.video and args.video.suffix not in (".mp4", ".gif"):
+        raise ValueError(f"--video must be an .mp4 or a .gif, got {args.video}.")
+    if args.video and args.video.suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise ValueError('an .mp4 needs ffmpeg: pip install "imageio[ffmpeg]"; or write a .gif.')
+    return args
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BrokenPipeError:  # whoever read the table has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,240 @@
+"""Environments of a run: batches of them, and episodes brought back in their middle."""
+
+import io
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from torchrl.envs.utils import check_env_specs
+
+from omnet_torchrl import SubnetPrimer
+from omnet_torchrl.training import make_env
+from omnet_torchrl.training.environments import EpisodeRecorder, ReplayError, recorders
+
+TASKS = ["Hopper-v4", "Humanoid-v4", "InvertedPendulum-v4"]
+
+
+class Counter(gymnasium.Env):
+    """Counts its episodes, which no seed and no action tells: a hidden state."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, shown="observation", length=10):
+        self.shown, self.length, self.episodes, self.steps = shown, length, 0, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episodes, self.steps = self.episodes + 1, 0
+        return self._observation(), {}
+
+    def step(self, action):
+        self.steps += 1
+        reward = float(self.episodes) if self.shown == "reward" else 0.0
+        return self._observation(), reward, False, self.steps == self.length + (self.shown == "end") * self.episodes, {}
+
+    def _observation(self):
+        return np.array([self.steps, self.episodes if self.shown == "observation" else 0], dtype=np.float32)
+
+
+def actions(env, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    low, high = env.action_spec.space.low, env.action_spec.space.high
+    return low + (high - low) * torch.rand(count, *env.action_spec.shape, generator=generator)
+
+
+def play(env, acts, state):
+    """Transitions of ``acts``, and the state after them."""
+    steps = []
+    for action in acts:
+        step, state = env.step_and_maybe_reset(state.set("action", action))
+        steps.append(step.clone())
+    return torch.stack(steps), state
+
+
+def solo(name, seed=None):
+    return EpisodeRecorder(gymnasium.make(name, disable_env_checker=True))
+
+
+def play_gym(env, count, rng):
+    seen = []
+    for _ in range(count):
+        observation, reward, terminated, truncated, _ = env.step(rng.uniform(-0.4, 0.4, env.action_space.shape).astype("f"))
+        seen.append((observation, reward, terminated, truncated))
+        if terminated or truncated:
+            seen.append(env.reset())
+    return seen
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x[0], y[0])
+        assert x[1:] == y[1:] or isinstance(x[1], dict)
+
+
+@pytest.mark.parametrize("num_envs", [None, 1, 3])
+@pytest.mark.parametrize("name", ["Hopper-v4", "InvertedPendulum-v4"])
+def test_specs_and_batch_size(name, num_envs):
+    env = make_env(name, SubnetPrimer(3, generator=0), num_envs=num_envs, seed=0)
+    batch = () if num_envs is None else (num_envs,)
+    assert env.batch_size == batch
+    check_env_specs(env, seed=None)
+    first = env.reset()
+    assert first["observation"].dtype == torch.float32
+    assert first["subnet"].shape == batch
+    assert len(recorders(env)) == (num_envs or 1)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_each_environment_of_a_batch_plays_as_one_alone_with_its_seed(num_envs):
+    batch = make_env("InvertedPendulum-v4", num_envs=num_envs, seed=7)
+    acts = actions(batch, 60)
+    together, _ = play(batch, acts, batch.reset())
+    assert together["next", "done"].any(0).all(), "no episode ended: the test shows nothing"
+    for i in range(num_envs):
+        env = make_env("InvertedPendulum-v4", seed=7 + i)
+        alone, _ = play(env, acts[:, i], env.reset())
+        for key in alone.keys(True, True):
+            assert torch.equal(together[:, i].get(key), alone.get(key)), (i, key)
+
+
+def test_the_end_of_an_episode_is_the_environments_own_last_observation():
+    env = make_env("InvertedPendulum-v4", num_envs=2, seed=0)
+    steps, _ = play(env, actions(env, 40), env.reset())
+    done = steps["next", "done"][:-1, :, 0]
+    after = steps["observation"][1:]
+    assert torch.equal(steps["next", "observation"][:-1][~done], after[~done])
+    assert (steps["next", "observation"][:-1][done].abs()[:, 1] > 0.2).all()  # the pole's angle beyond the limit
+    assert (after[done].abs() < 0.02).all()  # a start state
+
+
+def test_returns_and_lengths_are_of_each_episode():
+    env = make_env("InvertedPendulum-v4", num_envs=3, seed=0)
+    steps, _ = play(env, actions(env, 60), env.reset())
+    for i in range(3):
+        total, length = 0.0, 0
+        for step in steps[:, i]["next"]:
+            total, length = total + step["reward"].item(), length + 1
+            assert step["episode_reward"].item() == total
+            assert step["step_count"].item() == length
+            if step["done"].item():
+                total, length = 0.0, 0
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("steps", [0, 1, 7, 60])
+def test_an_episode_is_brought_back_in_its_middle_bit_for_bit(name, steps):
+    original, rng = solo(name), np.random.default_rng(0)
+    original.reset(seed=3)
+    play_gym(original, steps, rng)
+    stored = io.BytesIO()
+    torch.save(original.state_dict(), stored)
+    stored.seek(0)
+    state = torch.load(stored, weights_only=True)
+
+    used = solo(name)  # one that has played something else, and one that has done nothing
+    used.reset(seed=11)
+    play_gym(used, 13, np.random.default_rng(1))
+    after = rng.bit_generator.state
+    expected = play_gym(original, 200, rng)
+    for again in (used, solo(name)):
+        again.load_state_dict(state)
+        rng.bit_generator.state = after
+        assert_same(expected, play_gym(again, 200, rng))
+    assert len(expected) > 200, "no episode ended: the random numbers of resets are not seen"
+
+
+def test_an_episode_right_after_its_reset_is_brought_back():
+    original = solo("Hopper-v4")
+    original.reset(seed=0)
+    seen = original.step(np.zeros(3, "f"))
+    while not (seen[2] or seen[3]):
+        seen = original.step(np.ones(3, "f"))
+    observation, _ = original.reset()
+    again = solo("Hopper-v4")
+    again.load_state_dict(original.state_dict())
+    assert np.array_equal(again.state_dict()["observation"], observation)
+    assert_same(play_gym(original, 80, np.random.default_rng(2)), play_gym(again, 80, np.random.default_rng(2)))
+
+
+def test_an_episode_that_was_brought_back_can_be_brought_back_again():
+    original = solo("Hopper-v4")
+    original.reset(seed=0)
+    play_gym(original, 50, np.random.default_rng(0))
+    states = [original.state_dict()]
+    for _ in range(2):
+        again = solo("Hopper-v4")
+        again.load_state_dict(states[-1])
+        states.append(again.state_dict())
+    for state in states[1:]:
+        assert state["rng"] == states[0]["rng"]
+        assert state["seed"] == states[0]["seed"]
+        assert torch.equal(state["actions"], states[0]["actions"])
+        assert torch.equal(state["observation"], states[0]["observation"])
+
+
+def test_the_state_is_a_copy():
+    env = solo("Hopper-v4")
+    env.reset(seed=0)
+    env.step(np.zeros(3, "f"))
+    state = env.state_dict()
+    before = state["observation"].clone(), state["actions"].clone()
+    play_gym(env, 10, np.random.default_rng(0))
+    assert torch.equal(state["observation"], before[0])
+    assert torch.equal(state["actions"], before[1])
+
+
+def test_the_actions_kept_are_those_of_their_time():
+    """A caller may use one array for all actions."""
+    env = solo("Hopper-v4")
+    env.reset(seed=0)
+    action = np.zeros(3, "f")
+    for value in (0.1, 0.2, 0.3):
+        action[:] = value
+        env.step(action)
+    again = solo("Hopper-v4")
+    again.load_state_dict(env.state_dict())
+
+
+def test_a_batch_is_brought_back_in_the_middle_of_its_episodes():
+    env = make_env("InvertedPendulum-v4", num_envs=3, seed=7)
+    acts = actions(env, 90)
+    _, state = play(env, acts[:50], env.reset())
+    carried, saved = state.clone(), [recorder.state_dict() for recorder in recorders(env)]
+    expected, _ = play(env, acts[50:], state)
+    again = make_env("InvertedPendulum-v4", num_envs=3, seed=99)
+    again.reset()
+    for recorder, episode in zip(recorders(again), saved, strict=True):
+        recorder.load_state_dict(episode)
+    found, _ = play(again, acts[50:], carried)
+    assert (expected == found).all()
+    assert expected["next", "done"].any()
+
+
+@pytest.mark.parametrize("shown", ["observation", "reward", "end"])
+def test_a_hidden_state_is_found_out(shown):
+    env = EpisodeRecorder(Counter(shown, length=3))
+    env.reset(seed=0)
+    for _ in range(2):
+        for _ in range(3):
+            env.step(np.zeros(1, "f"))
+        env.reset()
+    steps = 5 if shown == "end" else 2
+    for _ in range(steps):
+        env.step(np.zeros(1, "f"))
+    with pytest.raises(ReplayError, match=f"{steps} steps"):
+        EpisodeRecorder(Counter(shown, length=3)).load_state_dict(env.state_dict())
+
+
+def test_the_error_names_the_environment():
+    gymnasium.register("Counter-v0", Counter, disable_env_checker=True)
+    try:
+        env = EpisodeRecorder(gymnasium.make("Counter-v0"))
+        env.reset(seed=0)
+        env.reset()
+        with pytest.raises(ReplayError, match="Counter-v0"):
+            EpisodeRecorder(gymnasium.make("Counter-v0")).load_state_dict(env.state_dict())
+    finally:
+        del gymnasium.registry["Counter-v0"]

@@ -1,0 +1,157 @@
+"""The policy of a run, loaded from its folder, is the one that was trained."""
+
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from omnet_torchrl import SubnetActor
+from omnet_torchrl.training import evaluate, load_policy, make_env
+from omnet_torchrl.training.checkpoint import Checkpointer
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "omnet_sac.py"
+ENV, NUM_SUBNETS, FRAMES = "Hopper-v4", 3, 120  # Hopper's returns are no round numbers
+OPTIONS = [
+    *(f"env={ENV}", f"network.num_subnets={NUM_SUBNETS}", "network.num_cells=[16,16]", "compile=false", "num_threads=1"),
+    *(f"total_frames={FRAMES}", "init_random_frames=40", "optim.batch_size=16", "utd_ratio=1", "policy_update_delay=1"),
+    *("eval.interval=60", f"eval.episodes={NUM_SUBNETS}", "checkpoint.interval=50"),
+]
+
+
+def train(folder, *options):
+    command = [sys.executable, EXAMPLE, *OPTIONS, *options, f"folder={folder}"]
+    subprocess.run(command, check=True, capture_output=True, cwd=folder.parent)
+    return folder
+
+
+def trained(tmp_path_factory):
+    """The folder of a tiny run, one for all tests: 40 random frames, 80 with updates, checkpoints at 100 and 120 frames."""
+    folder = tmp_path_factory.getbasetemp() / "trained" / "run"
+    if not folder.parent.exists():
+        folder.parent.mkdir()
+        train(folder)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path_factory):
+    return trained(tmp_path_factory)
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def last_evaluation(folder):
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["name"].startswith("eval/") and int(row["frames"]) == FRAMES]
+    return {row["name"]: float(row["value"]) for row in rows}
+
+
+def observations(n=7):
+    return torch.randn(n, 11, generator=torch.Generator().manual_seed(0))
+
+
+def locs(policy, **inputs):
+    """Means of the Gaussians before they are squashed."""
+    return policy(TensorDict(observation=observations(), **inputs, batch_size=[len(observations())]))["loc"]
+
+
+def test_the_loaded_policy_repeats_the_last_evaluation_of_the_run(run):
+    env = make_env(ENV, num_envs=NUM_SUBNETS)
+    metrics = evaluate(load_policy(run), env, seed=0 + 1_000_000 + FRAMES)
+    expected = last_evaluation(run)
+    assert {f"eval/return_subnet_{k}" for k in range(NUM_SUBNETS)} < set(expected)
+    assert metrics == expected
+
+
+def test_the_parameters_and_masks_are_those_of_the_newest_checkpoint(run):
+    state, _ = Checkpointer(run / "checkpoints").load()
+    loaded = load_policy(run).state_dict()
+    assert state["frames"] == FRAMES
+    assert set(loaded) == set(state["policy"])
+    assert sum(name.endswith("masks") for name in loaded) == 3
+    for name, value in loaded.items():
+        torch.testing.assert_close(value, state["policy"][name], rtol=0, atol=0)
+
+
+def test_one_subnet_reads_no_index_and_equals_the_actor_with_that_index(run):
+    actor = load_policy(run)
+    assert isinstance(actor, SubnetActor)
+    for k in range(NUM_SUBNETS):
+        plain = load_policy(run, k)
+        assert list(plain.in_keys) == ["observation"]
+        torch.testing.assert_close(locs(plain), locs(actor, subnet=torch.full((7,), k)))
+    assert not torch.equal(locs(load_policy(run, 0)), locs(load_policy(run, 1)))
+
+
+@pytest.mark.parametrize("subnet", [None, 1])
+def test_the_policy_is_in_evaluation_mode_and_requires_no_gradient(run, subnet):
+    policy = load_policy(run, subnet)
+    assert not any(module.training for module in policy.modules())
+    assert not any(parameter.requires_grad for parameter in policy.parameters())
+    assert {value.device.type for value in policy.state_dict().values()} == {"cpu"}
+
+
+def test_loading_draws_no_random_number_and_leaves_no_file(run):
+    before, files = torch.get_rng_state(), sorted(run.rglob("*"))
+    load_policy(run)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert sorted(run.rglob("*")) == files
+
+
+def test_the_replay_buffer_is_not_read(copy):
+    for path in (copy / "checkpoints").glob("replay_*"):
+        path.unlink()
+    assert torch.equal(locs(load_policy(copy, 0)), locs(load_policy(copy, 0)))
+    with pytest.raises(ValueError, match="is whole"):
+        Checkpointer(copy / "checkpoints").load()
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(copy):
+    checkpointer = Checkpointer(copy / "checkpoints")
+    newest, older = sorted(checkpointer.path.glob("state_*"), reverse=True)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="damaged checkpoint"):
+        policy = load_policy(copy)
+    expected = torch.load(older, weights_only=True)["policy"]
+    assert all(torch.equal(value, expected[name]) for name, value in policy.state_dict().items())
+    older.unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
+        load_policy(copy)
+
+
+def test_errors_say_what_is_wrong(copy, tmp_path):
+    with pytest.raises(ValueError, match=r"no run folder: .*runs beneath it, e.g. .*copy"):
+        load_policy(tmp_path)
+    with pytest.raises(ValueError, match="no run folder: it does not exist"):
+        load_policy(tmp_path / "nowhere")
+    for subnet in (-1, NUM_SUBNETS):
+        with pytest.raises(ValueError, match=rf"subnet must be in \[0, num_subnets={NUM_SUBNETS}\), got {subnet}"):
+            load_policy(copy, subnet)
+    with pytest.raises(TypeError, match=r"subnet must be an int, got 1\.0"):
+        load_policy(copy, 1.0)
+    with pytest.raises(ValueError, match="device must be auto, cpu"):
+        load_policy(copy, device="gpu")
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace(f"env: {ENV}", "env: Hoper-v4"))
+    with pytest.raises(ValueError, match=r"'Hoper-v4'; the closest are Hopper-v"):
+        load_policy(copy)
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(ValueError, match=r"has no checkpoint yet \(status: finished\)"):
+        load_policy(copy)
+
+
+@pytest.mark.gpu
+def test_a_run_of_a_gpu_is_loaded_on_any_device(tmp_path):
+    folder = train(tmp_path / "run", "device=cuda")
+    policies = [load_policy(folder, 1, device=device) for device in ("cpu", "cuda")]
+    assert [next(policy.parameters()).device.type for policy in policies] == ["cpu", "cuda"]
+    td = TensorDict(observation=observations(), batch_size=[7])
+    torch.testing.assert_close(policies[0](td.clone())["loc"], policies[1](td.to("cuda"))["loc"].cpu())

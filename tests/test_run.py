@@ -1,0 +1,120 @@
+"""A run from its options to its summary."""
+
+import csv
+import json
+
+import pytest
+import torch
+from torch.optim import Adam
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.objectives import SoftUpdate
+
+from omnet_torchrl import OMNetSACLoss, SubnetPrimer, make_actor, make_qvalue
+from omnet_torchrl.training import Run, SACUpdate, Trainer, describe, evaluate, make_env, schedule
+from omnet_torchrl.training.config import load_config, network_options
+
+OPTIONS = {
+    "env": "InvertedPendulum-v4",
+    "compile": False,
+    "progress": False,
+    "total_frames": 80,
+    "init_random_frames": 40,
+    "utd_ratio": 1,
+    "policy_update_delay": 1,
+    "network": {"num_cells": [16, 16], "num_subnets": 3, "sparsity": 0.1},
+    "optim": {"batch_size": 8},
+    "eval": {"interval": 40, "episodes": 3},
+}
+
+
+def train(run, evaluation=None):
+    """What examples/omnet_sac.py does."""
+    config = run.config
+    env = make_env(config.env, SubnetPrimer(3, generator=0), num_envs=1, seed=config.seed)
+    actor = make_actor(env.observation_spec, env.action_spec, **network_options(config, "actor"))
+    qvalue = make_qvalue(env.observation_spec, env.action_spec, **network_options(config, "critic"))
+    loss = OMNetSACLoss(actor, qvalue)
+    optims = Adam(qvalue.parameters()), Adam([*actor.parameters(), loss.log_alpha])
+    update = SACUpdate(loss, *optims, SoftUpdate(loss, tau=config.optim.tau), compile=False)
+    collector = Collector(env, actor, frames_per_batch=1, init_random_frames=40, auto_register_policy_transforms=False)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames))
+    eval_env = make_env(config.env, num_envs=3)
+    evaluation = evaluation or (lambda frames: evaluate(actor, eval_env, seed=frames))
+    trainer = Trainer(collector, buffer, update, evaluation, run.checkpointer, run, **schedule(config))
+    return run.train(trainer, describe(config, actor, qvalue))
+
+
+def options(tmp_path, **changed):
+    return {**OPTIONS, "folder": str(tmp_path / "run"), **changed}
+
+
+def info(tmp_path):
+    return json.loads((tmp_path / "run" / "run.json").read_text())
+
+
+def test_the_folder_says_what_ran_and_how_it_ended(tmp_path, capsys):
+    assert train(Run(options(tmp_path, seed=3))) == "finished"
+    said = info(tmp_path)
+    assert (said["status"], said["env"], said["seed"], said["frames"], said["updates"]) == (
+        "finished",
+        "InvertedPendulum-v4",
+        3,
+        80,
+        40,
+    )
+    assert said["versions"]["torch"] == torch.__version__
+    assert said["ended"] >= said["started"]
+    assert load_config(tmp_path / "run" / "config.yaml").optim.batch_size == 8
+    printed = capsys.readouterr().err
+    assert "4 - 16 - 16 - 2, 450 parameters" in printed
+    assert "5 - 16 - 16 - 1, 449 parameters" in printed
+
+
+def test_what_is_about_to_run_has_its_flops_and_their_share_of_redq(tmp_path):
+    run = Run({"folder": str(tmp_path / "run"), "progress": False})
+    env = make_env("Hopper-v4")
+    networks = (
+        make(env.observation_spec, env.action_spec, **network_options(run.config, role))
+        for make, role in ((make_actor, "actor"), (make_qvalue, "critic"))
+    )
+    described = describe(run.config, *networks)
+    assert described["training FLOPs"].startswith("236.5 M per update, 19% of REDQ's")  # 1 / 5.13, REFERENCES of the paper
+    assert described["critic"] == "14 - 256 - 256 - 1, 70,913 parameters"
+
+
+def test_a_run_whose_evaluation_raises_has_failed_and_can_go_on(tmp_path, capsys):
+    def broken(frames):
+        raise RuntimeError("no display")
+
+    with pytest.raises(RuntimeError, match="no display"):
+        train(Run(options(tmp_path)), broken)
+    assert info(tmp_path)["status"] == "failed"
+    assert "resume=" in capsys.readouterr().err
+    assert train(Run({"resume": str(tmp_path / "run")})) == "finished"
+    assert info(tmp_path)["status"] == "finished"
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        assert [int(row["frames"]) for row in csv.DictReader(file) if row["name"] == "eval/return"] == [40, 80]
+
+
+def test_a_resumed_run_keeps_its_own_options_but_those_that_are_given(tmp_path):
+    train(Run(options(tmp_path)))
+    resumed = Run({"resume": str(tmp_path / "run")}, ["resume=x", "total_frames=90", "eval.episodes=2"])
+    assert (resumed.config.total_frames, resumed.config.eval.episodes, resumed.config.optim.batch_size) == (90, 2, 8)
+    with pytest.raises(ValueError, match=r"optim.lr is 0.0003, got 0.1; seed is 0, got 1|seed is 0, got 1; .*optim.lr is"):
+        Run({"resume": str(tmp_path / "run")}, ["seed=1", "optim.lr=0.1"])
+    with pytest.raises(ValueError, match="total_frames is 90, got 60"):
+        Run({"resume": str(tmp_path / "run")}, ["total_frames=60"])
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_line_and_no_end(tmp_path, capsys):
+    run = Run(options(tmp_path))
+    run.folder.curve_path.mkdir()
+    assert train(run) == "finished"
+    assert "learning_curve.png could not be drawn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_a_logger_beside_the_csv(logger, tmp_path):
+    assert train(Run(options(tmp_path, logger=logger))) == "finished"
+    assert list((tmp_path / "run").glob(f"{logger}/**/*"))

@@ -1,0 +1,684 @@
+"""The update: plain torch is its oracle, compiled and captured steps are compared with it, and a state goes round."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from conftest import OBS, make_batch, small_actor, small_qvalue, specs
+from torch import nn
+from torch.optim import SGD, Adam, AdamW
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.objectives import HardUpdate, SoftUpdate
+
+from omnet_torchrl import EnsembleMLP, OMNetSACLoss, SubnetQValueOperator, make_qvalue
+from omnet_torchrl.training import SACUpdate
+from omnet_torchrl.training import update as update_module
+
+BATCH = 8
+
+
+def make_parts(actor=None, qvalue=None, *, tau=0.1, adam=None, device=None, **kwargs):
+    """Loss, both optimisers and the target updater: the arguments of SACUpdate, and what plain torch trains."""
+    torch.manual_seed(0)
+    loss = OMNetSACLoss((actor or small_actor)(device=device), (qvalue or small_qvalue)(device=device), **kwargs)
+    adam = {"lr": 1e-2, **(adam or {})}
+    critic_optim = Adam(loss.qvalue_network_params.parameters(), **adam)
+    temperature = [] if loss.fixed_alpha else [loss.log_alpha]
+    actor_optim = Adam([*loss.actor_network_params.parameters(), *temperature], **adam)
+    return loss, critic_optim, actor_optim, SoftUpdate(loss, tau=tau)
+
+
+def make_update(*args, **kwargs):
+    return SACUpdate(*make_parts(*args, **kwargs), compile=False)
+
+
+class Plain:
+    """The oracle: what an update would be without SACUpdate."""
+
+    def __init__(self, loss, critic_optim, actor_optim, target_updater):
+        self.loss, self.critic_optim, self.actor_optim, self.updater = loss, critic_optim, actor_optim, target_updater
+
+    def critic_step(self, batch, draws):
+        self.critic_optim.zero_grad()
+        loss, data = self.loss.qvalue_loss(batch, draws=draws)
+        loss.backward()
+        self.critic_optim.step()
+        self.updater.step()
+        return {"loss_qvalue": loss, "qvalue": data["pred_value"].mean(), "td_error": data["td_error"].mean()}
+
+    def actor_step(self, batch, draws):
+        self.actor_optim.zero_grad()
+        loss_actor, data = self.loss.actor_loss(batch, draws=draws)
+        loss_alpha = self.loss._reduced(self.loss.alpha_loss(data["log_prob"]), batch)
+        (loss_actor + loss_alpha).backward()
+        self.actor_optim.step()
+        entropy = -data["log_prob"].mean()
+        return {"loss_actor": loss_actor, "loss_alpha": loss_alpha, "entropy": entropy, "alpha": self.loss._alpha}
+
+    def state_dict(self):
+        optims = {"critic_optim": self.critic_optim.state_dict(), "actor_optim": self.actor_optim.state_dict()}
+        return {"loss": self.loss.state_dict(), **optims}
+
+
+def updates(loss, count, first=0):
+    """Batches and draws of some updates, the same ones for the same loss."""
+    device = loss.log_alpha.device
+    for i in range(first, first + count):
+        batch = make_batch(BATCH, seed=i, done=0.3).to(device)
+        yield batch, loss.draw(batch, generator=torch.Generator(device).manual_seed(i))
+
+
+def train(update, count, first=0, every=2):
+    """Critic steps, and an actor step after ``every`` of them; what the last ones returned."""
+    output = {}
+    for i, (batch, draws) in enumerate(updates(update.loss, count, first)):
+        output |= update.critic_step(batch, draws)
+        if (i + 1) % every == 0:
+            output |= update.actor_step(batch, draws)
+    return {name: value.detach().clone() for name, value in output.items()}
+
+
+def tensors(state, prefix=""):
+    """All tensors of a nested state, by the path to them."""
+    if isinstance(state, torch.Tensor):
+        return {prefix: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    return {k: v for key, value in items for k, v in tensors(value, f"{prefix}/{key}").items()}
+
+
+def assert_same_state(update, other, rtol=0.0, atol=0.0):
+    expected, got = tensors(other.state_dict()), tensors(update.state_dict())
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        # Adam may keep its counts of steps on another device than the weights.
+        torch.testing.assert_close(
+            got[name], value, rtol=rtol, atol=atol, check_device=False, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def snapshot(update):
+    return {name: value.clone() for name, value in tensors(update.state_dict()).items()}
+
+
+def assert_unchanged(update, before):
+    after = tensors(update.state_dict())
+    assert after.keys() == before.keys()
+    assert [name for name, value in before.items() if not torch.equal(after[name], value)] == []
+
+
+def leaves(params, floating=True):
+    return {key: value for key, value in params.items(True, True) if value.is_floating_point() == floating}
+
+
+def dense_actor(device=None):
+    return small_actor(device=device).extract(0)
+
+
+def dense_qvalue(device=None):
+    return small_qvalue(device=device).extract(0)
+
+
+def ensemble(device=None):
+    return make_qvalue(*specs(), network_class=EnsembleMLP, num_subnets=2, num_cells=(16, 16), device=device)
+
+
+ROWS = {
+    "OMNet": {},
+    "SAC": {"qvalue": ensemble, "num_trained_subnets": None},
+    "single critic": {"actor": dense_actor, "qvalue": dense_qvalue, "num_target_subnets": 1},
+    "REDQ's minimum": {"value_reduction": "min", "num_trained_subnets": 2, "replacement": True},
+}
+OPTIONS = [
+    {"weight_decay": 0.1},
+    {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    {"maximize": True},
+    {"betas": (0.5, 0.9), "eps": 1e-3},
+]
+
+
+def masked_otherwise(device=None):
+    """An update of the same shapes in another state: other weights, moments and masks, and another temperature."""
+    networks = {"actor": lambda device: small_actor(sparsity=0.2, device=device)}
+    networks["qvalue"] = lambda device: small_qvalue(sparsity=0.2, device=device)
+    update = make_update(**networks, alpha_init=0.3, device=device)
+    train(update, 3)
+    return update
+
+
+# The oracle: plain torch ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_it_is_backward_adam_and_soft_update_bit_for_bit(row):
+    update, plain = make_update(**ROWS[row]), Plain(*make_parts(**ROWS[row]))
+    outputs = train(update, 6), train(plain, 6)
+    assert_same_state(update, plain)
+    assert outputs[0].keys() == outputs[1].keys()
+    for name, value in outputs[0].items():
+        assert value.shape == ()
+        assert torch.equal(value, outputs[1][name]), name
+
+
+@pytest.mark.parametrize("adam", OPTIONS, ids=str)
+def test_it_is_adam_bit_for_bit_whatever_its_options(adam):
+    update, plain = make_update(adam=adam), Plain(*make_parts(adam=adam))
+    train(update, 6), train(plain, 6)
+    assert_same_state(update, plain)
+
+
+def test_it_goes_on_from_an_optimiser_that_has_stepped():
+    parts, plain = make_parts(), Plain(*make_parts())
+    train(Plain(*parts), 3), train(plain, 3)
+    update = SACUpdate(*parts, compile=False)
+    train(update, 3, first=3), train(plain, 3, first=3)
+    assert_same_state(update, plain)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_it_reduces_all_three_losses_as_the_loss_does(reduction):
+    update = make_update(reduction=reduction, alpha_init=0.5)
+    batch, draws = next(updates(update.loss, 1))
+    losses = update.loss(batch, draws=draws)
+    for output in (update.critic_step(batch, draws), make_update(reduction=reduction, alpha_init=0.5).actor_step(batch, draws)):
+        for name in output.keys() & {"loss_qvalue", "loss_actor", "loss_alpha"}:
+            assert torch.equal(output[name], losses[name]), name
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [{"min_alpha": 0.9, "max_alpha": 1.1}, {"max_alpha": 1.02}, {"min_alpha": 0.98}, {"alpha_init": 3.0, "max_alpha": 2.0}],
+)
+def test_a_bounded_temperature_stays_where_sac_keeps_it(bounds):
+    kwargs = {**bounds, "target_entropy": 10.0 if "max_alpha" in bounds else -10.0}
+    update, plain = make_update(**kwargs), Plain(*make_parts(**kwargs))
+    outputs = train(update, 20, every=1), train(plain, 20, every=1)
+    assert_same_state(update, plain)
+    for name, value in outputs[0].items():
+        assert torch.equal(value, outputs[1][name]), name
+    bound = bounds.get("max_alpha", bounds.get("min_alpha"))
+    torch.testing.assert_close(outputs[0]["alpha"], torch.tensor(bound))
+
+
+def test_a_fixed_temperature_is_left_alone():
+    kwargs = {"fixed_alpha": True, "alpha_init": 0.5}
+    update, plain = make_update(**kwargs), Plain(*make_parts(**kwargs))
+    outputs = train(update, 6), train(plain, 6)
+    assert_same_state(update, plain)
+    for name, value in outputs[0].items():
+        assert torch.equal(value, outputs[1][name]), name
+    assert update.loss.log_alpha.exp() == outputs[0]["alpha"] == 0.5
+
+
+class Normalised(nn.Module):
+    """A critic with what is neither a mask nor trained: statistics, a frozen layer, and a boolean choice of features."""
+
+    num_subnets = 3
+
+    def __init__(self):
+        super().__init__()
+        self.network = small_qvalue().module
+        self.register_buffer("scale", torch.full((OBS,), 0.5))
+        self.register_buffer("seen", torch.tensor([True, False, True, True, True]))
+        self.frozen = nn.Linear(OBS, OBS).requires_grad_(False)
+
+    def forward(self, observation, action, subnet):
+        observation = self.frozen(observation * self.scale).masked_fill(~self.seen, 0.0)
+        return self.network(observation, action, subnet)
+
+
+def test_only_what_needs_a_gradient_is_trained_and_a_boolean_buffer_stays_boolean():
+    def qvalue(device=None):
+        return SubnetQValueOperator(Normalised())
+
+    def parts():
+        loss, _, actor_optim, updater = make_parts(qvalue=qvalue)
+        trained = [p for p in loss.qvalue_network_params.parameters() if p.requires_grad]
+        return loss, Adam(trained, lr=1e-2), actor_optim, updater
+
+    update, plain = SACUpdate(*parts(), compile=False), Plain(*parts())
+    train(update, 4), train(plain, 4)
+    assert_same_state(update, plain)
+
+
+# Masks ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_that_no_drawn_mask_keeps_never_moves_nor_do_its_moments():
+    update = make_update()
+    params, optim = update.loss.qvalue_network_params, update._critic_adam.optim
+    before = {key: value.clone() for key, value in params.items(True, True)}
+    for batch, draws in updates(update.loss, 5):
+        update.critic_step(batch, draws.set("critic", torch.tensor([1])))
+    for key in [key for key in before if key[-1] == "masks"]:
+        key, dropped = (*key[:-1], "weight"), ~before[key][1]
+        assert dropped.any()
+        assert torch.equal(params[key][dropped], before[key][dropped])
+        assert not torch.equal(params[key][~dropped], before[key][~dropped])
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert not optim.state[params[key]][moment][dropped].any()
+
+
+def test_masks_never_change_and_stay_boolean():
+    update = make_update()
+    networks = [getattr(update.loss, name) for name in update_module.NETWORKS]
+    before = [{key: (mask, mask.clone()) for key, mask in leaves(params, floating=False).items()} for params in networks]
+    train(update, 4)
+    for params, masks in zip(networks, before, strict=True):
+        assert masks.keys() == leaves(params, floating=False).keys() != set()
+        for key, (mask, value) in masks.items():
+            assert params[key].dtype == torch.bool
+            assert params[key].data_ptr() == mask.data_ptr()
+            assert torch.equal(params[key], value)
+
+
+def test_the_target_moves_by_tau_towards_the_new_critic_and_the_actor_step_leaves_it():
+    update = make_update(tau=0.25)
+    train(update, 2)
+    online, target = leaves(update.loss.qvalue_network_params), leaves(update.loss.target_qvalue_network_params)
+    batch, draws = next(updates(update.loss, 1))
+    before = {key: value.clone() for key, value in target.items()}
+    update.critic_step(batch, draws)
+    for key, value in target.items():
+        torch.testing.assert_close(value, 0.75 * before[key] + 0.25 * online[key].data)
+    moved = {key: value.clone() for key, value in target.items()}
+    update.actor_step(batch, draws)
+    assert all(torch.equal(value, moved[key]) for key, value in target.items())
+
+
+# Isolation --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "moves"),
+    [
+        ("critic_step", {"qvalue_network_params", "target_qvalue_network_params", "critic_optim"}),
+        ("actor_step", {"actor_network_params", "log_alpha", "actor_optim"}),
+    ],
+)
+def test_a_step_moves_its_own_part_of_the_state_only(step, moves):
+    update = make_update()
+    before = snapshot(update)
+    getattr(update, step)(*next(updates(update.loss, 1)))
+    moved = {name for name, value in tensors(update.state_dict()).items() if not torch.equal(value, before[name])}
+    assert {name.split("/")[2 if name.startswith("/loss") else 1].split(".")[0] for name in moved} == moves
+
+
+def test_a_step_reads_batch_and_draws_and_changes_neither_nor_the_gradients_nor_the_global_generator():
+    update = make_update()
+    batch, draws = next(updates(update.loss, 1))
+    before, state = (batch.clone(), draws.clone()), torch.get_rng_state()
+    update.critic_step(batch, draws)
+    update.actor_step(batch, draws)
+    assert set(batch.keys(True)) == set(before[0].keys(True))
+    assert (batch == before[0]).all()
+    assert (draws == before[1]).all()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in update.loss.parameters())
+
+
+def test_the_loss_and_the_users_modules_see_the_new_weights():
+    actor, qvalue = small_actor(), small_qvalue()
+    update = make_update(actor=lambda device: actor, qvalue=lambda device: qvalue)
+    batch, draws = next(updates(update.loss, 1))
+    before = update.loss(batch.clone(), draws=draws), qvalue.extract(0)(batch.clone()), actor.extract(0)(batch.clone())["loc"]
+    pointers = {name: p.data_ptr() for name, p in update.loss.named_parameters()}
+    train(update, 4)
+    assert pointers == {name: p.data_ptr() for name, p in update.loss.named_parameters()}
+    after = update.loss(batch.clone(), draws=draws), qvalue.extract(0)(batch.clone()), actor.extract(0)(batch.clone())["loc"]
+    assert before[0]["loss_qvalue"] != after[0]["loss_qvalue"]
+    assert not torch.equal(before[1]["state_action_value"], after[1]["state_action_value"])
+    assert not torch.equal(before[2], after[2])
+
+
+# Round trip -------------------------------------------------------------------------------------------------------------
+
+
+def test_another_update_takes_over_a_saved_state_masks_included_and_goes_on_bit_for_bit(tmp_path):
+    first = make_update()
+    train(first, 5)
+    torch.save(first.state_dict(), tmp_path / "update.pt")
+    train(first, 5, first=5)
+
+    second = masked_otherwise()
+    pointers = {name: value.data_ptr() for name, value in tensors(second.state_dict()).items()}
+    second.load_state_dict(torch.load(tmp_path / "update.pt", weights_only=True))
+    assert {name: value.data_ptr() for name, value in tensors(second.state_dict()).items()} == pointers
+    train(second, 5, first=5)
+    assert_same_state(second, first)
+
+
+def test_plain_torch_takes_over_the_state_of_an_update():
+    update, plain = make_update(), Plain(*make_parts())
+    train(update, 4)
+    state = copy.deepcopy(update.state_dict())
+    plain.loss.load_state_dict(state["loss"])
+    plain.critic_optim.load_state_dict(state["critic_optim"])
+    plain.actor_optim.load_state_dict(state["actor_optim"])
+    train(update, 4, first=4), train(plain, 4, first=4)
+    assert_same_state(update, plain)
+
+
+def test_a_state_of_another_learning_rate_is_refused_before_anything_is_loaded():
+    first, second = make_update(), make_update(adam={"lr": 1e-3})
+    train(first, 2)
+    before = snapshot(second)
+    with pytest.raises(ValueError, match=r"critic_optim has lr=0\.001, the state to load has lr=0\.01"):
+        second.load_state_dict(first.state_dict())
+    assert_unchanged(second, before)
+
+
+# Errors -----------------------------------------------------------------------------------------------------------------
+
+
+def everything(loss):
+    return [p for p in loss.parameters() if p.requires_grad]
+
+
+def critic(loss):
+    return list(loss.qvalue_network_params.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda loss: Adam(everything(loss)), r"critic_optim must hold the 10 parameters .* missing: none; others: 11\."),
+        (lambda loss: Adam(critic(loss)[1:]), r"missing: module\.0\.weight; others: 0\."),
+        (lambda loss: Adam([{"params": [p]} for p in critic(loss)]), r"critic_optim must have one parameter group, got 10"),
+        (lambda loss: Adam(critic(loss), amsgrad=True), r"without amsgrad, got Adam with lr=0\.001, amsgrad=True\."),
+        (lambda loss: Adam(critic(loss), lr=torch.tensor(0.1)), r"with a number as lr .*got Adam with lr=tensor\(0\.1000\)"),
+        (lambda loss: AdamW(critic(loss)), r"critic_optim must be torch\.optim\.Adam, .*got AdamW\."),
+        (lambda loss: SGD(critic(loss)), r"critic_optim must be torch\.optim\.Adam, .*got SGD\."),
+    ],
+)
+def test_an_optimiser_that_it_cannot_stand_for_is_refused(make, message):
+    loss, _, actor_optim, updater = make_parts()
+    with pytest.raises(ValueError, match=message):
+        SACUpdate(loss, make(loss), actor_optim, updater)
+
+
+def test_an_actor_optimiser_without_the_temperature_is_refused():
+    loss, critic_optim, _, updater = make_parts()
+    with pytest.raises(ValueError, match=r"actor_optim must hold the 11 parameters .*missing: log_alpha; others: 0"):
+        SACUpdate(loss, critic_optim, Adam(loss.actor_network_params.parameters()), updater)
+
+
+def test_a_target_updater_of_another_kind_or_loss_is_refused():
+    loss, critic_optim, actor_optim, _ = make_parts()
+    with pytest.raises(ValueError, match="target_updater must be a SoftUpdate of this loss, got HardUpdate"):
+        SACUpdate(loss, critic_optim, actor_optim, HardUpdate(loss, value_network_update_interval=10))
+    with pytest.raises(ValueError, match="target_updater must be a SoftUpdate of this loss, got one of another loss"):
+        SACUpdate(loss, critic_optim, actor_optim, make_parts()[-1])
+
+
+def test_losses_that_are_not_reduced_are_refused():
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', got 'none'"):
+        make_update(reduction="none", scalar_output_mode="exclude")
+
+
+# What a run watches -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", [*update_module.NETWORKS, "log_alpha"])
+def test_it_is_not_finite_after_a_nan_anywhere(where):
+    update = make_update()
+    assert update.is_finite()
+    part = getattr(update.loss, where)
+    with torch.no_grad():
+        (part if where == "log_alpha" else next(iter(leaves(part).values()))).view(-1)[-1] = float("nan")
+    assert not update.is_finite()
+
+
+def test_disagreement_is_that_of_the_extracted_subnets():
+    actor, qvalue = small_actor(), small_qvalue()
+    update = make_update(actor=lambda device: actor, qvalue=lambda device: qvalue)
+    train(update, 2)
+    batch = make_batch(BATCH)
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        q = torch.stack([qvalue.extract(k)(batch.clone())["state_action_value"] for k in range(3)])
+        action = torch.stack([actor.extract(k)(batch.clone())["action"] for k in range(3)])
+    distances = [(action[i] - action[j]).norm(dim=-1).mean() for i, j in [(0, 1), (0, 2), (1, 2)]]
+    found = update.disagreement(batch)
+    torch.testing.assert_close(found["subnets/q_std"], q.std(0, correction=0).mean())
+    torch.testing.assert_close(found["subnets/action_distance"], sum(distances) / 3)
+    assert min(found.values()) > 0
+
+
+@pytest.mark.parametrize("row", ["one subnet", "masks of ones", "no index"])
+def test_nothing_disagrees(row):
+    kwargs = {
+        "one subnet": {
+            "actor": lambda device: small_actor(1),
+            "qvalue": lambda device: small_qvalue(1),
+            "num_target_subnets": 1,
+        },
+        "masks of ones": {"actor": lambda device: small_actor(sparsity=0), "qvalue": lambda device: small_qvalue(sparsity=0)},
+        "no index": ROWS["single critic"],
+    }[row]
+    update = make_update(**kwargs)
+    for value in update.disagreement(make_batch(BATCH)).values():
+        torch.testing.assert_close(value, torch.zeros(()), rtol=0, atol=1e-6)
+
+
+def test_disagreement_changes_neither_the_batch_nor_the_state():
+    update, batch = make_update(), make_batch(BATCH)
+    before, state = batch.clone(), snapshot(update)
+    update.disagreement(batch)
+    assert set(batch.keys(True)) == set(before.keys(True))
+    assert_unchanged(update, state)
+
+
+# Preparation, with a compiler that does nothing -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Stands in for torch.compile: counts what it is given, and returns it."""
+    compiled = []
+    monkeypatch.setattr(update_module, "_compile", lambda step: compiled.append(step) or step)
+    return compiled
+
+
+def dropout_qvalue(device=None):
+    return small_qvalue(dropout=0.5, device=device)
+
+
+def test_preparing_leaves_the_state_and_the_global_generator_as_they_were(compiler):
+    update = SACUpdate(*make_parts(qvalue=dropout_qvalue))
+    train(update, 2)
+    before, state = snapshot(update), torch.get_rng_state()
+    update.prepare(make_batch(BATCH))
+    assert_unchanged(update, before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_first_step_prepares_what_was_not(compiler):
+    update, eager = SACUpdate(*make_parts()), make_update()
+    train(update, 3), train(eager, 3)
+    assert [step.__name__ for step in compiler] == ["_critic_step", "_actor_step"]
+    assert_same_state(update, eager)
+
+
+def test_an_eager_update_compiles_nothing(compiler):
+    update = make_update()
+    update.prepare(make_batch(BATCH))
+    train(update, 2)
+    assert compiler == []
+
+
+def test_a_failed_preparation_leaves_the_state_as_it_was_and_can_be_tried_again(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no compiler")
+
+    update, eager = SACUpdate(*make_parts()), make_update()
+    before, state = snapshot(update), torch.get_rng_state()
+    with monkeypatch.context() as patch:
+        patch.setattr(update_module, "_compile", lambda step: broken if step.__name__ == "_actor_step" else step)
+        with pytest.raises(RuntimeError, match="no compiler"):
+            update.prepare(make_batch(BATCH))
+    assert_unchanged(update, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    monkeypatch.setattr(update_module, "_compile", lambda step: step)
+    train(update, 3), train(eager, 3)
+    assert_same_state(update, eager)
+
+
+# Compiled ---------------------------------------------------------------------------------------------------------------
+
+# Measured after 100 updates of learning rate 0.01, which move the weights by 0.3: differences of 4e-6, and 1e-14 in double
+# precision. So it is rounding, in another order.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+CLOSE_DOUBLE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def assert_outputs_close(got, expected):
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_each_compiled_step_has_a_code_object_of_its_own(monkeypatch):
+    # Torch looks up what it has compiled by the code object, and the guards that would tell two updates apart are left out.
+    monkeypatch.setattr(torch, "compile", lambda step, **kwargs: step)
+    update, other = make_update(), make_update()
+    steps = [update_module._compile(step) for u in (update, other) for step in (u._critic_step, u._actor_step)]
+    assert len({id(step.__code__) for step in steps}) == 4
+    assert [step.__self__ for step in steps] == [update, update, other, other]
+
+
+@pytest.mark.slow
+def test_two_updates_that_differ_in_an_option_only_each_keep_their_own(monkeypatch):
+    # Torch traces both, and translates nothing: that is where it could take one for the other.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for lr in (1e-2, 1e-3):
+        update, eager = make_update(adam={"lr": lr}), make_update(adam={"lr": lr})
+        compiled = update_module._compile(update._critic_step)
+        for batch, draws in updates(update.loss, 2):
+            compiled(batch, draws), eager.critic_step(batch, draws)
+        assert_same_state(update, eager, **CLOSE)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """A compiled update, and what there was before: compiled once, as it takes a while."""
+    update = SACUpdate(*make_parts())
+    before, state = snapshot(update), torch.get_rng_state()
+    update.prepare(make_batch(BATCH))
+    return update, before, state, torch.get_rng_state(), snapshot(update)
+
+
+def test_compiling_leaves_the_state_and_the_global_generator_as_they_were(compiled):
+    _, before, state, state_after, after = compiled
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert torch.equal(state, state_after)
+
+
+def test_compiled_and_eager_agree_for_100_updates(compiled):
+    update, eager = compiled[0], make_update()
+    update.load_state_dict(eager.state_dict())
+    outputs = train(update, 100, every=5), train(eager, 100, every=5)
+    assert_same_state(update, eager, **CLOSE)
+    assert_outputs_close(*outputs)
+
+
+def test_a_compiled_update_takes_over_a_state_masks_included(compiled):
+    update, other = compiled[0], masked_otherwise()
+    update.load_state_dict(other.state_dict())
+    train(update, 10), train(other, 10)
+    assert_same_state(update, other, **CLOSE)
+
+
+@pytest.mark.slow
+def test_in_double_precision_compiled_and_eager_agree_far_closer():
+    torch.set_default_dtype(torch.float64)
+    try:
+        update, eager = SACUpdate(*make_parts()), make_update()
+        train(update, 100, every=5), train(eager, 100, every=5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert next(update.loss.parameters()).dtype == torch.float64
+    assert_same_state(update, eager, **CLOSE_DOUBLE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kwargs",
+    [*(kwargs for kwargs in ROWS.values() if kwargs), {"fixed_alpha": True}, {"max_alpha": 1.02, "target_entropy": 10.0}],
+    ids=[*(name for name in ROWS if ROWS[name]), "fixed temperature", "bounded temperature"],
+)
+def test_other_rows_compile_too(kwargs):
+    update, eager = SACUpdate(*make_parts(**kwargs)), make_update(**kwargs)
+    outputs = train(update, 20), train(eager, 20)
+    assert_same_state(update, eager, **CLOSE)
+    assert_outputs_close(*outputs)
+
+
+# Captured ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def captured():
+    """A compiled update captured in a CUDA graph, and what there was before."""
+    update = SACUpdate(*make_parts(device="cuda"))
+    before, state = snapshot(update), torch.cuda.get_rng_state()
+    update.prepare(make_batch(BATCH).to("cuda"))
+    return update, before, state, torch.cuda.get_rng_state(), snapshot(update)
+
+
+@pytest.mark.gpu
+def test_capturing_leaves_the_state_and_the_devices_generator_as_they_were(captured):
+    _, before, state, state_after, after = captured
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert torch.equal(state, state_after)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_agrees_with_eager_for_100_updates_and_waits_for_nothing(captured):
+    update, eager = captured[0], make_update(device="cuda")
+    update.load_state_dict(eager.state_dict())
+    steps = [(i, *step) for i, step in enumerate(updates(update.loss, 100))]
+    outputs = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i, batch, draws in steps:
+            output = dict(update.critic_step(batch, draws))
+            if i % 5 == 4:
+                output |= update.actor_step(batch, draws)
+            outputs.append({name: value.clone() for name, value in output.items()})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for (i, batch, draws), got in zip(steps, outputs, strict=True):
+        output = dict(eager.critic_step(batch, draws))
+        if i % 5 == 4:
+            output |= eager.actor_step(batch, draws)
+        assert_outputs_close(got, output)
+    assert_same_state(update, eager, **CLOSE)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_takes_over_a_state_masks_included(captured):
+    update, other = captured[0], masked_otherwise(device="cuda")
+    update.load_state_dict(other.state_dict())
+    train(update, 10), train(other, 10)
+    assert_same_state(update, other, **CLOSE)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_writes_its_outputs_anew(captured):
+    update = captured[0]
+    (batch, draws), (other, other_draws) = updates(update.loss, 2)
+    first = update.critic_step(batch, draws)["loss_qvalue"]
+    value = first.clone()
+    assert update.critic_step(other, other_draws)["loss_qvalue"] is first
+    assert first != value
+
+
+@pytest.mark.gpu
+def test_an_optimiser_that_stepped_on_the_device_is_taken_over():
+    parts, eager = make_parts(device="cuda"), Plain(*make_parts(device="cuda"))
+    train(Plain(*parts), 2), train(eager, 2)
+    update = SACUpdate(*parts, compile=False)
+    train(update, 2, first=2), train(eager, 2, first=2)
+    assert_same_state(update, eager, **CLOSE)
