@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             torch.manual_seed(args.seed)
             episodes = []
             for i in range(args.episodes):
-                episodes.append(play(policy, env, args.seed + i, args.stochastic, lambda k=k, i=i: i or show(f"subnet {k}")))
+                watch = partial(show, f"subnet {k}") if i == 0 else lambda: None
+                episodes.append(play(policy, env, args.seed + i, args.stochastic, watch))
             say(row(k, episodes))
             everything += episodes
     if len(policies) > 1:

@@ -187,11 +187,11 @@ def test_a_save_without_new_transitions_writes_no_segment(tmp_path):
 
 
 def test_the_disk_holds_little_more_than_the_buffer(tmp_path):
-    """2000 saves of a buffer that goes round ten times; rows are large enough that a file's own overhead is not what counts."""
+    """100 saves of a buffer that goes round five times; rows are large enough that a file's own overhead is not what counts."""
     capacity, step = 1_000, 50
     checkpointer, buffer = Checkpointer(tmp_path), make_buffer(capacity)
     rows = torch.rand(step, 500)
-    for frames in range(step, 10 * capacity + 1, step):
+    for frames in range(step, 5 * capacity + 1, step):
         buffer.extend(TensorDict({"observation": rows}, batch_size=step))
         checkpointer.save(frames, {"frames": frames}, buffer)
         assert size(tmp_path) < 1.2 * capacity * rows[0].nbytes

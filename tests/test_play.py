@@ -135,7 +135,7 @@ def test_frames_are_the_states_of_the_first_episode(play, run, tmp_path):
     with Image.open(frames[0]) as first, Image.open(frames[-1]) as last:
         assert first.size == (480, 480)
         assert len(first.getcolors(480 * 480)) > 50
-        assert list(first.getdata()) != list(last.getdata())
+        assert first.tobytes() != last.tobytes()
 
 
 def test_a_gif_shows_every_subnet_in_real_time(play, run, tmp_path):

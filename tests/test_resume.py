@@ -33,8 +33,9 @@ def leaves(value, name=""):
     elif isinstance(value, list | tuple):
         parts = [leaves(part, f"{name}/{i}") for i, part in enumerate(value)]
     else:
-        exact = (value.dtype, value.shape, value.numpy().tobytes()) if isinstance(value, torch.Tensor) else repr(value)
-        return {name: exact}
+        if isinstance(value, torch.Tensor):
+            return {name: (value.dtype, value.shape, value.requires_grad, value.detach().numpy().tobytes())}
+        return {name: repr(value)}
     return {key: leaf for part in parts for key, leaf in part.items()}
 
 
@@ -228,8 +229,8 @@ def test_every_part_of_a_checkpoint_is_needed(part, wholes, tmp_path):
     trainer.checkpointer.load = lambda: (state, files)
     try:
         trainer.resume()
-        assert trainer.run() == "finished"
-        same = untimed(rows) == wholes["one environment"][1] and not differing(result(path), wholes["one environment"][0])
+        same = trainer.run() == "finished" and untimed(rows) == wholes["one environment"][1]
+        same = same and not differing(result(path), wholes["one environment"][0])
     except (ValueError, IndexError, RuntimeError, KeyError):
         same = False
     assert same == (part is None)
@@ -244,12 +245,12 @@ def test_the_parts_are_all_there_are(tmp_path):
     assert found | {"replay"} == {*PARTS, "policy", "elapsed", "times", "last"}
 
 
-@pytest.mark.parametrize("num_envs", [1, 3])
-def test_an_episode_that_cannot_be_brought_back_starts_anew_and_it_is_said(num_envs, tmp_path):
+@pytest.mark.parametrize(("num_envs", "stop", "start"), [(1, 43, 40), (3, 20, 18)])
+def test_an_episode_that_cannot_be_brought_back_starts_anew_and_it_is_said(num_envs, stop, start, tmp_path):
     gymnasium.register("Counter-v0", Counter, disable_env_checker=True)
     try:
         rows, options = [], {"num_envs": num_envs, "utd_ratio": 1}
-        session(tmp_path, rows, 43, "Counter-v0", **options)
+        session(tmp_path, rows, stop, "Counter-v0", **options)
         with pytest.warns(UserWarning, match="goes on, inexactly") as warned:
             trainer = session(tmp_path, rows, env="Counter-v0", **options)
         assert [str(one.message)[: len("environment 0")] for one in warned] == [f"environment {i}" for i in range(num_envs)]
@@ -257,7 +258,6 @@ def test_an_episode_that_cannot_be_brought_back_starts_anew_and_it_is_said(num_e
         assert trainer.frames == 60
         # From the frame of the checkpoint on, the episode is a new one from its first step.
         data = trainer.buffer.storage.get(slice(0, 60))
-        start = Checkpointer(tmp_path).load()[0]["frames"] and (42 if num_envs == 3 else 40)
         first = data[start : start + num_envs]
         assert (first["observation"][:, 0] == 0).all()
         assert (first["next", "observation"][:, 0] == 1).all()
@@ -342,7 +342,7 @@ def test_a_process_that_is_killed_goes_on_in_another(tmp_path):
     assert_same_runs(killed, whole_run)
 
 
-# Hours of a machine's worst: ten kills each, of the compiled run.
+# The compiled run, killed ten times.
 
 TASK = [
     *("compile=true", "network.num_cells=[64,64]", "optim.batch_size=64", "total_frames=1500", "init_random_frames=300"),

@@ -1,6 +1,6 @@
 """Evaluation returns of runs, beside published curves at the same frames.
 
-    python benchmarks/learning/compare.py RUN_FOLDER ... --reference published_curves.csv --method REDQ_utd20 --output curves.png
+    python benchmarks/learning/compare.py RUN_FOLDER ... --reference published_curves.csv --output curves.png
 
 The reference is any CSV with the columns ``method,env,seed,env_step,return``; it is drawn dashed and never mixed with the runs,
 whose protocol differs. Prints a table of both.

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator
-from omnet_torchrl.training.checkpoint import Checkpointer, CheckpointError
+from omnet_torchrl.training.checkpoint import Checkpointer
 from omnet_torchrl.training.config import (
     TrainConfig,
     check_env,
@@ -100,8 +100,8 @@ class Run:
         if self.resumed:
             try:
                 found = trainer.resume()
-            except CheckpointError as error:
-                sys.exit(f"error: {error}")
+            except ValueError as error:
+                sys.exit(f"error: {self.folder.path} can't be resumed: {error}")
             self.say(f"goes on from frame {trainer.frames:,}" if found else "no checkpoint yet: starts from the beginning")
         if not trainer.frames:
             self.restore(None)

@@ -23,6 +23,7 @@ from torchrl.data import TensorDictReplayBuffer
 
 from omnet_torchrl.training.checkpoint import Checkpointer, load_replay
 from omnet_torchrl.training.environments import ReplayError, recorders
+from omnet_torchrl.training.global_numbers import GlobalNumbers
 from omnet_torchrl.training.update import SACUpdate
 
 
@@ -102,7 +103,7 @@ class Trainer:
         self._metrics: dict[str, Tensor] = {}  # the newest of the update
         self._log_due = False  # the interval of the log has passed, and no update since
         device = update.device
-        self._exploration = _GlobalNumbers(seed, device)
+        self._exploration = GlobalNumbers(seed, device)
         self._draws = torch.Generator(device).manual_seed(seed + 1)
         self._replay = torch.Generator(buffer.storage.device).manual_seed(seed + 2)
         buffer.set_rng(self._replay)
@@ -251,7 +252,7 @@ class Trainer:
         for end in data.get("next")[data.get(("next", "done")).view(-1)]:
             self._log({"train/episode_return": end["episode_reward"].item(), "train/episode_length": end["step_count"].item()})
         self._metrics |= metrics
-        self._log_due |= _crosses(self.log_interval, before, self.frames)
+        self._log_due |= self.updates > 0 and _crosses(self.log_interval, before, self.frames)
         if metrics and self._log_due:
             self._log_due = False
             values = {f"train/{name}": value.item() for name, value in self._metrics.items()}
@@ -304,41 +305,6 @@ class Trainer:
                     before[number] = signal.signal(number, stop)
                     stack.callback(signal.signal, number, before[number])
             yield
-
-
-class _GlobalNumbers:
-    """Torch's global random numbers, a stream of its own within ``with``: the collector draws from the global one."""
-
-    def __init__(self, seed: int, device: torch.device):
-        self.device = device
-        with self._forked():
-            torch.manual_seed(seed)
-            self._state = self._get()
-
-    def _forked(self) -> contextlib.AbstractContextManager:
-        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
-
-    def _get(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])]
-
-    def _set(self, state: list[Tensor]) -> None:
-        torch.set_rng_state(state[0])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state[1], self.device)
-
-    def __enter__(self) -> None:
-        self._outside = self._get()
-        self._set(self._state)
-
-    def __exit__(self, *error: object) -> None:
-        self._state = self._get()
-        self._set(self._outside)
-
-    def state_dict(self) -> list[Tensor]:
-        return list(self._state)
-
-    def load_state_dict(self, state: list[Tensor]) -> None:
-        self._state = list(state)
 
 
 def _check_finite(name: str, value: Tensor, frames: int) -> None:

@@ -50,7 +50,7 @@ class SACUpdate:
 
     Raises:
         ValueError: an optimiser that is not over just these parameters, or is no plain Adam; a target updater that is no
-            SoftUpdate of ``loss``; a loss that is not reduced to one number.
+            SoftUpdate of ``loss``; a loss that is not reduced to one number; a float64 temperature to be compiled on a CPU.
 
     .. note:: It is numerically the step of ``torch.optim.Adam`` and :class:`~torchrl.objectives.SoftUpdate`, whose own state it
         changes: their ``state_dict`` is the state of this update. Gradients never appear in ``.grad``.
@@ -77,6 +77,12 @@ class SACUpdate:
         self._actor_adam = _Adam(actor_optim, "actor_optim", {**_trained(loss.actor_network_params), **temperature})
         self._params = {name: self._fixed(name) for name in NETWORKS}
         self._params["log_alpha"] = {"log_alpha": loss.log_alpha.detach()}
+        if compile and any(x.ndim == 0 and x.dtype == torch.float64 and x.device.type == "cpu" for x in self._state()):
+            # torch 2.13; in torch.float32 and on other shapes it keeps them.
+            raise ValueError(
+                "torch.compile loses what is written to 0-dimensional float64 tensors on a CPU, here the temperature or Adam's "
+                "steps: pass compile=False, or build loss and update with torch.float32 as the default dtype."
+            )
         self._bound_temperature()
         self._steps: dict[str, Callable] = {} if compile else {"critic": self._critic_step, "actor": self._actor_step}
 
@@ -125,6 +131,7 @@ class SACUpdate:
         optims = {"critic_optim": self._critic_adam.optim.state_dict(), "actor_optim": self._actor_adam.optim.state_dict()}
         return {"loss": self.loss.state_dict(), **optims}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a :meth:`state_dict`, into the tensors that are there.
 
@@ -215,7 +222,8 @@ class SACUpdate:
         for key, value in leaves.items():
             if value.dtype == torch.bool and key[:-1] in masked:
                 # As numbers of the weights' type: 0 and 1 multiply exactly, and four times faster than booleans on a CPU.
-                leaves[key] = value.to(leaves[(*key[:-1], "weight")].dtype)
+                weight = (*key[:-1], "weight")
+                leaves[key] = value.to(leaves[weight].dtype)
         return leaves
 
     def _select(self, name: str, keys: Any) -> Leaves:
