@@ -226,8 +226,9 @@ class OMNetSACLoss(SACLoss):
         Returns:
             TensorDict: on the device of the parameters, without (further) batch size: the int64 indices ``critic (K,)``,
             ``target (M,)``, ``value (V,)``, ``next_actor ()``, ``actor ()``; and the standard-normal ``next_noise``, ``noise``
-            of the next and the current action, of the action's shape (left out where the action is no tensor). Replace any of them before you
-            pass it on: indices of shape ``batch`` for the actors or ``(K, *batch)`` for the critics choose per element.
+            of the next and the current action, of the action's shape (left out where the action is no tensor). Replace any of
+            them before you pass it on: indices of shape ``batch`` for the actors or ``(K, *batch)`` for the critics choose per
+            element.
         """
         device = self.log_alpha.device
         num, num_actor = self.num_subnets, self.num_actor_subnets
