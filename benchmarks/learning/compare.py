@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from omnet_torchrl.training.config import load_config
 from omnet_torchrl.training.logging import read_metrics
 
 Curve = tuple[list[int], list[float]]
@@ -52,10 +52,10 @@ def draw(runs: dict[str, Curve], reference: dict[str, Curve], label: str, title:
 
 
 def table(runs: dict[str, Curve], reference: dict[str, Curve], method: str) -> str:
-    """Markdown: at each frame of the reference, the runs' newest evaluation and the reference's lowest, median, highest."""
+    """Markdown: at each evaluation of the reference, the runs' newest evaluation and the reference's lowest, median, highest."""
     lines = [f"| frames | {' | '.join(runs)} | {method}: lowest, median, highest |", "|---" * (len(runs) + 2) + "|"]
     end = max(frames[-1] for frames, _ in runs.values())
-    for frames in sorted({frame for curve, _ in reference.values() for frame in curve if 0 < frame <= 1.05 * end}):
+    for frames in sorted({frame for curve, _ in reference.values() for frame in curve if 1 < frame <= 1.15 * end}):
         published = [returns[curve.index(frames)] for curve, returns in reference.values() if frames in curve]
         ours = [[value for frame, value in zip(*curve, strict=True) if frame <= frames] for curve in runs.values()]
         cells = [f"{values[-1]:.0f}" if values else "-" for values in ours]
@@ -67,14 +67,16 @@ def table(runs: dict[str, Curve], reference: dict[str, Curve], method: str) -> s
 def main() -> None:
     """Draw and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="folders with run.json and metrics.csv, all of one environment")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders with config.yaml and metrics.csv, all of one environment")
     parser.add_argument("--reference", type=Path, required=True)
     parser.add_argument("--method", default="REDQ_utd20")
     parser.add_argument("--label", default=None, help="of the reference, with its protocol")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    infos = [json.loads((run / "run.json").read_text()) for run in arguments.runs]
-    (env,) = {info.get("env") for info in infos}
+    envs = sorted({load_config(run / "config.yaml").env for run in arguments.runs})
+    if len(envs) > 1:
+        parser.error(f"the runs must be of one environment, got {', '.join(envs)}.")
+    env = envs[0]
     runs = {f"OMNet, {run.name}": read_metrics(run / "metrics.csv")["eval/return"] for run in arguments.runs}
     reference = read_reference(arguments.reference, arguments.method, env)
     draw(runs, reference, arguments.label or f"{arguments.method}, published", env, arguments.output)
