@@ -743,6 +743,16 @@ def test_fixed_and_bounded_temperatures():
     torch.testing.assert_close(given, loss)
 
 
+@pytest.mark.parametrize("bounds", [{"max_alpha": 2.0}, {"min_alpha": 0.1, "max_alpha": 2.0}])
+def test_a_given_temperature_is_bounded_from_above_alone_too(bounds):
+    loss, batch = make_loss(**bounds), make_batch(4)
+    draws = loss.draw(batch)
+    high, limit = (
+        loss.actor_loss(batch, draws=draws, params=TensorDict(log_alpha=torch.tensor(alpha).log()))[0] for alpha in (3.0, 2.0)
+    )
+    torch.testing.assert_close(high, limit)
+
+
 def dense_actor(features=OBS, in_keys=("observation",), **kwargs):
     net = nn.Sequential(nn.Linear(features, 2 * ACT), NormalParamExtractor())
     module = TensorDictModule(net, in_keys=list(in_keys), out_keys=["loc", "scale"])

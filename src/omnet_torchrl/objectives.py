@@ -425,7 +425,7 @@ class OMNetSACLoss(SACLoss):
         if params is None or params.get("log_alpha", None) is None:
             return self._alpha
         log_alpha = params.get("log_alpha").detach()
-        if self.min_log_alpha is not None:
+        if self.min_log_alpha is not None or self.max_log_alpha is not None:
             log_alpha = log_alpha.clamp(self.min_log_alpha, self.max_log_alpha)
         return log_alpha.exp()
 
