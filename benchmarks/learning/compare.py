@@ -52,7 +52,7 @@ def draw(runs: dict[str, Curve], reference: dict[str, Curve], label: str, title:
 
 
 def table(runs: dict[str, Curve], reference: dict[str, Curve], method: str) -> str:
-    """Markdown: at each evaluation of the reference, the runs' newest evaluation and the reference's lowest, median, highest."""
+    """Markdown: at each evaluation of the reference, the runs' newest and the reference's lowest, median, highest."""
     lines = [f"| frames | {' | '.join(runs)} | {method}: lowest, median, highest |", "|---" * (len(runs) + 2) + "|"]
     end = max(frames[-1] for frames, _ in runs.values())
     for frames in sorted({frame for curve, _ in reference.values() for frame in curve if 1 < frame <= 1.15 * end}):
