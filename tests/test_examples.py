@@ -83,9 +83,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_going_on_changes_nothing(tmp_pat
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     whole.mkdir()
     stopped.mkdir()
-    run_example(whole, *PENDULUM, "total_frames=2000", "utd_ratio=1")
+    run_example(whole, *PENDULUM, "total_frames=700", "utd_ratio=1")
     process = subprocess.Popen(
-        command("folder=run", *PENDULUM, "total_frames=2000", "utd_ratio=1"), stderr=subprocess.PIPE, text=True, cwd=stopped
+        command("folder=run", *PENDULUM, "total_frames=700", "utd_ratio=1"), stderr=subprocess.PIPE, text=True, cwd=stopped
     )
     while not values_so_far(stopped / "run", "eval/return"):
         time.sleep(0.05)
@@ -102,8 +102,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_going_on_changes_nothing(tmp_pat
     assert len(info(stopped / "run")["sessions"]) == 2
 
     # A finished run goes on when it may last longer.
-    subprocess.run(command(hint[2], "total_frames=2100"), check=True, capture_output=True, cwd=stopped)
-    assert max(values(stopped / "run", "eval/return")) == 2100
+    subprocess.run(command(hint[2], "total_frames=750"), check=True, capture_output=True, cwd=stopped)
+    assert max(values(stopped / "run", "eval/return")) == 750
     assert repeatable(stopped / "run")[: len(repeatable(whole / "run"))] == repeatable(whole / "run")
 
 
@@ -112,13 +112,13 @@ def values_so_far(run, name):
 
 
 def test_several_environments_and_a_sweep_over_seeds(tmp_path):
-    arguments = [*PENDULUM, "num_envs=4", "init_random_frames=52", "-m", "seed=0,1", "folder=sweep/seed${seed}"]
+    arguments = ["-m", *PENDULUM, "num_envs=4", "init_random_frames=52", "seed=0,1", "folder=sweep/seed${seed}"]
     result = subprocess.run(command(*arguments), capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for seed in (0, 1):
         assert info(tmp_path / "sweep" / f"seed{seed}")["seed"] == seed
         assert info(tmp_path / "sweep" / f"seed{seed}")["updates"] == 2 * (200 - 52)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "sweep"]
 
 
 BAD = {
