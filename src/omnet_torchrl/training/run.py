@@ -26,7 +26,6 @@ from omnet_torchrl.training.config import (
     resolve_device,
     save_config,
     to_config,
-    validate,
 )
 from omnet_torchrl.training.logging import BackgroundLogger, CSVLogger, check_logger, make_logger
 from omnet_torchrl.training.plots import learning_curve
@@ -145,8 +144,6 @@ class Run:
         self.terminal.line(f"warning: {message}")
 
     def _draw(self) -> None:
-        assert self._csv is not None
-        self._csv.flush()
         try:
             learning_curve(self.folder.path)
         except Exception as error:  # a picture never ends a run
@@ -234,7 +231,6 @@ def _resumed(folder: RunFolder, overrides: Sequence[str]) -> TrainConfig:
         listed = "; ".join(f"{name} is {before}, got {after}" for name, (before, after) in found.items())
         raise ValueError(f"resume={folder.path} goes on with the run's own options, and these differ: {listed}.")
     changed.folder, changed.resume = str(folder.path), None
-    validate(changed)
     return changed
 
 
