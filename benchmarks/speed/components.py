@@ -1,0 +1,244 @@
+"""What is timed: blocks of 20 updates with their replay sampling, as functions without arguments.
+
+A block does what one frame of the main job does: sample 20 batches, draw, 20 critic updates, one actor update. Every builder
+returns the block, ready and warm; calling it returns when the device is done.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import bare
+import torch
+from tensordict import TensorDict
+from tensordict.nn import NormalParamExtractor, TensorDictModule
+from torch import Tensor, nn
+from torch.optim import Adam
+from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
+from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.objectives import REDQLoss, SACLoss, SoftUpdate, group_optimizers
+
+from omnet_torchrl import EnsembleMLP, OMNetSACLoss, make_actor, make_qvalue
+from omnet_torchrl.training import SACUpdate, Trainer
+
+UPDATES, BATCH, WIDTH, STORED = 20, 256, 256, 50_000
+Block = Callable[[], None]
+
+
+class Task(NamedTuple):
+    """Sizes of observation and action, and the bound of the actions."""
+
+    observation: int
+    action: int
+    bound: float
+
+    def specs(self) -> tuple[Unbounded, Bounded]:
+        """Of observation and action."""
+        return Unbounded((self.observation,)), Bounded(-self.bound, self.bound, (self.action,))
+
+
+TASKS = {"hopper": Task(11, 3, 1.0), "humanoid": Task(376, 17, 0.4), "tiny": Task(3, 2, 1.0)}
+
+_DENSE = {"num_subnets": 1, "sparsity": 0.0, "layer_norm": False}
+_ALL = {"num_trained_subnets": None, "num_target_subnets": None}
+# Arguments of make_actor, of make_qvalue and of the loss.
+ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "omnet": ({}, {}, {}),
+    "sac": (_DENSE, {"network_class": EnsembleMLP, "num_subnets": 2, "layer_norm": False}, _ALL),
+    "redq": (_DENSE, {"network_class": EnsembleMLP, "num_subnets": 10, "layer_norm": False}, {"num_trained_subnets": None}),
+    "droq": (_DENSE, {"network_class": EnsembleMLP, "num_subnets": 2, "dropout": 0.01}, _ALL),
+}
+# The rows whose networks have masks; the options of both networks.
+MASKED: dict[str, dict[str, Any]] = {"omnet": {}}
+
+
+def transitions(task: Task, count: int, device: str = "cpu") -> TensorDict:
+    """Random transitions, one in a hundred of them terminal."""
+    generator = torch.Generator().manual_seed(0)
+    end = torch.rand(count, 1, generator=generator) < 0.01
+    data = {
+        "observation": torch.randn(count, task.observation, generator=generator),
+        "action": task.bound * (2 * torch.rand(count, task.action, generator=generator) - 1),
+        "next": {
+            "observation": torch.randn(count, task.observation, generator=generator),
+            "reward": torch.randn(count, 1, generator=generator),
+            "done": end,
+            "terminated": end.clone(),
+        },
+    }
+    return TensorDict(data, batch_size=[count], device=device)
+
+
+def replay(task: Task, device: str = "cpu", **kwargs: Any) -> TensorDictReplayBuffer:
+    """A buffer full of :func:`transitions`."""
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(STORED, device=device), **kwargs)
+    buffer.extend(transitions(task, STORED, device))
+    return buffer
+
+
+def make_update(
+    row: str, task: Task, *, width: int = WIDTH, compile: bool = True, device: str = "cpu", **kwargs: Any
+) -> SACUpdate:
+    """The update of a row of the table in :class:`~omnet_torchrl.OMNetSACLoss`; ``kwargs`` are of both of its networks."""
+    torch.manual_seed(0)
+    of_actor, of_critic, of_loss = ROWS[row]
+    common = {"num_cells": (width, width), "device": device, **kwargs}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # small networks have units without inputs: their speed is the same
+        actor = make_actor(*task.specs(), **common, **of_actor)
+        qvalue = make_qvalue(*task.specs(), **common, **of_critic)
+    loss = OMNetSACLoss(actor, qvalue, **of_loss)
+    loss.make_value_estimator(gamma=0.99)
+    critic_optim, actor_optim = Adam(qvalue.parameters(), lr=3e-4), Adam([*actor.parameters(), loss.log_alpha], lr=3e-4)
+    return SACUpdate(loss, critic_optim, actor_optim, SoftUpdate(loss, tau=0.005), compile=compile)
+
+
+def omnet_block(row: str, task: Task, *, batch: int = BATCH, device: str = "cpu", **kwargs: Any) -> Block:
+    """The main job's own frame, by its :class:`~omnet_torchrl.training.Trainer`; ``kwargs`` as in :func:`make_update`."""
+    update = make_update(row, task, device=device, **kwargs)
+    schedule = {"total_frames": 2**62, "init_random_frames": 0, "utd_ratio": UPDATES, "policy_update_delay": UPDATES}
+    none: Any = None
+    trainer = Trainer(none, replay(task, device), update, none, none, none, **schedule, batch_size=batch, seed=0)
+
+    def block() -> None:
+        trainer.frames += 1
+        trainer._train(trainer.frames - 1)
+
+    update.prepare(transitions(task, batch, device))
+    return _warm(block, device)
+
+
+def critic_block(row: str, task: Task, *, batch: int = BATCH, device: str = "cpu", **kwargs: Any) -> Block:
+    """20 critic updates alone, on the same batch."""
+    update = make_update(row, task, device=device, **kwargs)
+    data = transitions(task, batch, device)
+    draws = update.loss.draw(data, num_updates=UPDATES).unbind(0)
+    update.prepare(data)
+
+    def block() -> None:
+        for draw in draws:
+            update.critic_step(data, draw)
+
+    return _warm(block, device)
+
+
+def bare_update(update: SACUpdate, task: Task, **kwargs: Any) -> bare.Update:
+    """The bare-torch reference that starts from the weights, masks and temperature of an update."""
+    loss, networks = update.loss, []
+    for root in (loss.actor_network, loss.qvalue_network):
+        params = loss.actor_network_params if root is loss.actor_network else loss.qvalue_network_params
+        with params.to_module(root):
+            (mlp,) = (module for module in root.modules() if isinstance(module, MLP))
+            layers: bare.Layers = []
+            masks = []
+            for module in mlp:
+                tensors = [parameter.detach().clone() for parameter in module.parameters()]
+                if hasattr(module, "masks"):
+                    masks.append(module.masks.to(tensors[0].dtype))
+                    layers.append(tensors)
+                elif tensors:
+                    layers[-1] += tensors
+            networks.append((layers, masks))
+    return bare.Update(*networks, scale=task.bound, target_entropy=float(loss.target_entropy), **kwargs)
+
+
+def bare_batch(batch: TensorDict) -> dict[str, Tensor]:
+    """A batch of a buffer as the bare-torch reference takes it."""
+    flat = {"observation": batch["observation"], "action": batch["action"]}
+    flat["next_observation"] = batch["next", "observation"]
+    for key in ("reward", "terminated"):
+        flat[key] = batch["next", key].squeeze(-1).to(batch["observation"].dtype)
+    return flat
+
+
+def bare_block(task: Task, *, width: int = WIDTH, compile: bool = True, device: str = "cpu") -> Block:
+    """The bare-torch reference of OMNet's block: replay and draws are plain tensors too."""
+    update = bare_update(make_update("omnet", task, width=width, compile=False, device=device), task, compile=compile)
+    storage = bare_batch(transitions(task, STORED, device))
+    subnets, shape = update.critic_masks[0].shape[0], (UPDATES, BATCH, task.action)
+
+    def block() -> None:
+        index = torch.randint(STORED, (UPDATES * BATCH,), device=device)
+        sampled = {key: value[index].unflatten(0, (UPDATES, BATCH)).unbind(0) for key, value in storage.items()}
+        order = torch.rand(2, UPDATES, subnets, device=device).argsort(-1)
+        actor = torch.randint(subnets, (2, UPDATES), device=device)
+        drawn = {"critic": order[0, :, :1], "target": order[1, :, :2], "next_actor": actor[0], "actor": actor[1]}
+        drawn["value"] = torch.arange(subnets, device=device).expand(UPDATES, -1)
+        drawn["next_noise"], drawn["noise"] = torch.randn(2, *shape, device=device)
+        for i in range(UPDATES):
+            batch, draws = ({key: value[i] for key, value in source.items()} for source in (sampled, drawn))
+            update.critic_step(batch, draws)
+        update.actor_step(batch, draws)
+
+    return _warm(block, device)
+
+
+def torchrl_block(
+    loss_class: type[SACLoss] | type[REDQLoss], task: Task, *, width: int = WIDTH, compile: bool = True, device: str = "cpu"
+) -> Block:
+    """TorchRL's loss as in its own recipes: each update is the whole loss, one backward pass and all optimisers."""
+    torch.manual_seed(0)
+    (observation, action), cells = task.specs(), [width, width]
+    network = MLP(task.observation, 2 * task.action, num_cells=cells, activation_class=nn.ReLU, device=device)
+    module = TensorDictModule(
+        nn.Sequential(network, NormalParamExtractor()), in_keys=["observation"], out_keys=["loc", "scale"]
+    )
+    actor = ProbabilisticActor(
+        module,
+        in_keys=["loc", "scale"],
+        spec=action.to(device),
+        distribution_class=TanhNormal,
+        distribution_kwargs={"low": action.space.low.to(device), "high": action.space.high.to(device)},
+        return_log_prob=loss_class is REDQLoss,
+    )
+    critic = MLP(task.observation + task.action, 1, num_cells=cells, activation_class=nn.ReLU, device=device)
+    qvalue = ValueOperator(critic, in_keys=["observation", "action"])
+    loss = loss_class(actor, qvalue, num_qvalue_nets=10 if loss_class is REDQLoss else 2, loss_function="l2")
+    loss.make_value_estimator(gamma=0.99)
+    updater = SoftUpdate(loss, tau=0.005)
+    groups = (loss.actor_network_params.parameters(), loss.qvalue_network_params.parameters(), [loss.log_alpha])
+    optim = group_optimizers(*(Adam(list(params), lr=3e-4) for params in groups))
+    buffer = replay(task, device, batch_size=BATCH)
+
+    def update(batch: TensorDict) -> TensorDict:
+        losses = loss(batch)
+        (losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_alpha"]).sum().backward()
+        optim.step()
+        optim.zero_grad(set_to_none=True)
+        updater.step()
+        return losses.detach()
+
+    step = torch.compile(update) if compile else update
+
+    def block() -> None:
+        for _ in range(UPDATES):
+            step(buffer.sample())
+
+    return _warm(block, device)
+
+
+def _warm(block: Block, device: str) -> Block:
+    def synchronised() -> None:
+        block()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    for _ in range(3):
+        synchronised()
+    return synchronised
+
+
+def cases(device: str = "cpu") -> dict[str, Callable[[], Block]]:
+    """Everything the report compares, by name."""
+    found: dict[str, Callable[[], Block]] = {}
+    for name in ("hopper", "humanoid"):
+        task, on = TASKS[name], {"device": device}
+        for row in ROWS:
+            found[f"{row} {name}"] = partial(omnet_block, row, task, **on)
+            found[f"{row} eager {name}"] = partial(omnet_block, row, task, compile=False, **on)
+        found[f"bare torch {name}"] = partial(bare_block, task, **on)
+        for label, loss in (("SACLoss", SACLoss), ("REDQLoss", REDQLoss)):
+            found[f"TorchRL {label} {name}"] = partial(torchrl_block, loss, task, **on)
+            found[f"TorchRL {label} eager {name}"] = partial(torchrl_block, loss, task, compile=False, **on)
+    return found
