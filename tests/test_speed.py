@@ -1,10 +1,17 @@
 """The benchmarks of benchmarks/speed: their reference is the update, number for number, and what they time runs."""
 
+import sys
+
 import bare
+import collecting
+import components
 import matmuls
 import pytest
+import report
 import torch
-from components import TASKS, bare_batch, bare_update, make_update, transitions
+from components import ROWS, TASKS, bare_batch, bare_update, make_update, transitions
+from protocol import Worker
+from torchrl.objectives import REDQLoss, SACLoss
 
 from omnet_torchrl.metrics import sac_flops
 
@@ -82,3 +89,77 @@ def test_the_matmul_floor_counts_the_products_of_a_block():
 def test_the_matmul_floor_counts_no_more_than_the_papers_convention(observation, action, least):
     counted = matmuls.flops(matmuls.products(observation, action))
     assert least < counted / (20 * sac_flops(observation, action)) < 1
+
+
+# What is timed runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _short(monkeypatch):
+    for name, value in {"UPDATES": 2, "ACTIONS": 2, "BATCH": 8, "WIDTH": 16, "STORED": 64}.items():
+        monkeypatch.setattr(components, name, value)
+
+
+@pytest.mark.usefixtures("_short")
+@pytest.mark.parametrize("row", ROWS)
+def test_a_block_is_its_critic_updates_and_one_actor_update(row, monkeypatch):
+    updates = []
+
+    def keep(*args, **kwargs):
+        updates.append(make_update(*args, **kwargs))
+        return updates[0]
+
+    monkeypatch.setattr(components, "make_update", keep)
+    block = components.omnet_block(row, TINY, width=16, batch=8, compile=False)
+    adams = updates[0]._critic_adam, updates[0]._actor_adam
+    before = [adam.steps[0].item() for adam in adams]
+    block()
+    assert [adam.steps[0].item() - start for adam, start in zip(adams, before, strict=True)] == [2, 1]
+
+
+@pytest.mark.usefixtures("_short")
+@pytest.mark.parametrize("loss", [SACLoss, REDQLoss])
+def test_torchrls_losses_run(loss):
+    components.torchrl_block(loss, TINY, width=16, compile=False)()
+
+
+@pytest.mark.usefixtures("_short")
+def test_the_other_blocks_run():
+    components.critic_block("omnet", TINY, width=16, batch=8, compile=False)()
+    components.bare_block(TINY, width=16, compile=False)()
+    for kind in ("plain", "extracted", "indexed"):
+        components.act_block(kind)()
+
+
+@pytest.mark.parametrize(("placement", "indexed"), [("none", False), ("outside", False), ("inside", True), ("policy", True)])
+def test_collectors_draw_the_index_where_they_are_told(placement, indexed):
+    batches, end = collecting.collect("ZeroWork", placement, indexed=indexed, num_envs=2, frames_per_batch=4)
+    assert ("subnet" in next(batches).keys()) == (placement != "none")
+    end()
+
+
+def test_a_worker_builds_a_case_once_and_times_it():
+    code = (
+        "from protocol import serve; import time; "
+        "serve({'slow': lambda: (time.sleep(0.2), lambda: time.sleep(0.01))[1]}, {'x': '1'})"
+    )
+    path = {"PYTHONPATH": str(components.__file__).rpartition("/")[0]}
+    with Worker([sys.executable, "-c", code], path) as worker:
+        assert (worker.cases, worker.versions) == (["slow"], {"x": "1"})
+        assert worker.seconds("slow") >= 0.2
+        assert 0.01 <= worker.seconds("slow") < 0.2
+
+
+@pytest.mark.parametrize(("others", "verdicts"), [(0.01, ["met", "not met"]), (0.5, ["disturbed", "disturbed"])])
+def test_the_report_judges_bars_unless_it_was_disturbed(tmp_path, others, verdicts):
+    seconds = {"omnet hopper": [[1.0, 9.0], [2.0]], "bare torch hopper": [[2.0]], "matmul floor hopper": [[0.5]]}
+    results = {"command": "run", "minutes": 1, "date": "now", "commit": "c", "others": others, "seconds": seconds}
+    results |= {"machine": {"cpu": "a cpu", "cores": "2"}, "versions": {"torch": "2"}}
+    text = report.write_report(results, tmp_path)
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
+    for what, ratio, verdict in zip(("bare torch", "matmul floor"), ("1.000", "4.000"), verdicts, strict=True):
+        assert f"| {ratio} |" in lines[f"OMNet / {what}, Hopper"]
+        assert lines[f"OMNet / {what}, Hopper"].endswith(f"| {verdict} |")
+    assert "not measured" in lines["OMNet / SBX DroQ"]
+    assert (tmp_path / "report.md").read_text() == text + "\n"
+    assert (tmp_path / "report.png").stat().st_size > 1000

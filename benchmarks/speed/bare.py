@@ -9,6 +9,8 @@ as numbers: 0 and 1 multiply exactly, and Inductor reads booleans slowly on a CP
 """
 
 import math
+import types
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,13 +23,13 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 def network(layers: Layers, masks: list[Tensor], subnet: Tensor, x: Tensor) -> Tensor:
     """Outputs ``(R, B, out)`` of the subnetworks ``subnet (R,)`` for the inputs ``x (B, in)``."""
-    rows, x = subnet.shape[0], x.unsqueeze(0).expand(subnet.shape[0], *x.shape)
+    rows = subnet.shape[0]
+    x = x.unsqueeze(0).expand(rows, *x.shape)
     for (weight, bias, *norm), mask in zip(layers, masks, strict=True):
-        masked = weight * mask.index_select(0, subnet)
-        if rows == 1:
-            x = torch.addmm(bias, x[0], masked[0].T).unsqueeze(0)
-        else:
-            x = torch.baddbmm(bias, x, masked.transpose(1, 2))
+        masked = (weight * mask.index_select(0, subnet)).transpose(1, 2)
+        # The bias is added apart, where Inductor fuses it with what follows; addmm would first copy it over the whole output.
+        product = torch.mm(x[0], masked[0]).unsqueeze(0) if rows == 1 else torch.bmm(x, masked)
+        x = product.unsqueeze(0).squeeze(0) + bias
         if norm:
             x = F.relu(F.layer_norm(x, x.shape[-1:], *norm))
     return x
@@ -52,6 +54,7 @@ class Adam:
         self.m, self.v = ([torch.zeros_like(p) for p in params] for _ in range(2))
 
     def __call__(self, grads: list[Tensor]) -> None:
+        """One step."""
         self.step.add_(1)
         rate = self.lr / (1 - BETA1**self.step)
         correction = (1 - BETA2**self.step).sqrt()
@@ -83,8 +86,7 @@ class Update:
         self.critic_adam = Adam(flat(self.critic), lr)
         self.actor_adam = Adam([*flat(self.actor), self.log_alpha], lr)
         if compile:
-            self.critic_step = torch.compile(self.critic_step, fullgraph=True, dynamic=False)
-            self.actor_step = torch.compile(self.actor_step, fullgraph=True, dynamic=False)
+            self.critic_step, self.actor_step = (_compile(step) for step in (self.critic_step, self.actor_step))
 
     def critic_step(self, batch: dict[str, Tensor], draws: dict[str, Tensor]) -> Tensor:
         """Equation 4 for the drawn subnetworks; Adam; the target moves. Returns the loss."""
@@ -127,3 +129,11 @@ class Update:
 def flat(layers: Layers) -> list[Tensor]:
     """All tensors of a network."""
     return [tensor for layer in layers for tensor in layer]
+
+
+def _compile(step: types.MethodType) -> Callable:
+    """Compiled whole and without guards: all it reads but its arguments is fixed, and they have one shape."""
+    # Without guards, one code object is one compiled function: each update needs its own.
+    own = types.FunctionType(step.__func__.__code__.replace(), step.__func__.__globals__, step.__name__)
+    options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+    return torch.compile(types.MethodType(own, step.__self__), fullgraph=True, dynamic=False, options=options)

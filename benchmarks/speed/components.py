@@ -10,7 +10,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import bare
+import matmuls
 import torch
+from collecting import collect_block
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from torchrl.objectives import REDQLoss, SACLoss, SoftUpdate, group_optimizers
 from omnet_torchrl import EnsembleMLP, OMNetSACLoss, make_actor, make_qvalue
 from omnet_torchrl.training import SACUpdate, Trainer
 
-UPDATES, BATCH, WIDTH, STORED = 20, 256, 256, 50_000
+UPDATES, ACTIONS, BATCH, WIDTH, STORED = 20, 200, 256, 256, 50_000
 Block = Callable[[], None]
 
 
@@ -49,8 +51,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "redq": (_DENSE, {"network_class": EnsembleMLP, "num_subnets": 10, "layer_norm": False}, {"num_trained_subnets": None}),
     "droq": (_DENSE, {"network_class": EnsembleMLP, "num_subnets": 2, "dropout": 0.01}, _ALL),
 }
-# The rows whose networks have masks; the options of both networks.
-MASKED: dict[str, dict[str, Any]] = {"omnet": {}}
+MASKED = ["omnet"]  # the rows whose networks have masks
 
 
 def transitions(task: Task, count: int, device: str = "cpu") -> TensorDict:
@@ -78,7 +79,7 @@ def replay(task: Task, device: str = "cpu", **kwargs: Any) -> TensorDictReplayBu
 
 
 def make_update(
-    row: str, task: Task, *, width: int = WIDTH, compile: bool = True, device: str = "cpu", **kwargs: Any
+    row: str, task: Task, *, width: int = 256, compile: bool = True, device: str = "cpu", **kwargs: Any
 ) -> SACUpdate:
     """The update of a row of the table in :class:`~omnet_torchrl.OMNetSACLoss`; ``kwargs`` are of both of its networks."""
     torch.manual_seed(0)
@@ -94,7 +95,7 @@ def make_update(
     return SACUpdate(loss, critic_optim, actor_optim, SoftUpdate(loss, tau=0.005), compile=compile)
 
 
-def omnet_block(row: str, task: Task, *, batch: int = BATCH, device: str = "cpu", **kwargs: Any) -> Block:
+def omnet_block(row: str, task: Task, *, batch: int = 256, device: str = "cpu", **kwargs: Any) -> Block:
     """The main job's own frame, by its :class:`~omnet_torchrl.training.Trainer`; ``kwargs`` as in :func:`make_update`."""
     update = make_update(row, task, device=device, **kwargs)
     schedule = {"total_frames": 2**62, "init_random_frames": 0, "utd_ratio": UPDATES, "policy_update_delay": UPDATES}
@@ -109,7 +110,7 @@ def omnet_block(row: str, task: Task, *, batch: int = BATCH, device: str = "cpu"
     return _warm(block, device)
 
 
-def critic_block(row: str, task: Task, *, batch: int = BATCH, device: str = "cpu", **kwargs: Any) -> Block:
+def critic_block(row: str, task: Task, *, batch: int = 256, device: str = "cpu", **kwargs: Any) -> Block:
     """20 critic updates alone, on the same batch."""
     update = make_update(row, task, device=device, **kwargs)
     data = transitions(task, batch, device)
@@ -152,7 +153,7 @@ def bare_batch(batch: TensorDict) -> dict[str, Tensor]:
     return flat
 
 
-def bare_block(task: Task, *, width: int = WIDTH, compile: bool = True, device: str = "cpu") -> Block:
+def bare_block(task: Task, *, width: int = 256, compile: bool = True, device: str = "cpu") -> Block:
     """The bare-torch reference of OMNet's block: replay and draws are plain tensors too."""
     update = bare_update(make_update("omnet", task, width=width, compile=False, device=device), task, compile=compile)
     storage = bare_batch(transitions(task, STORED, device))
@@ -175,11 +176,11 @@ def bare_block(task: Task, *, width: int = WIDTH, compile: bool = True, device: 
 
 
 def torchrl_block(
-    loss_class: type[SACLoss] | type[REDQLoss], task: Task, *, width: int = WIDTH, compile: bool = True, device: str = "cpu"
+    loss_class: type[SACLoss] | type[REDQLoss], task: Task, *, width: int = 256, compile: bool = True, device: str = "cpu"
 ) -> Block:
     """TorchRL's loss as in its own recipes: each update is the whole loss, one backward pass and all optimisers."""
     torch.manual_seed(0)
-    (observation, action), cells = task.specs(), [width, width]
+    action, cells = task.specs()[1], [width, width]
     network = MLP(task.observation, 2 * task.action, num_cells=cells, activation_class=nn.ReLU, device=device)
     module = TensorDictModule(
         nn.Sequential(network, NormalParamExtractor()), in_keys=["observation"], out_keys=["loc", "scale"]
@@ -229,6 +230,35 @@ def _warm(block: Block, device: str) -> Block:
     return synchronised
 
 
+def act_block(kind: str) -> Block:
+    """200 actions of one environment: of ``extract(0)``, or of the same actor over a plain MLP."""
+    task = TASKS["hopper"]
+    observation = TensorDict(observation=torch.randn(task.observation))
+    if kind == "indexed":
+        policy: Any = make_actor(*task.specs())
+        observation["subnet"] = torch.tensor(0)
+    elif kind == "extracted":
+        policy = make_actor(*task.specs()).extract(0)
+    else:
+        norm = {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": WIDTH}] * 2}
+        mlp = MLP(task.observation, 2 * task.action, num_cells=[WIDTH, WIDTH], activation_class=nn.ReLU, **norm)
+        plain = make_actor(*task.specs(), num_subnets=1, sparsity=0.0).extract(0)
+        plain.module[0].module.network = mlp
+        policy = plain
+
+    @torch.no_grad()
+    def block() -> None:
+        for _ in range(ACTIONS):
+            policy(observation)
+
+    return _warm(block, "cpu")
+
+
+def matmul_block(task: Task, device: str = "cpu") -> Block:
+    """The matmul floor of OMNet's block."""
+    return _warm(matmuls.block(matmuls.products(task.observation, task.action), device), device)
+
+
 def cases(device: str = "cpu") -> dict[str, Callable[[], Block]]:
     """Everything the report compares, by name."""
     found: dict[str, Callable[[], Block]] = {}
@@ -238,7 +268,17 @@ def cases(device: str = "cpu") -> dict[str, Callable[[], Block]]:
             found[f"{row} {name}"] = partial(omnet_block, row, task, **on)
             found[f"{row} eager {name}"] = partial(omnet_block, row, task, compile=False, **on)
         found[f"bare torch {name}"] = partial(bare_block, task, **on)
+        found[f"matmul floor {name}"] = partial(matmul_block, task, **on)
         for label, loss in (("SACLoss", SACLoss), ("REDQLoss", REDQLoss)):
             found[f"TorchRL {label} {name}"] = partial(torchrl_block, loss, task, **on)
             found[f"TorchRL {label} eager {name}"] = partial(torchrl_block, loss, task, compile=False, **on)
+    hopper = TASKS["hopper"]
+    for subnets in (2, 32):
+        found[f"critic updates N={subnets}"] = partial(critic_block, "omnet", hopper, num_subnets=subnets, device=device)
+    for row in MASKED:
+        found[f"{row} width 1024"] = partial(omnet_block, row, hopper, width=1024, device=device)
+    for kind in ("plain", "extracted", "indexed"):
+        found[f"act {kind}"] = partial(act_block, kind)
+    for placement in ("none", "outside"):
+        found[f"collect primer {placement}"] = partial(collect_block, "Hopper-v4", placement)
     return found

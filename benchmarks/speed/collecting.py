@@ -1,0 +1,103 @@
+"""Collectors with subnet sampling: who draws the index, where, in how many environments."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.collectors import Collector, MultiAsyncCollector, MultiSyncCollector
+from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.envs import Compose, DoubleToFloat, EnvBase, GymEnv, InitTracker, SerialEnv, TransformedEnv
+
+from omnet_torchrl import SubnetPrimer, make_actor
+
+COLLECTORS = {"Collector": Collector, "MultiSync": MultiSyncCollector, "MultiAsync": MultiAsyncCollector}
+
+
+class ZeroWork(EnvBase):
+    """An environment of Hopper's sizes that computes nothing: what is left is the collector."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_spec = Composite(observation=Unbounded((11,)))
+        self.action_spec, self.reward_spec = Bounded(-1, 1, (3,)), Unbounded((1,))
+        self._state = {"observation": torch.zeros(11), "done": torch.zeros(1, dtype=torch.bool)}
+
+    def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDictBase:
+        return TensorDict({**self._state, "terminated": self._state["done"].clone()})
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return TensorDict({**self._state, "reward": torch.zeros(1), "terminated": self._state["done"].clone()})
+
+    def _set_seed(self, seed: int | None) -> None:
+        pass
+
+
+class Make:
+    """Makes ``num_envs`` environments with a primer outside, inside or nowhere; picklable, for workers."""
+
+    def __init__(self, name: str, placement: str, num_envs: int):
+        self.name, self.placement, self.num_envs = name, placement, num_envs
+
+    def one(self) -> EnvBase:
+        """One of them."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the paper's -v4 tasks announce their successors
+            env = ZeroWork() if self.name == "ZeroWork" else GymEnv(self.name)
+        env = TransformedEnv(env, Compose(DoubleToFloat(), InitTracker()))
+        return env.append_transform(SubnetPrimer(5)) if self.placement == "inside" else env
+
+    def __call__(self) -> EnvBase:
+        """The environments."""
+        env = self.one() if self.num_envs == 1 else SerialEnv(self.num_envs, self.one)
+        return TransformedEnv(env, SubnetPrimer(5)) if self.placement == "outside" else env
+
+
+def collect(
+    env: str,
+    placement: str,
+    *,
+    indexed: bool = False,
+    collector: str = "Collector",
+    num_envs: int = 1,
+    frames_per_batch: int = 200,
+) -> tuple[Iterator[TensorDictBase], Callable[[], None]]:
+    """An endless stream of batches and the function that ends it.
+
+    Args:
+        env (str): a gymnasium id or ``ZeroWork``.
+        placement (str): of the primer: ``none``, ``outside``, ``inside``, or ``policy``, which the collector asks for it.
+
+    Keyword Args:
+        indexed (bool): act with all subnetworks, by the index, instead of with the dense ``extract(0)``, which ignores it: the
+            same policy with and without a primer leaves the primer's own cost.
+        collector (str): one of ``COLLECTORS``; those with workers have two, or one for one environment.
+        num_envs (int): environments in all.
+        frames_per_batch (int): frames of a batch, of all environments.
+    """
+    workers = 1 if collector == "Collector" else min(2, num_envs)
+    make = Make(env, placement, num_envs // workers)
+    proof = make.one()
+    actor = make_actor(proof.observation_spec, proof.action_spec)
+    proof.close()
+    policy = actor if indexed or placement == "policy" else actor.extract(0)
+    made = COLLECTORS[collector](
+        make if collector == "Collector" else [make] * workers,
+        policy,
+        frames_per_batch=frames_per_batch,
+        total_frames=-1,
+        auto_register_policy_transforms=placement == "policy",
+    )
+    return iter(made), made.shutdown
+
+
+def collect_block(env: str, placement: str, *, num_envs: int = 1, **kwargs: Any) -> Callable[[], None]:
+    """A batch of a collector, 200 frames of each environment."""
+    batches, _ = collect(env, placement, num_envs=num_envs, frames_per_batch=200 * num_envs, **kwargs)
+
+    def block() -> None:
+        next(batches)
+
+    block()
+    return block

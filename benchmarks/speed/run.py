@@ -1,0 +1,130 @@
+"""Compare OMNet's block with its floors and its peers, in one run, and write the report.
+
+    python benchmarks/speed/run.py --install-peers .venv-peers   # once: SBX and JAX in an environment of their own
+    python benchmarks/speed/run.py --peers .venv-peers           # everything; --quick: fewer rounds; --only hopper: some cases
+
+Each framework has a process of its own; the cases take turns, round by round, and only one computes at a time. What is compared
+are ratios of medians within this one run.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+import venv
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from pathlib import Path
+
+from protocol import Worker
+from report import write_report
+
+HERE = Path(__file__).parent
+REPEAT_S = 0.05  # a turn lasts at least so long
+
+
+def install_peers(folder: Path) -> None:
+    """SBX with JAX, in a virtual environment of their own."""
+    venv.create(folder, with_pip=True)
+    subprocess.run([folder / "bin" / "pip", "install", "-r", HERE / "requirements-peers.txt"], check=True)
+
+
+def busy_s() -> float:
+    """CPU seconds of all processes of the machine so far; nan where Linux's accounts are missing."""
+    accounts = Path("/proc/stat")
+    if not accounts.exists():
+        return float("nan")
+    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, accounts.read_text().split(maxsplit=9)[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(workers: dict[str, Worker], rounds: int, slow_s: float) -> tuple[dict[str, list[list[float]]], float]:
+    """Seconds of each case, a list per round, and the share of the machine's cores that others had meanwhile.
+
+    A case that takes longer than ``slow_s`` has a third of the rounds.
+    """
+    first: dict[str, float] = {}
+    for case, worker in workers.items():
+        start = time.perf_counter()
+        worker.seconds(case)
+        first[case] = worker.seconds(case)
+        print(f"{case}: ready in {time.perf_counter() - start:.0f} s, {first[case] * 1e3:.1f} ms", file=sys.stderr, flush=True)
+    times: dict[str, list[list[float]]] = {case: [] for case in workers}
+    unique = set(workers.values())
+    start, before = time.perf_counter(), busy_s() - sum(worker.busy_s() for worker in unique)
+    for i in range(rounds):
+        for case, worker in workers.items():
+            if first[case] > slow_s and i % 3:
+                continue
+            repeat = max(1, min(50, round(REPEAT_S / first[case])))
+            times[case].append([worker.seconds(case) for _ in range(repeat)])
+        print(f"round {i + 1} of {rounds}", file=sys.stderr, flush=True)
+    foreign = busy_s() - sum(worker.busy_s() for worker in unique) - before
+    return times, foreign / (time.perf_counter() - start) / (os.cpu_count() or 1)
+
+
+def machine() -> dict[str, str]:
+    """What it was measured on."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return {"cpu": model, "cores": str(os.cpu_count()), "system": platform.platform(), "python": platform.python_version()}
+
+
+def commit() -> str:
+    """Of the repository, ``+`` where files differ from it."""
+    asked = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+"]
+    answer = subprocess.run(asked, capture_output=True, text=True)
+    return answer.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", type=Path, help="their virtual environment; without it they are left out")
+    parser.add_argument("--install-peers", type=Path, metavar="FOLDER", help="make that environment, and stop")
+    parser.add_argument("--quick", action="store_true", help="three rounds instead of fifteen")
+    parser.add_argument("--only", default="", help="cases whose name holds one of these words, separated by commas")
+    parser.add_argument("--device", default="cpu", help="of the torch cases; the peers are on the CPU")
+    parser.add_argument("--threads", type=int, help="of torch; the peers take what they find")
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    arguments = parser.parse_args()
+    if arguments.install_peers:
+        install_peers(arguments.install_peers)
+        return
+    start = time.perf_counter()
+    ours = [sys.executable, str(HERE / "worker.py"), "--device", arguments.device]
+    commands = [ours + (["--threads", str(arguments.threads)] if arguments.threads else [])]
+    if arguments.peers:
+        commands.append([str(arguments.peers / "bin" / "python"), str(HERE / "peers.py")])
+    words = [word for word in arguments.only.split(",") if word]
+    with ExitStack() as stack:
+        found = [stack.enter_context(Worker(command)) for command in commands]
+        workers = {
+            case: worker for worker in found for case in worker.cases if not words or any(word in case for word in words)
+        }
+        times, others = measure(workers, 3 if arguments.quick else 15, slow_s=0.3)
+        versions = {name: value for worker in found for name, value in worker.versions.items()}
+    results = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "commit": commit(),
+        "command": shlex.join(["python", "benchmarks/speed/run.py", *sys.argv[1:]]),
+        "minutes": round((time.perf_counter() - start) / 60, 1),
+        "machine": machine(),
+        "others": round(others, 3),
+        "versions": versions,
+        "seconds": {case: [[round(x, 7) for x in turn] for turn in turns] for case, turns in times.items()},
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "results.json").write_text(json.dumps(results) + "\n")
+    print(write_report(results, arguments.output))
+
+
+if __name__ == "__main__":
+    main()
