@@ -30,6 +30,7 @@ def test_eager_on_a_gpu(benchmark):
     run(benchmark, components.omnet_block("omnet", TASKS["hopper"], compile=False, device="cuda"))
 
 
+@pytest.mark.filterwarnings("ignore")  # theirs, under torch.compile
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("loss", [SACLoss, REDQLoss])
 def test_torchrls_own_losses(benchmark, loss, compile):
