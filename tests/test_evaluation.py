@@ -47,7 +47,7 @@ def test_returns_and_lengths_are_those_of_a_loop_by_hand(name):
 def test_the_episode_after_the_end_does_not_count():
     env, actor = make("InvertedPendulum-v4", 4)
     with torch.no_grad():  # falls over at once, in one environment later than in the other
-        actor.module[0].module.network[-1].bias[0] = 5.0
+        actor.module[0].network[-1].bias[0] = 5.0
     result = evaluate(actor, env, seed=0)
     assert result["eval/return"] == pytest.approx(result["eval/length"], abs=1.01)  # one per step
     assert result["eval/length"] < 30
@@ -94,5 +94,5 @@ def test_the_newest_weights_play():
     env, actor = make("InvertedPendulum-v4", 2)
     before = evaluate(actor, env, seed=0)
     with torch.no_grad():
-        actor.module[0].module.network[-1].bias[0] += 2.0
+        actor.module[0].network[-1].bias[0] += 2.0
     assert evaluate(actor, env, seed=0) != before

@@ -120,7 +120,7 @@ ASYMMETRIC = Bounded(low=torch.tensor([-0.4, 0.0]), high=torch.tensor([0.4, 2.0]
 def test_actions_lie_within_the_bounds_of_the_spec(index_shape, batch, exploration):
     actor = make_actor(Unbounded((OBS,)), ASYMMETRIC, num_cells=(16,), num_subnets=N, sparsity=0.4, generator=1)
     with torch.no_grad():
-        actor.module[0].module.network[-1].weight.mul_(20)  # Actions close to the bounds, too.
+        actor.module[0].network[-1].weight.mul_(20)  # Actions close to the bounds, too.
     with set_exploration_type(exploration):
         td = actor(indexed(*index_shape, batch=batch).exclude("action"))
     assert td["action"].shape == (*torch.broadcast_shapes(index_shape, batch), ACT)
@@ -332,7 +332,7 @@ PAPER = {
 
 def network_of(module):
     """The network with an index inside an actor or a critic."""
-    return module.module[0].module.network if isinstance(module, SubnetActor) else module.module
+    return module.module[0].network if isinstance(module, SubnetActor) else module.module
 
 
 @pytest.mark.parametrize(("make", "size", "literal", "shapes"), PAPER.values(), ids=PAPER.keys())

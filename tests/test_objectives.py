@@ -319,7 +319,7 @@ def test_gradient_is_zero_outside_the_drawn_mask_and_only_there():
     draws["critic"], draws["actor"] = torch.tensor([1]), torch.tensor(2)
     output = loss(batch, draws=draws)
     (output["loss_qvalue"] + output["loss_actor"]).backward()
-    networks = [(loss.qvalue_network.module, 1), (loss.actor_network.module[0].module.network, 2)]
+    networks = [(loss.qvalue_network.module, 1), (loss.actor_network.module[0].network, 2)]
     for network, drawn in networks:
         for layer in (network[0], network[3], network[6]):
             mask = layer.masks[drawn]

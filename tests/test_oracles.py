@@ -184,7 +184,7 @@ def test_losses_and_gradients_are_those_of_the_papers_equations(seed):
     output["loss_actor"].backward()
     output["loss_alpha"].backward()
 
-    phi, actor_masks = leaves(actor.module[0].module.network)
+    phi, actor_masks = leaves(actor.module[0].network)
     theta, masks = leaves(qvalue.module)
     held = loss.target_qvalue_network_params["module"]
     weights = [(held[str(i)]["weight"], held[str(i)]["bias"]) for i in (0, 1, 3, 4, 6)]

@@ -59,7 +59,7 @@ def test_a_collector_plays_with_the_weights_it_is_given(workers):
         batches = iter(collector)
         first = next(batches)
         with torch.no_grad():  # a saturated policy: every action at its upper bound
-            actor.module[0].module.network[-1].bias[0] = 100.0
+            actor.module[0].network[-1].bias[0] = 100.0
         collector.update_policy_weights_()
         second = next(batches)
     finally:

@@ -87,16 +87,15 @@ def make_trainer(path, env=PENDULUM, *, num_envs=1, seed=0, evaluation=None, dia
 
 
 def spy(trainer):
-    """Which steps the update makes, with the frame."""
-    steps = []
-    for name in ("critic", "actor"):
-        step = getattr(trainer.update, f"{name}_step")
+    """Which steps are made at which number of frames."""
+    steps, block = [], trainer.update.block
 
-        def call(batch, draws, name=name, step=step):
-            steps.append((trainer.frames, name))
-            return step(batch, draws)
+    def call(batches, draws, actor):
+        for follows in actor:
+            steps.extend([(trainer.frames, "critic"), (trainer.frames, "actor")][: 1 + follows])
+        return block(batches, draws, actor)
 
-        setattr(trainer.update, f"{name}_step", call)
+    trainer.update.block = call
     return steps
 
 

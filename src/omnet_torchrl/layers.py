@@ -89,7 +89,8 @@ def indexed_linear(input: Tensor, subnet: Tensor, num_subnets: int, select: Sele
         rows -= 1
     if rows == 0:
         weight, bias = select(subnet.reshape(1))
-        output = F.linear(input, weight.squeeze(0), None if bias is None else bias.squeeze(0))
+        output = F.linear(input, weight.squeeze(0))
+        output = output if bias is None else (output.unsqueeze(-2) + bias).squeeze(-2)
         return output.expand(*batch, output.shape[-1])
 
     # Dimensions of the batch that the index tells apart come first, the elements that share an index after them.
@@ -108,9 +109,8 @@ def indexed_linear(input: Tensor, subnet: Tensor, num_subnets: int, select: Sele
 
 def _linear_rows(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``(R, I, in)`` times ``(R, out, in)``: ``(R, I, out)``."""
-    if bias is None:
-        return torch.bmm(input, weight.transpose(1, 2))
-    return torch.baddbmm(bias.unsqueeze(1), input, weight.transpose(1, 2))
+    output = torch.bmm(input, weight.transpose(1, 2))
+    return output if bias is None else output + bias.unsqueeze(1)
 
 
 class MaskedLinear(IndexedLinear, nn.Linear):  # type: ignore[misc]

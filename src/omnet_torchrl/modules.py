@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import InteractionType, TensorDictModule, dispatch
+from tensordict.nn import InteractionType, TensorDictModuleBase, dispatch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
@@ -116,7 +116,7 @@ class SubnetActor(ProbabilisticActor):
         spec, parameter = check_action_spec(action_spec), next(module.parameters(), None)
         if parameter is not None:  # the bounds, which each call reads, belong where the network is
             spec = spec.to(parameter.device)
-        _init_actor(super().__init__, _SquashedGaussian(module), in_keys, spec, action_key)
+        _init_actor(super().__init__, _SquashedGaussian(module, in_keys), spec, action_key)
         self.num_subnets, self.subnet_key, self.action_key = _get_num_subnets(module), in_keys[-1], action_key
 
     @dispatch(auto_batch_size=False)
@@ -149,8 +149,8 @@ class SubnetActor(ProbabilisticActor):
         """Subnetwork ``subnet`` as a plain :class:`~torchrl.modules.ProbabilisticActor` that reads no index."""
         head, distribution = self.module[0], self.module[-1]
         spec = self.spec[self.action_key]
-        plain = _SquashedGaussian(head.module.network.extract(subnet))
-        return _init_actor(ProbabilisticActor, plain, head.in_keys[:-1], spec, distribution.out_keys[0]).train(self.training)
+        plain = _SquashedGaussian(head.network.extract(subnet), head.in_keys[:-1])
+        return _init_actor(ProbabilisticActor, plain, spec, distribution.out_keys[0]).train(self.training)
 
 
 class SubnetModule(nn.Module):
@@ -250,23 +250,25 @@ def check_action_spec(action_spec: TensorSpec) -> Bounded:
     return action_spec
 
 
-class _SquashedGaussian(nn.Module):
-    """Splits a network's output into the mean and the standard deviation of a Gaussian to be squashed."""
+class _SquashedGaussian(TensorDictModuleBase):
+    """Splits a network's output into the mean and the standard deviation of a Gaussian to be squashed.
 
-    def __init__(self, network: nn.Module):
+    No :class:`~tensordict.nn.TensorDictModule`: what that does with any output costs more than the network at batch 1.
+    """
+
+    def __init__(self, network: nn.Module, in_keys: Sequence[NestedKey]):
         super().__init__()
-        self.network = network
+        self.network, self.in_keys, self.out_keys = network, list(in_keys), ["loc", "scale"]
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        loc, log_std = self.network(*inputs).chunk(2, -1)
-        return loc, log_std.clamp(*LOG_STD_BOUNDS).exp()
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        loc, log_std = self.network(*(tensordict.get(key) for key in self.in_keys)).chunk(2, -1)
+        return tensordict.set("loc", loc).set("scale", log_std.clamp(*LOG_STD_BOUNDS).exp())
 
 
-def _init_actor(
-    init: Callable[..., Any], network: nn.Module, in_keys: Sequence[NestedKey], spec: Bounded, action_key: NestedKey
-) -> Any:
+def _init_actor(init: Callable[..., Any], module: _SquashedGaussian, spec: Bounded, action_key: NestedKey) -> Any:
     return init(
-        module=TensorDictModule(network, in_keys=in_keys, out_keys=["loc", "scale"]),
+        module=module,
         in_keys=["loc", "scale"],
         out_keys=[action_key],
         spec=Composite({action_key: spec}),

@@ -223,16 +223,12 @@ class Trainer:
             return {}
         with self._timed("sample"):
             batches = self.buffer.sample(count * self.batch_size).to(self.update.device).reshape(count, self.batch_size)
-            batches = batches.unbind(0)
-            draws = self.update.loss.draw(batches[0], self._draws, num_updates=count).unbind(0)
-        metrics: dict[str, Tensor] = {}
+            self._batch = batches[-1]
+            draws = self.update.loss.draw(self._batch, self._draws, num_updates=count)
         with self._timed("update"):
-            for batch, draw in zip(batches, draws, strict=True):
-                metrics |= self.update.critic_step(batch, draw)
-                self.updates += 1
-                if self.updates % self.policy_update_delay == 0:
-                    metrics |= self.update.actor_step(batch, draw)
-        self._batch = batches[-1]
+            actor = [(self.updates + i + 1) % self.policy_update_delay == 0 for i in range(count)]
+            metrics = self.update.block(batches, draws, actor)
+            self.updates += count
         return metrics
 
     def _report(self, before: int, data: TensorDictBase, metrics: dict[str, Tensor]) -> None:

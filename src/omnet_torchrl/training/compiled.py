@@ -1,0 +1,172 @@
+"""A step of (state, batch, draws) as one compiled function, and a sequence of such steps as one CUDA graph.
+
+The step is run once on copies, its tensor operations are recorded with every tensor of state, batch and draws as an input,
+and Inductor translates them. Nothing else is looked at again: no guard and no Python of the step is left, and what was no input
+(the bounds of the action, the discount) is a constant. That inputs have the same shapes is checked once a call, by
+:class:`Inputs`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+Step = Callable[[Any, TensorDictBase, TensorDictBase], dict[str, Tensor]]
+Schedule = tuple[tuple[str, int], ...]
+
+
+class Inputs:
+    """The leaves of batches ``(U, B)`` and draws ``(U,)``, of the kinds that a step was compiled for.
+
+    Args:
+        batch (TensorDictBase): ``(B,)``, one batch.
+        draws (TensorDictBase): the draws of one update.
+    """
+
+    def __init__(self, batch: TensorDictBase, draws: TensorDictBase):
+        self.keys = [list(each.keys(True, True)) for each in (batch, draws)]
+        self.sizes = [batch.batch_size, draws.batch_size]
+        self.examples = [each.get(key).contiguous() for each, keys in self._pairs(batch, draws) for key in keys]
+        self.kinds = [_kind(leaf, leaf.shape) for leaf in self.examples]
+
+    def leaves(self, batches: TensorDictBase, draws: TensorDictBase) -> list[Tensor]:
+        """The leaves ``(U, ...)``, contiguous.
+
+        Raises:
+            ValueError: a leaf is missing or of another shape, dtype or device.
+        """
+        leaves = [each.get(key, None) for each, keys in self._pairs(batches, draws) for key in keys]
+        kinds = [None if leaf is None else _kind(leaf, leaf.shape[1:]) for leaf in leaves]
+        if kinds != self.kinds:
+            names = [key for keys in self.keys for key in keys]
+            i = next(i for i, kind in enumerate(kinds) if kind != self.kinds[i])
+            raise ValueError(f"the update is compiled for {names[i]!r} of {self.kinds[i]}, got {kinds[i]}: build another one.")
+        return [leaf.contiguous() for leaf in leaves]
+
+    def tensordicts(self, leaves: Sequence[Tensor]) -> tuple[TensorDict, TensorDict]:
+        """Batch and draws of one row's leaves."""
+        split = len(self.keys[0])
+        parts = zip(self.keys, (leaves[:split], leaves[split:]), self.sizes, strict=True)
+        batch, draws = (TensorDict(dict(zip(keys, part, strict=True)), batch_size=size) for keys, part, size in parts)
+        return batch, draws
+
+    def _pairs(self, batch: TensorDictBase, draws: TensorDictBase) -> Iterator[tuple[TensorDictBase, list[NestedKey]]]:
+        return zip((batch, draws), self.keys, strict=True)
+
+
+class CompiledStep:
+    """A step, compiled whole: called with the leaves of one row, it changes the tensors of ``state`` in place.
+
+    Args:
+        step (callable): of (state, batch, draws); returns a dict of tensors.
+        state: nested dicts and lists of the tensors that it changes or reads; only copies of them are touched here.
+        inputs (Inputs): what it is compiled for.
+    """
+
+    def __init__(self, step: Step, state: Any, inputs: Inputs):
+        self.state, spec = pytree.tree_flatten(state)
+        count = len(self.state)
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            output = step(pytree.tree_unflatten(list(tensors[:count]), spec), *inputs.tensordicts(tensors[count:]))
+            self.names = list(output)
+            return list(output.values())
+
+        with _tracing():
+            graph = make_fx(flat)(*(tensor.clone() for tensor in (*self.state, *inputs.examples)))
+        self.function = translate(graph, [tensor.clone() for tensor in (*self.state, *inputs.examples)])
+
+    def __call__(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Make the step."""
+        return dict(zip(self.names, self.function(*self.state, *leaves), strict=True))
+
+
+class CUDAGraph:
+    """A sequence of steps captured once, and replayed on copies of its inputs.
+
+    Args:
+        steps (mapping): name to compiled step.
+        schedule (tuple): ``(name, row)`` of each step to make.
+        leaves (list of Tensor): ``(U, ...)``, see :meth:`Inputs.leaves`.
+    """
+
+    def __init__(self, steps: Mapping[str, Callable], schedule: Schedule, leaves: Sequence[Tensor]):
+        self.leaves = [leaf.clone() for leaf in leaves]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run(steps, schedule, self.leaves)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = run(steps, schedule, self.leaves)
+
+    def __call__(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Make all steps; the output's tensors are the same ones each time."""
+        torch._foreach_copy_(self.leaves, list(leaves))
+        self.graph.replay()
+        return self.output
+
+
+def run(steps: Mapping[str, Callable], schedule: Schedule, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Make the steps ``(name, row)`` of a schedule, one after the other; the newest outputs."""
+    rows = list(zip(*(leaf.unbind(0) for leaf in leaves), strict=True))
+    output: dict[str, Tensor] = {}
+    for name, row in schedule:
+        output |= steps[name](rows[row])
+    return output
+
+
+def translate(graph: GraphModule, inputs: list[Tensor]) -> Callable:
+    """The compiled form of a graph of tensor operations."""
+    with _quiet():
+        return torch._inductor.compile(graph, inputs)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def preserved(tensors: Sequence[Tensor], device: torch.device) -> Iterator[None]:
+    """Whatever happens inside, the values of ``tensors`` and the state of torch's global generator are as before after it."""
+    kept = [tensor.clone() for tensor in tensors]
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for tensor, value in zip(tensors, kept, strict=True):
+            tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def _tracing() -> Iterator[None]:
+    # As in torch.compile: libraries leave out what looks at values, such as the checks of a distribution's arguments.
+    compiling, validate = torch.compiler._is_compiling_flag, Distribution._validate_args
+    torch.compiler._is_compiling_flag = True
+    Distribution.set_default_validate_args(False)
+    try:
+        with _quiet():
+            yield
+    finally:
+        torch.compiler._is_compiling_flag = compiling
+        Distribution.set_default_validate_args(validate)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # tensordict reads a flag that torch 2.13 no longer uses, whenever something is compiled.
+        warnings.filterwarnings("ignore", message=".*inline_inbuilt_nn_modules is deprecated", category=FutureWarning)
+        yield
+
+
+def _kind(leaf: Tensor, shape: torch.Size) -> str:
+    return f"shape {tuple(shape)}, {leaf.dtype}, {leaf.device}"
