@@ -35,7 +35,7 @@ def tensors(update):
         loss = update.loss
         params = (loss.actor_network_params, loss.qvalue_network_params, loss.target_qvalue_network_params)
         networks = [[value for value in each.values(True, True) if value.is_floating_point()] for each in params]
-        adams = [(adam.exp_avgs, adam.exp_avg_sqs) for adam in (update._critic_adam, update._actor_adam)]
+        adams = [(adam.state["exp_avg"], adam.state["exp_avg_sq"]) for adam in (update._critic_adam, update._actor_adam)]
         log_alpha = loss.log_alpha
     groups = [*networks, *(moment for adam in adams for moment in adam), [log_alpha]]
     return [tensor.detach().reshape(-1) for group in groups for tensor in group]

@@ -52,14 +52,14 @@ def test_growth(benchmark, row, what, value):
 def test_replay_sampling(benchmark, task, batch):
     """The 20 batches of a frame at once, as the main job does."""
     buffer = components.replay(TASKS[task])
-    benchmark(lambda: buffer.sample(20 * batch).reshape(20, batch).unbind(0))
+    benchmark(lambda: buffer.sample(20 * batch).reshape(20, batch))
 
 
 @pytest.mark.parametrize("task", ["hopper", "humanoid"])
 def test_draws(benchmark, task):
     update = components.make_update("omnet", TASKS[task], width=WIDTH, compile=False)
     batch = components.transitions(TASKS[task], BATCH)
-    benchmark(lambda: update.loss.draw(batch, num_updates=20).unbind(0))
+    benchmark(lambda: update.loss.draw(batch, num_updates=20))
 
 
 @pytest.mark.gpu

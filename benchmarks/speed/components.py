@@ -111,15 +111,14 @@ def omnet_block(row: str, task: Task, *, batch: int = 256, device: str = "cpu", 
 
 
 def critic_block(row: str, task: Task, *, batch: int = 256, device: str = "cpu", **kwargs: Any) -> Block:
-    """20 critic updates alone, on the same batch."""
+    """20 critic updates alone, on stored batches."""
     update = make_update(row, task, device=device, **kwargs)
-    data = transitions(task, batch, device)
-    draws = update.loss.draw(data, num_updates=UPDATES).unbind(0)
-    update.prepare(data)
+    batches = transitions(task, UPDATES * batch, device).reshape(UPDATES, batch)
+    draws = update.loss.draw(batches[0], num_updates=UPDATES)
+    update.prepare(batches[0])
 
     def block() -> None:
-        for draw in draws:
-            update.critic_step(data, draw)
+        update.block(batches, draws, [False] * UPDATES)
 
     return _warm(block, device)
 
@@ -243,7 +242,7 @@ def act_block(kind: str) -> Block:
         norm = {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": WIDTH}] * 2}
         mlp = MLP(task.observation, 2 * task.action, num_cells=[WIDTH, WIDTH], activation_class=nn.ReLU, **norm)
         plain = make_actor(*task.specs(), num_subnets=1, sparsity=0.0).extract(0)
-        plain.module[0].module.network = mlp
+        plain.module[0].network = mlp
         policy = plain
 
     @torch.no_grad()
