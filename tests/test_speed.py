@@ -112,9 +112,9 @@ def test_a_block_is_its_critic_updates_and_one_actor_update(row, monkeypatch):
     monkeypatch.setattr(components, "make_update", keep)
     block = components.omnet_block(row, TINY, width=16, batch=8, compile=False)
     adams = updates[0]._critic_adam, updates[0]._actor_adam
-    before = [adam.steps[0].item() for adam in adams]
+    before = [adam.state["steps"][0].item() for adam in adams]
     block()
-    assert [adam.steps[0].item() - start for adam, start in zip(adams, before, strict=True)] == [2, 1]
+    assert [adam.state["steps"][0].item() - start for adam, start in zip(adams, before, strict=True)] == [2, 1]
 
 
 @pytest.mark.usefixtures("_short")
