@@ -89,8 +89,7 @@ def indexed_linear(input: Tensor, subnet: Tensor, num_subnets: int, select: Sele
         rows -= 1
     if rows == 0:
         weight, bias = select(subnet.reshape(1))
-        output = F.linear(input, weight.squeeze(0))
-        output = output if bias is None else (output.unsqueeze(-2) + bias).squeeze(-2)
+        output = F.linear(input, weight.squeeze(0), None if bias is None else bias.squeeze(0))
         return output.expand(*batch, output.shape[-1])
 
     # Dimensions of the batch that the index tells apart come first, the elements that share an index after them.
@@ -109,8 +108,9 @@ def indexed_linear(input: Tensor, subnet: Tensor, num_subnets: int, select: Sele
 
 def _linear_rows(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``(R, I, in)`` times ``(R, out, in)``: ``(R, I, out)``."""
-    output = torch.bmm(input, weight.transpose(1, 2))
-    return output if bias is None else output + bias.unsqueeze(1)
+    if bias is None:
+        return torch.bmm(input, weight.transpose(1, 2))
+    return torch.baddbmm(bias.unsqueeze(1), input, weight.transpose(1, 2))
 
 
 class MaskedLinear(IndexedLinear, nn.Linear):  # type: ignore[misc]

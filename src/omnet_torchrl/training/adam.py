@@ -10,6 +10,8 @@ from tensordict import NestedKey
 from torch import Tensor
 from torch.optim import Adam
 
+from omnet_torchrl.training.compiled import materialised
+
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -67,8 +69,8 @@ class FunctionalAdam:
         options, (beta1, beta2) = self.options, self.options["betas"]
         state["steps"] += 1
         counts = state["steps"].double()
-        step_sizes = _materialised(-options["lr"] / (1 - beta1**counts))
-        corrections = _materialised((1 - beta2**counts).sqrt())
+        step_sizes = materialised(-options["lr"] / (1 - beta1**counts))
+        corrections = materialised((1 - beta2**counts).sqrt())
         for i, name in enumerate(self.names):
             param, grad, exp_avg, exp_avg_sq = params[name], grads[name], *(state[moment][i] for moment in MOMENTS)
             if options["maximize"]:
@@ -97,11 +99,6 @@ class FunctionalAdam:
             loaded = self.optim.state[parameter]
             for key in ("step", *MOMENTS):
                 loaded[key] = tensors[key].copy_(loaded[key])
-
-
-def _materialised(vector: Tensor) -> Tensor:
-    # Inductor would else compute a number anew, powers and all, for each few of the weights that it is used for.
-    return vector.as_strided(vector.shape, vector.stride())
 
 
 def _join(key: NestedKey) -> str:

@@ -131,7 +131,47 @@ def run(steps: Mapping[str, Callable], schedule: Schedule, leaves: Sequence[Tens
 def translate(graph: GraphModule, inputs: list[Tensor]) -> Callable:
     """The compiled form of a graph of tensor operations."""
     with _quiet():
+        graph = make_fx(graph, decomposition_table=DECOMPOSITIONS)(*inputs)
         return torch._inductor.compile(graph, inputs)  # type: ignore[arg-type]
+
+
+def materialised(tensor: Tensor) -> Tensor:
+    """The same numbers, computed once: Inductor would compute small tensors anew for each few of the elements they serve."""
+    return tensor.as_strided(tensor.shape, tensor.stride())
+
+
+def _layer_norm(
+    input: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer normalisation of the last dimensions, and the means and inverse deviations that its gradient needs."""
+    dims = list(range(-len(shape), 0))
+    mean = materialised(input.mean(dims, keepdim=True))
+    centred = input - mean
+    scale = materialised((centred.square().mean(dims, keepdim=True) + eps).rsqrt())
+    output = centred * scale
+    output = output if weight is None else output * weight
+    return output if bias is None else output + bias, mean, scale
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """The bias apart, for Inductor to fuse with what follows; the dimension between keeps it from undoing that."""
+    product = torch.mm(a, b).unsqueeze(0)
+    return ((product if alpha == 1 else alpha * product) + (bias if beta == 1 else beta * bias)).squeeze(0)
+
+
+def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """See :func:`_addmm`."""
+    product = torch.bmm(a, b)
+    return (product if alpha == 1 else alpha * product) + (bias if beta == 1 else beta * bias)
+
+
+# What Inductor computes slowly on a CPU as it stands: a product with a bias copies the bias over its whole output before, and
+# the deviation of a row is computed anew for every few of its elements.
+DECOMPOSITIONS = {
+    torch.ops.aten.native_layer_norm.default: _layer_norm,
+    torch.ops.aten.addmm.default: _addmm,
+    torch.ops.aten.baddbmm.default: _baddbmm,
+}
 
 
 @contextlib.contextmanager
