@@ -104,7 +104,7 @@ class TrainConfig:
     num_envs: int = 1  # environments stepped together; a step of all is num_envs frames
     seed: int = 0  # of everything random in the run
     device: str = "auto"  # cpu, cuda or cuda:1; auto: cuda where there is one
-    compile: bool = True  # torch.compile the update
+    compile: bool = True  # compile the update (Inductor; on a GPU in a CUDA graph)
     num_threads: int | None = None  # CPU threads of torch; None: torch's own choice
     total_frames: int = 300_000  # environment steps, the random ones included
     init_random_frames: int = 5_000  # uniformly random actions at the start; no update before their end
