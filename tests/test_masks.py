@@ -14,6 +14,7 @@ from omnet_torchrl import (
     mask_density,
     mask_iou,
     shared_fraction,
+    unit_masks,
     unused_fraction,
 )
 from omnet_torchrl.masks import as_generator, check_masks, check_module_masks
@@ -127,6 +128,56 @@ def test_masks_of_a_module_leave_its_parameters_and_the_global_generator_alone()
     bernoulli_module_masks(network, 3, 0.5, generator=0)
     assert torch.equal(network.weight, weight)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# Masks over units
+
+
+@pytest.mark.parametrize(
+    ("num_units", "sparsity", "kept"), [(256, 0.5, 128), (256, 0.29, 182), (7, 0.9, 1), (7, 0.0, 7), (1, 0.9, 1)]
+)
+def test_every_mask_over_units_keeps_exactly_as_many(num_units, sparsity, kept):
+    masks = unit_masks(5, num_units, sparsity, generator=0)
+    assert (masks.shape, masks.dtype) == ((5, num_units), torch.bool)
+    assert masks.sum(-1).tolist() == [kept] * 5
+    assert mask_density(masks).tolist() == pytest.approx([kept / num_units] * 5)
+
+
+def test_masks_over_units_are_independent_uniform_choices():
+    masks = unit_masks(4_000, 4, 0.5, generator=0)
+    choices = (masks.int() @ torch.tensor([8, 4, 2, 1], dtype=torch.int32)).unique(return_counts=True)[1]
+    assert len(choices) == 6  # 4 over 2
+    # Each choice of 4,000 has the probability 1/6; five standard deviations.
+    assert (choices - 4_000 / 6).abs().max() < 5 * math.sqrt(4_000 * 5 / 36)
+    pairs = (masks[::2] == masks[1::2]).all(-1).float().mean()
+    assert pairs.item() == pytest.approx(1 / 6, abs=5 * math.sqrt(5 / 36 / 2_000))
+
+
+def test_masks_over_units_keep_the_weights_of_bernoulli_masks_at_29_percent():
+    masks = unit_masks(5, 256, 0.29, generator=0)
+    assert mask_density(masks[:, :, None] & masks[:, None]).tolist() == pytest.approx([0.5054] * 5, abs=1e-4)
+
+
+def test_masks_over_units_come_from_generators_as_other_masks_do():
+    masks = unit_masks(3, 50, 0.5, generator=7)
+    generator = torch.Generator().manual_seed(7)
+    assert torch.equal(unit_masks(3, 50, 0.5, generator=generator), masks)
+    assert not torch.equal(unit_masks(3, 50, 0.5, generator=generator), masks)
+    state = torch.get_rng_state()
+    assert torch.equal(unit_masks(3, 50, 0.5, generator=7, device="cpu"), masks)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(7)
+    assert torch.equal(unit_masks(3, 50, 0.5), masks)
+    assert not torch.equal(unit_masks(3, 50, 0.5), masks)
+    assert unit_masks(3, 50, 0.5, generator=7, device="meta").device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [((0, 4, 0.5), "num_subnets"), ((2, 0, 0.5), "num_units"), ((2, 4, 1.0), "sparsity")]
+)
+def test_masks_over_units_refuse_what_other_masks_refuse(arguments, message):
+    with pytest.raises(ValueError, match=f"{message}.* must be "):
+        unit_masks(*arguments)
 
 
 # Statistics

@@ -16,12 +16,13 @@ ROOMS = {
     "masks": set(),
     "layers": {"masks"},
     "ensembles": {"masks", "layers"},
+    "units": {"masks", "layers"},
     "modules": {"masks", "layers", "transforms"},
     "builders": {"layers", "modules"},
     "transforms": set(),
     "objectives": set(),
     "metrics": set(),
-    "__init__": {"masks", "layers", "ensembles", "modules", "builders", "transforms", "objectives"},
+    "__init__": {"masks", "layers", "ensembles", "units", "modules", "builders", "transforms", "objectives"},
 }
 # The same within training/, whose files may import any room above: of themselves, which.
 TRAINING = {

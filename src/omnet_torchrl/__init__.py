@@ -1,8 +1,8 @@
 """OMNet for TorchRL: many value functions and policies for the price of one network.
 
 Reading order: :mod:`~omnet_torchrl.masks`, :mod:`~omnet_torchrl.layers`, :mod:`~omnet_torchrl.ensembles`,
-:mod:`~omnet_torchrl.modules`, :mod:`~omnet_torchrl.builders`, :mod:`~omnet_torchrl.transforms`,
-:mod:`~omnet_torchrl.objectives`.
+:mod:`~omnet_torchrl.units`, :mod:`~omnet_torchrl.modules`, :mod:`~omnet_torchrl.builders`,
+:mod:`~omnet_torchrl.transforms`, :mod:`~omnet_torchrl.objectives`.
 """
 
 from omnet_torchrl.builders import make_actor, make_qvalue
@@ -14,11 +14,13 @@ from omnet_torchrl.masks import (
     mask_density,
     mask_iou,
     shared_fraction,
+    unit_masks,
     unused_fraction,
 )
 from omnet_torchrl.modules import SubnetActor, SubnetModule, SubnetQValueOperator
 from omnet_torchrl.objectives import OMNetSACLoss
 from omnet_torchrl.transforms import SubnetPrimer
+from omnet_torchrl.units import UnitLayerNorm, UnitLinear, UnitMaskedMLP
 
 __version__ = "0.1.0.dev0"
 
@@ -33,6 +35,9 @@ __all__ = [
     "SubnetModule",
     "SubnetPrimer",
     "SubnetQValueOperator",
+    "UnitLayerNorm",
+    "UnitLinear",
+    "UnitMaskedMLP",
     "bernoulli_masks",
     "bernoulli_module_masks",
     "make_actor",
@@ -40,5 +45,6 @@ __all__ = [
     "mask_density",
     "mask_iou",
     "shared_fraction",
+    "unit_masks",
     "unused_fraction",
 ]

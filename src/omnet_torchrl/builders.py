@@ -37,7 +37,8 @@ def make_actor(
         action_spec (TensorSpec): continuous with finite bounds, e.g. ``env.action_spec``.
 
     Keyword Args:
-        network_class: :class:`~omnet_torchrl.MaskedMLP` (default) or :class:`~omnet_torchrl.EnsembleMLP`.
+        network_class: :class:`~omnet_torchrl.MaskedMLP` (default), :class:`~omnet_torchrl.UnitMaskedMLP` or
+            :class:`~omnet_torchrl.EnsembleMLP`.
         num_cells (sequence of int): hidden units of each layer.
         layer_norm (bool): Linear, LayerNorm, ReLU instead of Linear, ReLU.
         observation_key, action_key, subnet_key (NestedKey): the keys read and written.

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from omnet_torchrl.layers import IndexedLayer, IndexedLinear, IndexedMLP, InitFn, check_subnet, initialise, linear_shapes
+from omnet_torchrl.layers import IndexedLayer, IndexedLayerNorm, IndexedLinear, IndexedMLP, InitFn, initialise, linear_shapes
 from omnet_torchrl.masks import check_num_subnets
 
 
@@ -70,7 +69,7 @@ class EnsembleLinear(IndexedLinear):
         )
 
 
-class EnsembleLayerNorm(IndexedLayer):
+class EnsembleLayerNorm(IndexedLayerNorm):
     """N separate layer normalisations of the last dimension behind an index.
 
     Args:
@@ -99,18 +98,9 @@ class EnsembleLayerNorm(IndexedLayer):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor, subnet: Tensor) -> Tensor:
-        """``(*batch, normalized_shape)`` to the broadcast batch's shape."""
-        index, shape = subnet.reshape(-1), (*subnet.shape, self.weight.shape[-1])
-        weight, bias = (p.index_select(0, index).reshape(shape) for p in (self.weight, self.bias))
-        return F.layer_norm(input, input.shape[-1:], eps=self.eps) * weight + bias
-
-    def extract(self, subnet: int) -> nn.LayerNorm:
-        """Layer ``subnet`` as a plain :class:`torch.nn.LayerNorm`, with parameters of its own."""
-        check_subnet(subnet, self.num_subnets)
-        plain = nn.LayerNorm(self.weight.shape[-1], self.eps, device=self.weight.device, dtype=self.weight.dtype)
-        plain.load_state_dict({"weight": self.weight[subnet], "bias": self.bias[subnet]})
-        return plain
+    def select(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and shifts of the layers ``index (R,)``."""
+        return self.weight.index_select(0, index), self.bias.index_select(0, index)
 
 
 class EnsembleMLP(IndexedMLP):

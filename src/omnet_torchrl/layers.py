@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrl.modules import MLP
 
-from omnet_torchrl.masks import MaskFn, as_generator, bernoulli_masks, check_masks, check_num_subnets
+from omnet_torchrl.masks import MaskFn, as_generator, bernoulli_masks, check_masks, check_num_subnets, each_sparsity
 
 InitFn = Callable[[Tensor], Any]
 SelectFn = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -63,6 +63,32 @@ class IndexedLinear(IndexedLayer):
         plain.weight = nn.Parameter(weight[0].detach().clone())
         if bias is not None:
             plain.bias = nn.Parameter(bias[0].detach().clone())
+        return plain
+
+
+class IndexedLayerNorm(IndexedLayer):
+    """A layer normalisation of the last dimension that is N of them; a subclass says what an index selects."""
+
+    eps: float
+
+    def select(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and shifts, each ``(R, features)``, of the layers ``index (R,)``."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, subnet: Tensor) -> Tensor:
+        """``(*batch, features)`` to the broadcast batch's shape."""
+        weight, bias = self.select(subnet.reshape(-1))
+        if weight.shape[0] == 1:
+            output = F.layer_norm(input, input.shape[-1:], weight.squeeze(0), bias.squeeze(0), self.eps)
+            return output.expand(*torch.broadcast_shapes(subnet.shape, input.shape[:-1]), -1)
+        shape = (*subnet.shape, input.shape[-1])
+        return F.layer_norm(input, input.shape[-1:], eps=self.eps) * weight.reshape(shape) + bias.reshape(shape)
+
+    def extract(self, subnet: int) -> nn.LayerNorm:
+        """Layer ``subnet`` as a plain :class:`torch.nn.LayerNorm`, with parameters of its own."""
+        weight, bias = self.select(check_subnet(subnet, self.num_subnets, next(self.parameters()).device))
+        plain = nn.LayerNorm(weight.shape[1], self.eps, device=weight.device, dtype=weight.dtype)
+        plain.load_state_dict({"weight": weight[0], "bias": bias[0]})
         return plain
 
 
@@ -172,10 +198,7 @@ class MaskedLinear(IndexedLinear, nn.Linear):  # type: ignore[misc]
 
     def reset_parameters(self) -> None:
         """Draw the weights anew; the masks stay."""
-        if self.init_fn is None:
-            nn.Linear.reset_parameters(self)
-        else:
-            initialise(self.weight, self.bias, self.init_fn)
+        initialise(self.weight, self.bias, self.init_fn)
 
     def select(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """The shared weight under each mask of ``index (R,)``, and the bias."""
@@ -190,7 +213,7 @@ class MaskedLinear(IndexedLinear, nn.Linear):  # type: ignore[misc]
 
 
 class IndexedMLP(MLP):
-    """A :class:`torchrl.modules.MLP` whose layers may take an index; base of ``MaskedMLP`` and ``EnsembleMLP``."""
+    """A :class:`torchrl.modules.MLP` whose layers may take an index; base of those with masks or separate weights."""
 
     num_subnets: int
 
@@ -211,10 +234,10 @@ class IndexedMLP(MLP):
         """
         check_subnet(subnet, self.num_subnets)
         plain = MLP(self.in_features, self.out_features, depth=0, device="meta")
-        plain.num_cells, plain.depth = list(self.num_cells), self.depth
         del plain[:]
-        for layer in self:
-            plain.append(layer.extract(subnet) if isinstance(layer, IndexedLayer) else copy.deepcopy(layer))
+        plain.extend(layer.extract(subnet) if isinstance(layer, IndexedLayer) else copy.deepcopy(layer) for layer in self)
+        *plain.num_cells, _ = (layer.out_features for layer in plain if isinstance(layer, nn.Linear))
+        plain.depth = self.depth
         return plain.train(self.training)
 
 
@@ -270,9 +293,7 @@ class MaskedMLP(IndexedMLP):
         check_num_subnets(num_subnets)
         generator = as_generator(generator)
         shapes = linear_shapes(in_features, out_features, depth, num_cells)
-        sparsities = [sparsity] * len(shapes) if isinstance(sparsity, float | int | str) else list(sparsity)
-        if len(sparsities) != len(shapes):
-            raise ValueError(f"sparsity must be one number or one per linear layer ({len(shapes)}), got {len(sparsities)}.")
+        sparsities = each_sparsity(sparsity, len(shapes), "linear layer")
         layer_kwargs: list[dict[str, Any]] = []
         for i, (shape, s) in enumerate(zip(shapes, sparsities, strict=True)):
             masks = mask_fn(num_subnets, shape, s, generator=generator, device=device)

@@ -7,6 +7,9 @@ https://arxiv.org/abs/2310.14009) keeps one weight tensor :math:`\theta` and :ma
 A mask is a boolean tensor (``True`` keeps the weight), so that it costs a byte per weight and can never be optimised or
 averaged by accident. Kept weights are *not* rescaled by :math:`1/(1-S)`, as in the paper.
 
+Masks may also lie over whole units (:func:`unit_masks`), for the paper's limitation that every forward pass computes the full
+weight matrix: such a subnetwork can be sliced out.
+
 Everything here is a pure function. The networks of :mod:`~omnet_torchrl.layers` draw their masks from a generator of their own
 (:func:`as_generator`), so that masking a network leaves its initial weights as they were.
 """
@@ -74,6 +77,48 @@ def bernoulli_masks(
     generator = torch.default_generator if generator is None else as_generator(generator)
     uniform = torch.rand((num_subnets, *shape), generator=generator, device=generator.device)
     return (uniform >= sparsity).to(device if device is not None else torch.get_default_device())
+
+
+def unit_masks(
+    num_subnets: int,
+    num_units: int,
+    sparsity: float,
+    *,
+    generator: torch.Generator | int | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    r"""Draw independent masks over the units of a hidden layer, each a uniform choice of exactly k units.
+
+    A subnetwork without some units is a smaller dense network, which weights masked one by one are not; that each has equally
+    many makes the smaller networks of one shape. Two kept layers of sparsity S leave :math:`(1-S)^2` of the weights between
+    them: what Bernoulli masks of sparsity 0.5 keep, units keep at 0.29.
+
+    Args:
+        num_subnets (int): number of masks N, at least 1.
+        num_units (int): units of the layer, at least 1.
+        sparsity (float): fraction masked out S, in [0, 1): :math:`k = \max(1, \mathrm{round}(\text{num\_units}\,(1-S)))`.
+        generator, device: see :func:`bernoulli_masks`.
+
+    Returns:
+        Tensor: boolean, of shape ``(num_subnets, num_units)``, with k times ``True`` in each row.
+
+    Raises:
+        ValueError: ``num_subnets`` or ``num_units`` below 1, or ``sparsity`` outside [0, 1).
+
+    Examples:
+        >>> unit_masks(5, 256, 0.5, generator=0).sum(-1)
+        tensor([128, 128, 128, 128, 128])
+    """
+    check_num_subnets(num_subnets)
+    check_sparsity(sparsity)
+    if num_units < 1:
+        raise ValueError(f"num_units must be at least 1, got {num_units}.")
+    generator = torch.default_generator if generator is None else as_generator(generator)
+    # The order of independent uniform numbers is a uniform permutation; ties of float64 are of no account.
+    uniform = torch.rand(num_subnets, num_units, generator=generator, device=generator.device, dtype=torch.float64)
+    kept = uniform.argsort(-1)[:, : max(1, round(num_units * (1 - sparsity)))]
+    masks = torch.zeros_like(uniform, dtype=torch.bool).scatter(1, kept, True)
+    return masks.to(device if device is not None else torch.get_default_device())
 
 
 def bernoulli_module_masks(
@@ -168,6 +213,14 @@ def check_sparsity(sparsity: float) -> None:
         raise TypeError(f"sparsity must be a number in [0, 1), got {sparsity!r}.")
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity, the fraction of weights masked out, must be in [0, 1), got {sparsity}.")
+
+
+def each_sparsity(sparsity: float | Sequence[float], count: int, layer: str) -> list[float]:
+    """One sparsity for each of ``count`` layers, of one number or one per layer; raise if there is another number of them."""
+    each = [sparsity] * count if isinstance(sparsity, float | int | str) else list(sparsity)
+    if len(each) != count:
+        raise ValueError(f"sparsity must be one number or one per {layer} ({count}), got {len(each)}.")
+    return each
 
 
 def check_masks(masks: Tensor, shape: Sequence[int], name: str = "masks") -> None:
