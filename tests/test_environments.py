@@ -10,7 +10,7 @@ from torchrl.envs.utils import check_env_specs
 
 from omnet_torchrl import SubnetPrimer
 from omnet_torchrl.training import make_env
-from omnet_torchrl.training.environments import EpisodeRecorder, ReplayError, recorders
+from omnet_torchrl.training.environments import EpisodeRecorder, ReplayError, check_env, recorders
 
 TASKS = ["Hopper-v4", "Humanoid-v4", "InvertedPendulum-v4"]
 
@@ -238,3 +238,86 @@ def test_the_error_names_the_environment():
             EpisodeRecorder(gymnasium.make("Counter-v0")).load_state_dict(env.state_dict())
     finally:
         del gymnasium.registry["Counter-v0"]
+
+
+# What can be trained
+
+
+class OfSpaces(gymnasium.Env):
+    closed = 0
+
+    def __init__(self, observation=None, action=None):
+        self.observation_space = box() if observation is None else observation
+        self.action_space = box() if action is None else action
+
+    def close(self):
+        type(self).closed += 1
+
+
+def box(*shape, bound=1.0, dtype=np.float32):
+    return gymnasium.spaces.Box(-bound, bound, shape or (2,), dtype)
+
+
+@pytest.fixture
+def env_of():
+    name = "SpacesTest-v0"
+
+    def make(**spaces):
+        gymnasium.register(name, entry_point=OfSpaces, kwargs=spaces, disable_env_checker=True)
+        return name
+
+    yield make
+    gymnasium.registry.pop(name, None)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["Hopper-v4", "Pendulum-v1"])
+def test_a_task_with_vectors_passes_without_a_warning(name):
+    check_env(name)
+
+
+def test_what_is_opened_is_closed(env_of):
+    before = OfSpaces.closed
+    check_env(env_of(observation=box(bound=np.inf)))
+    assert OfSpaces.closed == before + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Hoper-v4", "env must be a gymnasium id with its version, got 'Hoper-v4'; the closest are Hopper-v4, Hopper-v5, "),
+        ("Hopper", "with its version, got 'Hopper'; the closest are Hopper-v"),
+        ("no_such_module:Env-v0", "env 'no_such_module:Env-v0' needs a package that can't be imported: .*no_such_module"),
+        ("gymnasium.envs:Hopper-v99", "env 'gymnasium.envs:Hopper-v99' can't be made: .*`v99`"),
+        ("CartPole-v1", r"the action of env must be .* finite bounds, got Discrete\(2\) from 'CartPole-v1'"),
+        ("FrozenLake-v1", r"the observation of env must be a Box of floats with one dimension, got Discrete\(16\)"),
+    ],
+)
+def test_an_env_that_cannot_be_trained_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        check_env(name)
+
+
+def test_a_missing_dependency_says_what_to_install(monkeypatch):
+    def make(name):
+        raise gymnasium.error.DependencyNotInstalled('MuJoCo is not installed, run `pip install "gymnasium[mujoco]"`')
+
+    monkeypatch.setattr(gymnasium, "make", make)
+    with pytest.raises(ValueError, match=r"'Hopper-v4' needs a package .*pip install \"gymnasium\[mujoco\]\""):
+        check_env("Hopper-v4")
+
+
+@pytest.mark.parametrize(
+    ("kind", "space", "got"),
+    [
+        ("observation", gymnasium.spaces.Dict(a=box()), r"Dict\('a': Box"),
+        ("observation", box(4, 4, 3), r"\(4, 4, 3\)"),
+        ("observation", gymnasium.spaces.Box(0, 255, (8,), np.uint8), "uint8"),
+        ("action", box(bound=np.inf), "inf"),
+        ("action", box(2, 2), r"\(2, 2\)"),
+        ("action", gymnasium.spaces.MultiDiscrete([2, 3]), "MultiDiscrete"),
+    ],
+)
+def test_spaces_that_are_not_supported_are_named(env_of, kind, space, got):
+    with pytest.raises(ValueError, match=f"the {kind} of env must be a Box of floats .*got .*{got}.* from 'SpacesTest-v0'"):
+        check_env(env_of(**{kind: space}))

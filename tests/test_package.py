@@ -41,7 +41,7 @@ TRAINING = {
     "global_numbers": set(),
     "trainer": {"environments", "update", "checkpoint", "global_numbers"},
     "policy": {"config", "run_folder", "environments", "checkpoint"},
-    "run": {"config", "run_folder", "logging", "plots", "terminal", "checkpoint", "trainer"},
+    "run": {"config", "environments", "run_folder", "logging", "plots", "terminal", "checkpoint", "trainer"},
     "__init__": {"environments", "evaluation", "policy", "run", "trainer", "update"},
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -184,31 +183,6 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def check_env(name: str) -> None:
-    """Make the environment once; raise a ``ValueError`` if it is unknown, lacks a package, or its spaces are not supported."""
-    import gymnasium
-
-    if ":" not in name and name not in gymnasium.registry:
-        closest = _closest(name, gymnasium.registry, n=3)
-        raise ValueError(f"env must be a gymnasium id with its version, got {name!r}; the closest are {closest}.")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's tasks are the -v4 ones
-            env = gymnasium.make(name)
-    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
-        raise ValueError(f"env {name!r} needs a package that can't be imported: {error}") from error
-    except gymnasium.error.Error as error:
-        raise ValueError(f"env {name!r} can't be made: {error}") from error
-    spaces = {"observation": env.observation_space, "action": env.action_space}
-    env.close()
-    for kind, space in spaces.items():
-        box = space if isinstance(space, gymnasium.spaces.Box) else None
-        if box is None or len(box.shape) != 1 or box.dtype.kind != "f" or (kind == "action" and not box.is_bounded()):
-            expected = "a Box of floats with one dimension" + (" and finite bounds" if kind == "action" else "")
-            advice = "choose another env, or register it with a wrapper of gymnasium.wrappers that changes it"
-            raise ValueError(f"the {kind} of env must be {expected}, got {space} from {name!r}: {advice}.")
-
-
 def check_overrides(arguments: Sequence[str]) -> None:
     """Raise a ``ValueError`` with the closest option if the command line, ``sys.argv[1:]``, sets one that does not exist.
 
@@ -349,8 +323,8 @@ def _inside(value: float, interval: str) -> bool:
     return low <= value <= high and (interval[0] == "[" or value > low) and (interval[-1] == "]" or value < high)
 
 
-def _closest(name: str, names: Iterable[str], n: int = 1) -> str:
-    return ", ".join(difflib.get_close_matches(name, list(names), n=n, cutoff=0))
+def _closest(name: str, names: Iterable[str]) -> str:
+    return "".join(difflib.get_close_matches(name, list(names), n=1, cutoff=0))
 
 
 def _unknown(key: str) -> str:

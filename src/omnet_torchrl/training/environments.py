@@ -6,6 +6,7 @@ actions, and compared with what was seen: exact wherever an environment is a fun
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import warnings
@@ -86,6 +87,29 @@ class EpisodeRecorder(gymnasium.Wrapper):
                 f"last observation is off by up to {distance:.3g}, or a reward or end is another; has the environment a state "
                 "that neither its seed nor its actions tell?"
             )
+
+
+def check_env(name: str) -> None:
+    """Make the environment once; raise a ``ValueError`` if it is unknown, lacks a package, or its spaces are not supported."""
+    if ":" not in name and name not in gymnasium.registry:
+        closest = ", ".join(difflib.get_close_matches(name, list(gymnasium.registry), n=3, cutoff=0))
+        raise ValueError(f"env must be a gymnasium id with its version, got {name!r}; the closest are {closest}.")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's tasks are the -v4 ones
+            env = gymnasium.make(name)
+    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
+        raise ValueError(f"env {name!r} needs a package that can't be imported: {error}") from error
+    except gymnasium.error.Error as error:
+        raise ValueError(f"env {name!r} can't be made: {error}") from error
+    spaces = {"observation": env.observation_space, "action": env.action_space}
+    env.close()
+    for kind, space in spaces.items():
+        box = space if isinstance(space, gymnasium.spaces.Box) else None
+        if box is None or len(box.shape) != 1 or box.dtype.kind != "f" or (kind == "action" and not box.is_bounded()):
+            expected = "a Box of floats with one dimension" + (" and finite bounds" if kind == "action" else "")
+            advice = "choose another env, or register it with a wrapper of gymnasium.wrappers that changes it"
+            raise ValueError(f"the {kind} of env must be {expected}, got {space} from {name!r}: {advice}.")
 
 
 def make_env(name: str, *transforms: Transform, num_envs: int | None = None, seed: int | None = None) -> EnvBase:

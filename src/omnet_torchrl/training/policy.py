@@ -14,8 +14,8 @@ from torchrl.modules import ProbabilisticActor
 from omnet_torchrl.builders import make_actor
 from omnet_torchrl.modules import SubnetActor
 from omnet_torchrl.training.checkpoint import Checkpointer
-from omnet_torchrl.training.config import TrainConfig, check_env, load_config, network_options, resolve_device
-from omnet_torchrl.training.environments import make_env
+from omnet_torchrl.training.config import TrainConfig, load_config, network_options, resolve_device
+from omnet_torchrl.training.environments import check_env, make_env
 from omnet_torchrl.training.run_folder import RunFolder
 
 

@@ -20,13 +20,13 @@ from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator
 from omnet_torchrl.training.checkpoint import Checkpointer
 from omnet_torchrl.training.config import (
     TrainConfig,
-    check_env,
     differences,
     load_config,
     resolve_device,
     save_config,
     to_config,
 )
+from omnet_torchrl.training.environments import check_env
 from omnet_torchrl.training.logging import BackgroundLogger, CSVLogger, check_logger, make_logger
 from omnet_torchrl.training.plots import learning_curve
 from omnet_torchrl.training.run_folder import RunFolder, now
