@@ -10,8 +10,9 @@ import torch
 from hydra import compose, initialize
 from hydra.core.utils import setup_globals
 from omegaconf import OmegaConf
+from torchrl.data import Bounded, Unbounded
 
-from omnet_torchrl.layers import MaskedMLP
+from omnet_torchrl import MaskedMLP, UnitMaskedMLP, make_qvalue
 from omnet_torchrl.training import config as config_module
 from omnet_torchrl.training.config import (
     MAY_CHANGE,
@@ -22,6 +23,7 @@ from omnet_torchrl.training.config import (
     check_overrides,
     differences,
     load_config,
+    network_options,
     network_sparsity,
     register,
     resolve_device,
@@ -64,6 +66,8 @@ def test_the_defaults_are_valid_and_are_the_papers():
         {"network__sparsity": [0.5, 0], "network__num_cells": [8]},
         {"network__dense_input": True, "network__dense_output": True},
         {"network__dense_input": True, "network__dense_output": True, "network__num_cells": [8], "network__sparsity": 0.0},
+        {"network__masks": "unit", "network__sparsity": 0.29},
+        {"network__masks": "unit", "network__sparsity": [0.5, 0]},
         {"network__num_subnets": 1, "loss__num_target_subnets": 1},
         {"loss__num_trained_subnets": 5, "loss__num_target_subnets": 5, "loss__replacement": True},
         {"loss__gamma": 0.0, "loss__target_entropy": -3.0, "loss__alpha_init": 0.1},
@@ -177,6 +181,18 @@ def test_a_number_in_the_place_of_a_group_is_refused():
         (
             {"network__num_cells": [8], "network__dense_input": True, "network__dense_output": True},
             "must be 0 where network.dense_input=true and network.dense_output=true leaves no layer to mask, got 0.5",
+        ),
+        ({"network__masks": "units"}, "network.masks must be one of weight, unit, got 'units'; did you mean unit?"),
+        (
+            {"network__masks": "unit", "network__sparsity": [0.5] * 3},
+            r"one number for each of 2 hidden layers with network.masks=unit, got \[0.5, 0.5, 0.5\]",
+        ),
+        *(
+            (
+                {"network__masks": "unit", f"network__{name}": True},
+                f"network.{name} must be false with network.masks=unit, got true: leave it out, or mask weights",
+            )
+            for name in ("mask_bias", "dense_input", "dense_output")
         ),
         ({"network__num_cells": []}, r"network.num_cells must be one or more numbers of at least 1, got \[\]"),
         ({"network__num_cells": [256, 0]}, r"got \[256, 0\]"),
@@ -419,3 +435,13 @@ def test_dense_layers_have_no_sparsity_and_the_network_takes_it(network, expecte
     sparsity = network_sparsity(network)
     assert sparsity == expected
     MaskedMLP(in_features=30, out_features=1, num_cells=network.num_cells, num_subnets=2, sparsity=sparsity)
+
+
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_masks_choose_the_network(role):
+    weight = network_options(to_config({"network": {"mask_bias": True}}), role)
+    assert (weight["network_class"], weight["mask_bias"], weight["sparsity"]) == (MaskedMLP, True, 0.5)
+    unit = network_options(to_config({"network": {"masks": "unit", "sparsity": [0.5, 0.75]}}), role)
+    assert unit["network_class"] is UnitMaskedMLP
+    qvalue = make_qvalue(Unbounded((3,)), Bounded(-1, 1, (2,)), **unit)
+    assert qvalue.extract(0).module.num_cells == [128, 64]

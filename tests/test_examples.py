@@ -47,9 +47,9 @@ def info(run):
     return json.loads((run / "run.json").read_text())
 
 
-@pytest.mark.parametrize("env", ["InvertedPendulum-v4", "Humanoid-v4"])
-def test_a_short_run_leaves_all_that_it_promises(env, tmp_path):
-    result = run_example(tmp_path, *PENDULUM, f"env={env}")
+@pytest.mark.parametrize("option", ["env=InvertedPendulum-v4", "env=Humanoid-v4", "network.masks=unit"])
+def test_a_short_run_leaves_all_that_it_promises(option, tmp_path):
+    result = run_example(tmp_path, *PENDULUM, option)
     run = tmp_path / "run"
     names = {name for _, name, _ in metrics(run)}
     training = {"loss_qvalue", "qvalue", "loss_actor", "alpha", "entropy", "episode_return", "episode_length"}

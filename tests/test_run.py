@@ -5,13 +5,16 @@ import json
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch.optim import Adam
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SoftUpdate
 
 from omnet_torchrl import OMNetSACLoss, SubnetPrimer, make_actor, make_qvalue
-from omnet_torchrl.training import Run, SACUpdate, Trainer, describe, evaluate, make_env, schedule
+from omnet_torchrl.metrics import sac_flops
+from omnet_torchrl.training import Run, SACUpdate, Trainer, describe, evaluate, load_policy, make_env, schedule
 from omnet_torchrl.training.config import load_config, network_options
 
 OPTIONS = {
@@ -71,16 +74,45 @@ def test_the_folder_says_what_ran_and_how_it_ended(tmp_path, capsys):
     assert "5 - 16 - 16 - 1, 449 parameters" in printed
 
 
-def test_what_is_about_to_run_has_its_flops_and_their_share_of_redq(tmp_path):
-    run = Run({"folder": str(tmp_path / "run"), "progress": False})
+def described_run(tmp_path, **network):
+    run = Run({"folder": str(tmp_path / "run"), "progress": False, "network": network})
     env = make_env("Hopper-v4")
     networks = (
         make(env.observation_spec, env.action_spec, **network_options(run.config, role))
         for make, role in ((make_actor, "actor"), (make_qvalue, "critic"))
     )
-    described = describe(run.config, *networks)
+    return describe(run.config, *networks)
+
+
+def test_what_is_about_to_run_has_its_flops_and_their_share_of_redq(tmp_path):
+    described = described_run(tmp_path)
+    assert described["subnets"] == "5 in each, weight masks of sparsity 0.5"
     assert described["training FLOPs"].startswith("236.5 M per update, 19% of REDQ's")  # 1 / 5.13, REFERENCES of the paper
     assert described["critic"] == "14 - 256 - 256 - 1, 70,913 parameters"
+
+
+def test_masks_over_units_count_the_flops_of_the_units_that_are_kept(tmp_path):
+    described = described_run(tmp_path, masks="unit", sparsity=[0.5, 0.25])
+    assert described["subnets"] == "5 in each, unit masks of sparsity [0.5, 0.25], 128 - 192 hidden units"
+    assert described["critic"] == "14 - 256 - 256 - 1, 70,913 parameters"
+    flops, redq = sac_flops(11, 3, (128, 192)), sac_flops(11, 3, num_online=10, num_value=10)
+    assert described["training FLOPs"].startswith(
+        f"{flops / 1e6:.1f} M per update, {flops / redq:.0%} of REDQ's with 10 critics"
+    )
+
+
+def test_a_run_of_masks_over_units_goes_on_and_leaves_its_policy(tmp_path):
+    network = {"masks": "unit", "num_cells": [16, 16], "num_subnets": 3, "sparsity": 0.5}
+    assert train(Run(options(tmp_path, network=network))) == "finished"
+    assert train(Run({"resume": str(tmp_path / "run")}, ["total_frames=90"])) == "finished"
+    policies = load_policy(tmp_path / "run"), load_policy(tmp_path / "run", subnet=2)
+    assert [p.shape for p in policies[1].parameters()][4] == (8, 8)
+    td = TensorDict(observation=torch.randn(7, 4))
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        expected = policies[0](td.copy().set("subnet", torch.tensor(2)))["action"]
+        assert torch.equal(policies[1](td.copy())["action"], expected)
+    with pytest.raises(ValueError, match=r"network\.masks is unit, got weight"):
+        Run({"resume": str(tmp_path / "run")}, ["network.masks=weight"])
 
 
 def test_a_run_whose_evaluation_raises_has_failed_and_can_go_on(tmp_path, capsys):

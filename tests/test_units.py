@@ -1,6 +1,7 @@
 """Masks over units: a subnetwork is a smaller dense network; tests/test_layers.py holds it to the contract of the index."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -334,7 +335,9 @@ def test_disagreement_of_subnets_is_seen():
     assert seen["subnets/action_distance"] > 0
 
 
-def test_compiled_and_eager_updates_agree_and_take_over_other_units():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_and_eager_updates_agree_and_take_over_other_units(backend, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     eager, compiled = make_update(), make_update(compile=True)
     outputs = train(eager, 20), train(compiled, 20)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)

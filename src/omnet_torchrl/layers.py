@@ -344,8 +344,7 @@ def linear_shapes(
     """Shapes ``(out, in)`` of the linear layers that :class:`torchrl.modules.MLP` makes of these arguments."""
     if in_features is None:
         raise ValueError("in_features must be given: masks and separate weights have no lazy form.")
-    if num_cells is None:
-        num_cells = [32] * (depth or 0)
+    num_cells = 32 if num_cells is None else num_cells
     cells = list(num_cells) if isinstance(num_cells, Sequence) else [num_cells] * (depth or 0)
     sizes = [in_features, *cells, out_features if isinstance(out_features, int) else math.prod(out_features)]
     return list(zip(sizes[1:], sizes[:-1], strict=True))

@@ -56,7 +56,7 @@ def sac_flops(
 
     Args:
         observation_dim, action_dim (int): sizes of observation and action.
-        num_cells (sequence of int): hidden units of actor A and critic C.
+        num_cells (sequence of int): hidden units of actor A and critic C; with masks over units, those that are kept.
 
     Keyword Args:
         num_online (int): critics trained in an update. Defaults to 1, OMNet's; 10 for REDQ, 2 for SAC and DroQ.

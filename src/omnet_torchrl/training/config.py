@@ -23,6 +23,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from omnet_torchrl.layers import MaskedMLP
+from omnet_torchrl.units import UnitMaskedMLP
+
 # Target entropies that REDQ published for the paper's tasks, in nats.
 TARGET_ENTROPY = {"Hopper-v4": -1.0, "Walker2d-v4": -3.0, "Ant-v4": -4.0, "Humanoid-v4": -2.0}
 
@@ -39,7 +42,8 @@ class NetworkConfig:
     """The networks of critic and actor."""
 
     num_subnets: int = 5  # N, subnetworks of the critic and of the actor
-    sparsity: Any = 0.5  # S, fraction of the weights masked out, in [0, 1): a number, or a list of one per linear layer
+    masks: str = "weight"  # weight: over each by itself; unit: over whole hidden units, a smaller network that is sliced out
+    sparsity: Any = 0.5  # S, fraction of weights (units) masked out, in [0, 1): one number, or one per linear (hidden) layer
     num_cells: list[int] = field(default_factory=lambda: [256, 256])  # hidden units of each layer
     actor_layer_norm: bool = True  # Linear, LayerNorm, ReLU instead of Linear, ReLU, in the actor
     critic_layer_norm: bool = True  # the same in the critic
@@ -138,7 +142,11 @@ _RANGES = {
 }
 # Hydra's flags that are followed by a value.
 _FLAGS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p", "--info", "-i")
-_CHOICES = {"logger": ("csv", "tensorboard", "wandb"), "wandb.mode": ("offline", "online", "disabled")}
+_CHOICES = {
+    "network.masks": ("weight", "unit"),
+    "logger": ("csv", "tensorboard", "wandb"),
+    "wandb.mode": ("offline", "online", "disabled"),
+}
 
 
 def to_config(config: DictConfig | Mapping[str, Any] | TrainConfig) -> TrainConfig:
@@ -226,7 +234,7 @@ def target_entropy(config: TrainConfig, action_dim: int) -> float:
 
 
 def network_sparsity(network: NetworkConfig) -> float | list[float]:
-    """The argument ``sparsity`` of :class:`~omnet_torchrl.MaskedMLP`, with ``dense_input`` and ``dense_output`` applied."""
+    """The argument ``sparsity`` of the networks, with ``dense_input`` and ``dense_output`` applied."""
     if not (network.dense_input or network.dense_output):
         return network.sparsity
     layers = [float(network.sparsity)] * (len(network.num_cells) + 1)
@@ -238,10 +246,11 @@ def network_sparsity(network: NetworkConfig) -> float | list[float]:
 def network_options(config: TrainConfig, role: str) -> dict[str, Any]:
     """The arguments of :func:`~omnet_torchrl.make_actor` (``role="actor"``) and ``make_qvalue`` (``"critic"``)."""
     network = config.network
+    weight = {"network_class": MaskedMLP, "mask_bias": network.mask_bias}
     return {
+        **(weight if network.masks == "weight" else {"network_class": UnitMaskedMLP}),
         "num_subnets": network.num_subnets,
         "sparsity": network_sparsity(network),
-        "mask_bias": network.mask_bias,
         "num_cells": network.num_cells,
         "layer_norm": getattr(network, f"{role}_layer_norm"),
     }
@@ -253,7 +262,10 @@ def register() -> None:
 
 
 def _check_network(network: NetworkConfig) -> None:
-    sparsity, layers = network.sparsity, len(network.num_cells) + 1
+    sparsity, layers = network.sparsity, len(network.num_cells) + (network.masks == "weight")
+    for name in ("mask_bias", "dense_input", "dense_output") if network.masks == "unit" else ():
+        if getattr(network, name):
+            raise ValueError(f"network.{name} must be false with network.masks=unit, got true: leave it out, or mask weights.")
     if min(network.num_cells, default=0) < 1:
         raise ValueError(f"network.num_cells must be one or more numbers of at least 1, got {network.num_cells}.")
     for number in sparsity if isinstance(sparsity, list) else [sparsity]:
@@ -261,7 +273,8 @@ def _check_network(network: NetworkConfig) -> None:
             raise ValueError(f"network.sparsity must be a number in [0, 1), or a list of them, got {sparsity!r}.")
     dense = " and ".join(f"network.{name}=true" for name in ("dense_input", "dense_output") if getattr(network, name))
     if isinstance(sparsity, list) and len(sparsity) != layers:
-        raise ValueError(f"network.sparsity must have one number for each of {layers} linear layers, got {sparsity}.")
+        of = "linear layers" if network.masks == "weight" else "hidden layers with network.masks=unit"
+        raise ValueError(f"network.sparsity must have one number for each of {layers} {of}, got {sparsity}.")
     if isinstance(sparsity, list) and dense:
         raise ValueError(f"network.sparsity must be one number with {dense}, got {sparsity}: write 0 in the list instead.")
     if dense and not any(network_sparsity(network)) and sparsity:  # type: ignore[arg-type]

@@ -198,23 +198,26 @@ def describe(config: TrainConfig, actor: SubnetActor, qvalue: SubnetQValueOperat
         sizes[name] = f"{' - '.join(map(str, shape))}, {total:,} parameters"
     action_dim = actor.spec[actor.action_key].shape[-1]
     observation_dim = next(actor.parameters()).shape[1]
+    # Hidden units that a subnetwork computes with: all, or with unit masks those that it keeps.
+    computed = qvalue.module.extract(0).num_cells
     count = partial(
         sac_flops,
         observation_dim,
         action_dim,
-        network.num_cells,
         policy_update_delay=config.policy_update_delay,
         batch_size=config.optim.batch_size,
     )
     flops = count(
+        computed,
         num_online=config.loss.num_trained_subnets,
         num_target=config.loss.num_target_subnets,
         num_value=network.num_subnets,
     )
-    redq = count(num_online=10, num_target=2, num_value=10)
+    redq = count(network.num_cells, num_online=10, num_target=2, num_value=10)
+    kept = f", {' - '.join(map(str, computed))} hidden units" if network.masks == "unit" else ""
     return {
         **sizes,
-        "subnets": f"{network.num_subnets} in each, sparsity {network.sparsity}",
+        "subnets": f"{network.num_subnets} in each, {network.masks} masks of sparsity {network.sparsity}{kept}",
         "frames": f"{config.total_frames:,}, of them {config.init_random_frames:,} random; {config.num_envs} environment(s)",
         "updates": f"{config.utd_ratio:g} per frame, actor every {config.policy_update_delay}, batch {config.optim.batch_size}",
         "training FLOPs": f"{flops / 1e6:.1f} M per update, {flops / redq:.0%} of REDQ's with 10 critics (dense count)",
