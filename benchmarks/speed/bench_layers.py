@@ -1,13 +1,13 @@
-"""Layers: dense, masked, ensemble; forward and backward; how they grow with width, N and batch."""
+"""Layers: dense, masked, unit, ensemble; forward and backward; how they grow with width, N and batch."""
 
 import pytest
 import torch
 from torch import nn
 from torchrl.modules import MLP
 
-from omnet_torchrl import EnsembleMLP, MaskedMLP
+from omnet_torchrl import EnsembleMLP, MaskedMLP, UnitMaskedMLP
 
-NETWORKS = {"masked": MaskedMLP, "ensemble": EnsembleMLP}
+NETWORKS = {"masked": MaskedMLP, "unit": UnitMaskedMLP, "ensemble": EnsembleMLP}
 GROWTH = [(256, 5, 64), (256, 5, 1024), (256, 5, 4096), (256, 1, 256), (256, 2, 256), (256, 32, 256)]
 SIZES = [(256, 5, 256), (512, 5, 256), (1024, 5, 256), (2048, 5, 256), *GROWTH]  # width, N, batch
 

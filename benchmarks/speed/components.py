@@ -21,7 +21,7 @@ from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer, Unb
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import REDQLoss, SACLoss, SoftUpdate, group_optimizers
 
-from omnet_torchrl import EnsembleMLP, OMNetSACLoss, make_actor, make_qvalue
+from omnet_torchrl import EnsembleMLP, OMNetSACLoss, UnitMaskedMLP, make_actor, make_qvalue
 from omnet_torchrl.training import SACUpdate, Trainer
 
 UPDATES, ACTIONS, BATCH, WIDTH, STORED = 20, 200, 256, 256, 50_000
@@ -47,11 +47,13 @@ _ALL = {"num_trained_subnets": None, "num_target_subnets": None}
 # Arguments of make_actor, of make_qvalue and of the loss.
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "omnet": ({}, {}, {}),
+    "unit": ({"network_class": UnitMaskedMLP}, {"network_class": UnitMaskedMLP}, {}),
+    "unit 29 %": ({"network_class": UnitMaskedMLP, "sparsity": 0.29}, {"network_class": UnitMaskedMLP, "sparsity": 0.29}, {}),
     "sac": (_DENSE, {"network_class": EnsembleMLP, "num_subnets": 2, "layer_norm": False}, _ALL),
     "redq": (_DENSE, {"network_class": EnsembleMLP, "num_subnets": 10, "layer_norm": False}, {"num_trained_subnets": None}),
     "droq": (_DENSE, {"network_class": EnsembleMLP, "num_subnets": 2, "dropout": 0.01}, _ALL),
 }
-MASKED = ["omnet"]  # the rows whose networks have masks
+MASKED = ["omnet", "unit", "unit 29 %"]  # the rows whose networks have masks
 
 
 def transitions(task: Task, count: int, device: str = "cpu") -> TensorDict:
