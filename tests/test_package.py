@@ -21,8 +21,9 @@ ROOMS = {
     "builders": {"layers", "modules"},
     "transforms": set(),
     "objectives": set(),
+    "envs": set(),
     "metrics": set(),
-    "__init__": {"masks", "layers", "ensembles", "units", "modules", "builders", "transforms", "objectives"},
+    "__init__": {"masks", "layers", "ensembles", "units", "modules", "builders", "transforms", "objectives", "envs"},
 }
 # The same within training/, whose files may import any room above: of themselves, which.
 TRAINING = {

@@ -2,11 +2,13 @@
 
 Reading order: :mod:`~omnet_torchrl.masks`, :mod:`~omnet_torchrl.layers`, :mod:`~omnet_torchrl.ensembles`,
 :mod:`~omnet_torchrl.units`, :mod:`~omnet_torchrl.modules`, :mod:`~omnet_torchrl.builders`,
-:mod:`~omnet_torchrl.transforms`, :mod:`~omnet_torchrl.objectives`.
+:mod:`~omnet_torchrl.transforms`, :mod:`~omnet_torchrl.objectives`; beside them :mod:`~omnet_torchrl.envs`,
+:mod:`~omnet_torchrl.metrics`.
 """
 
 from omnet_torchrl.builders import make_actor, make_qvalue
 from omnet_torchrl.ensembles import EnsembleLayerNorm, EnsembleLinear, EnsembleMLP
+from omnet_torchrl.envs import Maze2DEnv
 from omnet_torchrl.layers import MaskedLinear, MaskedMLP
 from omnet_torchrl.masks import (
     bernoulli_masks,
@@ -30,6 +32,7 @@ __all__ = [
     "EnsembleMLP",
     "MaskedLinear",
     "MaskedMLP",
+    "Maze2DEnv",
     "OMNetSACLoss",
     "SubnetActor",
     "SubnetModule",
