@@ -21,7 +21,7 @@ from omnet_torchrl.masks import (
 )
 from omnet_torchrl.modules import SubnetActor, SubnetModule, SubnetQValueOperator
 from omnet_torchrl.objectives import OMNetSACLoss
-from omnet_torchrl.transforms import SubnetPrimer
+from omnet_torchrl.transforms import ObservationOffset, SubnetPrimer
 from omnet_torchrl.units import UnitLayerNorm, UnitLinear, UnitMaskedMLP
 
 __version__ = "0.1.0.dev0"
@@ -34,6 +34,7 @@ __all__ = [
     "MaskedMLP",
     "Maze2DEnv",
     "OMNetSACLoss",
+    "ObservationOffset",
     "SubnetActor",
     "SubnetModule",
     "SubnetPrimer",
