@@ -1,4 +1,9 @@
-"""What a run is judged by: pure functions on tensors."""
+r"""What a run is judged by: pure functions on tensors.
+
+Disagreement of subnetworks; value bias (section 4.2 of https://arxiv.org/abs/2310.14009, after REDQ, 2021,
+https://arxiv.org/abs/2101.05982); training FLOPs (figure 3) by the paper's convention and as PyTorch computes them; parameters
+and masks in memory; where an agent has been (figure 6), and how far the ways of subnetworks are apart (figure 7).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def value_disagreement(value: Tensor) -> Tensor:
@@ -30,11 +35,122 @@ def action_disagreement(action: Tensor) -> Tensor:
     Returns:
         Tensor: ``()``, in units of the action; 0 for one subnetwork.
     """
-    num = action.shape[0]
+    return _mean_distance(action.reshape(action.shape[0], -1, action.shape[-1]))
+
+
+def trajectory_diversity(position: Tensor) -> Tensor:
+    """How far the ways of the subnetworks of an actor are apart: mean distance of two different ones, at the same step.
+
+    Two that take one way at different speeds count as apart. A trajectory that has ended stays where it ended, so that all are
+    of one length; ``position[:, -1:]`` compares the ends alone.
+
+    Args:
+        position (Tensor): ``(N, T, dim)``, one trajectory per subnetwork, from one start.
+
+    Returns:
+        Tensor: ``()``, in units of the position; 0 for one subnetwork.
+    """
+    return _mean_distance(position)
+
+
+def _mean_distance(points: Tensor) -> Tensor:
+    """Euclidean distance ``()`` of points ``(N, M, dim)``, mean over the pairs of different n and over m."""
+    num, count, _ = points.shape
     if num == 1:
-        return action.new_zeros(())
-    rows = action.reshape(num, -1, action.shape[-1]).transpose(0, 1)
-    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").sum((-1, -2)).mean() / (num * (num - 1))
+        return points.new_zeros(())
+    rows = points.transpose(0, 1)
+    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").sum() / (count * num * (num - 1))
+
+
+def soft_returns(
+    reward: Tensor,
+    log_prob: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    *,
+    alpha: float | Tensor,
+    gamma: float = 0.99,
+    bootstrap: Tensor | None = None,
+) -> Tensor:
+    r"""Monte-Carlo estimate of the soft value of each state-action pair of on-policy episodes.
+
+    :math:`G_t = r_t + \gamma\,(G_{t+1} - \alpha \log\pi(a_{t+1} \mid s_{t+1}))`: the entropy of an action belongs to the value
+    of its state, not to its own. Nothing follows a terminal state.
+
+    An episode that is *truncated* would go on. Without ``bootstrap`` it is cut there, as if nothing followed: returns d steps
+    before a cut are too small, by a factor of :math:`1 - \gamma^d` where rewards are steady. Judge a critic by pairs well
+    before it, as REDQ's code by the first 350 of 1,000 steps. With ``bootstrap`` every step counts, but what the critic says
+    of the last state is then part of the truth it is compared with, by a factor of :math:`\gamma^d`.
+
+    Args:
+        reward, log_prob (Tensor): ``(*batch, T)``, time last: of each step and of its action. A row may hold several episodes,
+            one after the other; its last step is taken as truncated unless it is terminal.
+        terminated, truncated (Tensor): boolean, ``(*batch, T)``: the step that ends an episode.
+
+    Keyword Args:
+        alpha (float or Tensor): temperature; 0 gives the returns without entropy.
+        gamma (float): discount, in [0, 1]. Defaults to 0.99.
+        bootstrap (Tensor or None): ``(*batch, T)``, the soft value :math:`Q(s_{t+1}, a') - \alpha \log\pi(a' \mid s_{t+1})` of
+            the state after each step; read where an episode is truncated. ``None`` (default): cut.
+
+    Returns:
+        Tensor: ``(*batch, T)``.
+    """
+    _same_shape(reward=reward, log_prob=log_prob, terminated=terminated, truncated=truncated, bootstrap=bootstrap)
+    goes_on = ~(terminated | truncated)
+    goes_on[..., -1] = False
+    cut = torch.zeros_like(reward) if bootstrap is None else bootstrap.masked_fill(terminated, 0.0)
+    returns = torch.empty_like(reward)
+    following = torch.zeros_like(reward[..., 0])  # soft value of the state after the step
+    for t in reversed(range(reward.shape[-1])):
+        following = torch.where(goes_on[..., t], following, cut[..., t])
+        returns[..., t] = reward[..., t] + gamma * following
+        following = returns[..., t] - alpha * log_prob[..., t]
+    return returns
+
+
+def min_of_two(value: Tensor) -> Tensor:
+    """The smaller value of two different subnetworks, in the mean over all pairs: what a target of two random ones expects.
+
+    Args:
+        value (Tensor): ``(N, *batch)``. Of one subnetwork, it is that one's.
+
+    Returns:
+        Tensor: ``(*batch,)``.
+    """
+    num = value.shape[0]
+    if num == 1:
+        return value[0]
+    # In ascending order, the k-th is the smaller one in its pairs with all that follow.
+    pairs = torch.arange(num - 1, -1, -1, device=value.device, dtype=value.dtype)
+    return torch.tensordot(pairs, value.sort(0).values, 1) / (num * (num - 1) / 2)
+
+
+def value_bias(value: Tensor, returns: Tensor) -> dict[str, Tensor]:
+    r"""How far the critic is off: :math:`Q_\theta(s, a) - Q^\pi(s, a)` over visited pairs (figure 4).
+
+    Args:
+        value (Tensor): ``(N, *batch)``, of each subnetwork of the critic.
+        returns (Tensor): ``(*batch,)``, :func:`soft_returns` of the same pairs.
+
+    Returns:
+        dict: 0-dimensional. ``bias/mean`` and ``bias/std`` over the pairs, Q being the mean over the subnetworks;
+        ``bias/normalised_mean`` and ``bias/normalised_std``, the same over :math:`|\text{mean return}|`, as in REDQ's paper;
+        ``bias/min_mean`` and ``bias/min_std``, Q being :func:`min_of_two`; ``bias/return``, the mean return.
+    """
+    if value.shape[1:] != returns.shape:
+        raise ValueError(f"value must have shape (N, *{tuple(returns.shape)}), N and the returns', got {tuple(value.shape)}.")
+    bias, low, scale = value.mean(0) - returns, min_of_two(value) - returns, returns.mean().abs()
+    mean, std = bias.mean(), bias.std(correction=0)
+    return {
+        "bias/mean": mean,
+        "bias/std": std,
+        "bias/normalised_mean": mean / scale,
+        "bias/normalised_std": std / scale,
+        "bias/min_mean": low.mean(),
+        "bias/min_std": low.std(correction=0),
+        "bias/return": returns.mean(),
+    }
 
 
 def sac_flops(
@@ -47,12 +163,17 @@ def sac_flops(
     num_value: int = 5,
     policy_update_delay: int = 20,
     batch_size: int = 256,
+    exact: bool = False,
 ) -> float:
-    r"""Training FLOPs of one critic update with its share of the actor's, by the convention of the paper's figure 3.
+    r"""Training FLOPs of one critic update with its share of the actor's, by the convention of the paper's figure 3 or exactly.
 
     :math:`2B\,[A + n_\text{target} C + 3 n_\text{online} C + (3A + 2 n_\text{value} C) / p]`: a multiply-add is two operations,
     a training pass three forward passes, and the actor differentiates through critics that are not trained (two). Matrix
     products only, counted dense: masked weights cost what the others do.
+
+    The convention counts the gradient with respect to a trained network's input, which nobody needs and PyTorch does not
+    compute. Exactly, :math:`C_1` and :math:`A_1` being the products of the first layers, a training pass of the critic costs
+    :math:`3C - C_1` and the actor's :math:`3A - A_1`: what :class:`torch.utils.flop_counter.FlopCounterMode` counts.
 
     Args:
         observation_dim, action_dim (int): sizes of observation and action.
@@ -64,18 +185,86 @@ def sac_flops(
         num_value (int): critics that the actor is trained against. Defaults to 5; 10 for REDQ, 2 for SAC and DroQ.
         policy_update_delay (int): critic updates per actor update, p. Defaults to 20.
         batch_size (int): B.
+        exact (bool): leave out what is not computed. Defaults to ``False``, the paper's convention.
 
     Examples:
         >>> round(sac_flops(11, 3) / 1e6, 1)  # OMNet on Hopper
         236.5
         >>> round(sac_flops(11, 3, num_online=10, num_value=10) / 1e6, 1)  # REDQ
         1213.3
+        >>> round(sac_flops(11, 3, exact=True) / 1e6, 1)
+        234.6
     """
 
-    def forward(*sizes: int) -> int:
-        return sum(before * after for before, after in pairwise(sizes))
+    def products(*sizes: int) -> tuple[int, int]:
+        each = [before * after for before, after in pairwise(sizes)]
+        return sum(each), 3 * sum(each) - each[0] * exact
 
-    actor = forward(observation_dim, *num_cells, 2 * action_dim)
-    critic = forward(observation_dim + action_dim, *num_cells, 1)
-    delayed = (3 * actor + 2 * num_value * critic) / policy_update_delay
-    return 2 * batch_size * (actor + num_target * critic + 3 * num_online * critic + delayed)
+    actor, trained_actor = products(observation_dim, *num_cells, 2 * action_dim)
+    critic, trained_critic = products(observation_dim + action_dim, *num_cells, 1)
+    delayed = (trained_actor + 2 * num_value * critic) / policy_update_delay
+    return 2 * batch_size * (actor + num_target * critic + num_online * trained_critic + delayed)
+
+
+def network_memory(network: nn.Module) -> dict[str, int]:
+    """How many parameters a network has, and what it and its masks take in memory.
+
+    Args:
+        network (nn.Module): what is shared counts once; a loss's target network counts as buffers do, not at all.
+
+    Returns:
+        dict: ``parameters``, those that are trained; ``parameter_bytes``, of all parameters; ``mask_bytes``, of all boolean
+        buffers, a byte per weight and subnetwork.
+    """
+    parameters = list(network.parameters())
+    return {
+        "parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "parameter_bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "mask_bytes": sum(b.numel() for b in network.buffers() if b.dtype == torch.bool),
+    }
+
+
+def visitation(position: Tensor, bins: int = 30, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """How often an agent has been in each cell of a grid (appendix B.2, figure 6).
+
+    Args:
+        position (Tensor): ``(*batch, 2)``, x and y in [``low``, ``high``].
+        bins (int): cells along x and along y. Defaults to 30.
+        low, high (float): the sides of the square.
+
+    Returns:
+        Tensor: int64, ``(bins, bins)``, a row for each y and a column for each x, from ``low`` on; divided by its sum, the
+        visit frequency.
+
+    Raises:
+        ValueError: positions of another shape, or outside the square.
+    """
+    if position.ndim < 1 or position.shape[-1] != 2:
+        raise ValueError(f"position must have shape (*batch, 2), x and y, got {tuple(position.shape)}.")
+    position = position.reshape(-1, 2)
+    if not ((position >= low) & (position <= high)).all():
+        raise ValueError(f"position must be in [{low}, {high}], got {position.min():.6g} to {position.max():.6g}.")
+    # A cell holds its lower edge; the last one also the upper.
+    x, y = ((position - low) / (high - low) * bins).long().clamp_max(bins - 1).unbind(-1)
+    return torch.bincount(y * bins + x, minlength=bins * bins).view(bins, bins)
+
+
+def coverage(visits: Tensor, reachable: Tensor | None = None) -> Tensor:
+    """The fraction of the cells that an agent has been in.
+
+    Args:
+        visits (Tensor): ``(*batch, bins, bins)``, see :func:`visitation`.
+        reachable (Tensor or None): boolean, ``(bins, bins)``, the cells that count, e.g. of
+            :meth:`~omnet_torchrl.Maze2DEnv.reachable`. ``None`` (default): all.
+
+    Returns:
+        Tensor: ``(*batch,)``, in [0, 1].
+    """
+    visited = (visits > 0).flatten(-2).float()
+    return visited.mean(-1) if reachable is None else visited[..., reachable.flatten()].mean(-1)
+
+
+def _same_shape(**tensors: Tensor | None) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+    if len(set(shapes.values())) != 1:
+        raise ValueError(f"expected tensors of one shape (*batch, T), got {shapes}.")
