@@ -33,6 +33,7 @@ TRAINING = {
     "trackers": {"run_folder"},
     "logging": {"run_folder", "trackers"},
     "plots": {"run_folder", "logging", "terminal"},
+    "maze": {"plots"},
     "environments": set(),
     "evaluation": set(),
     "compiled": set(),

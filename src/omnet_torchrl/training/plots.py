@@ -69,9 +69,14 @@ def learning_curve(source: RunFolder | str | Path, path: str | Path | None = Non
     for axes in figure.axes:
         _dress(axes, end)
 
+    return save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a PNG; whoever looks at it meanwhile sees a whole picture, the old one or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     figure.savefig(temporary, format="png")
-    temporary.replace(path)  # whoever looks at it meanwhile sees a whole picture
+    temporary.replace(path)
     return path
 
 
