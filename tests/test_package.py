@@ -34,6 +34,7 @@ TRAINING = {
     "logging": {"run_folder", "trackers"},
     "plots": {"run_folder", "logging", "terminal"},
     "maze": {"plots"},
+    "bias": set(),
     "environments": set(),
     "evaluation": set(),
     "compiled": set(),

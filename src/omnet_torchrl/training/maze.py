@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import PowerNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from torch import Tensor
@@ -120,7 +120,9 @@ def draw_maze(axes: Axes, walls: Walls = ENCLOSURE) -> None:
         spine.set_linewidth(2)
     for first, second in walls:
         axes.plot(*zip(first, second, strict=True), color="black", linewidth=2, solid_capstyle="round", zorder=3)
-    axes.add_patch(Circle(GOAL, GOAL_RADIUS, facecolor=("tab:orange", 0.3), edgecolor="tab:orange", linewidth=1.5, zorder=1))
+    axes.add_patch(
+        Circle(GOAL, GOAL_RADIUS, facecolor=to_rgba("tab:orange", 0.3), edgecolor="tab:orange", linewidth=1.5, zorder=1)
+    )
     axes.plot(*START, marker="o", color="black", markersize=4, linestyle="", zorder=4)
 
 
