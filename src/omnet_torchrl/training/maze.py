@@ -192,7 +192,7 @@ def visitation_figure(
                 continue
             axes.imshow(maps[actor], origin="lower", extent=(0, 1, 0, 1), cmap="Reds", norm=scale, zorder=0)
             spread = f"{np.mean(covered):.1%} of the cells ({min(covered):.1%} to {max(covered):.1%})"
-            axes.set_title(f"{count:,} steps, {len(covered)} seeds:\n{spread}", fontsize=8)
+            axes.set_title(f"{count:,} steps, {len(covered)} seed{'s' * (len(covered) > 1)}:\n{spread}", fontsize=8)
     for actor, axes in zip(visits, grid[:, 0], strict=True):
         axes.set_ylabel(actor, fontsize=9)
     return save(figure, Path(path))
