@@ -5,7 +5,7 @@
     python examples/omnet_sac.py env=Humanoid-v4 seed=3 network.num_subnets=8
     python examples/omnet_sac.py -m seed=0,1,2                    # one run after the other
     python examples/omnet_sac.py resume=runs/Hopper-v4/seed0/...  # goes on where a run was stopped
-    python examples/omnet_sac.py --cfg job                        # all options; training/config.py describes them
+    python examples/omnet_sac.py --cfg job                        # all options; training/options.py describes them
 
 "One is More: Diverse Perspectives within a Single Network for Efficient DRL", Tan et al., 2023,
 https://arxiv.org/abs/2310.14009.
@@ -24,7 +24,8 @@ from torchrl.objectives import SoftUpdate
 
 from omnet_torchrl import OMNetSACLoss, SubnetPrimer, make_actor, make_qvalue
 from omnet_torchrl.training import Run, SACUpdate, Trainer, describe, evaluate, make_env, schedule
-from omnet_torchrl.training.config import check_overrides, network_options, register, target_entropy
+from omnet_torchrl.training.algorithms import network_options, target_entropy
+from omnet_torchrl.training.config import check_overrides, register
 
 
 @hydra.main(version_base="1.3", config_path=".", config_name="omnet_sac")

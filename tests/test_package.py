@@ -27,7 +27,9 @@ ROOMS = {
 }
 # The same within training/, whose files may import any room above: of themselves, which.
 TRAINING = {
-    "config": set(),
+    "options": set(),
+    "algorithms": {"options"},
+    "config": {"algorithms", "options"},
     "terminal": set(),
     "run_folder": set(),
     "trackers": {"run_folder"},
@@ -43,8 +45,8 @@ TRAINING = {
     "checkpoint": set(),
     "global_numbers": set(),
     "trainer": {"environments", "update", "checkpoint", "global_numbers"},
-    "policy": {"config", "run_folder", "environments", "checkpoint"},
-    "run": {"config", "environments", "run_folder", "logging", "plots", "terminal", "checkpoint", "trainer"},
+    "policy": {"algorithms", "config", "options", "run_folder", "environments", "checkpoint"},
+    "run": {"config", "options", "environments", "run_folder", "logging", "plots", "terminal", "checkpoint", "trainer"},
     "__init__": {"environments", "evaluation", "policy", "run", "trainer", "update"},
 }
 

@@ -15,7 +15,8 @@ from torchrl.objectives import SoftUpdate
 from omnet_torchrl import OMNetSACLoss, SubnetPrimer, make_actor, make_qvalue
 from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.training import Run, SACUpdate, Trainer, describe, evaluate, load_policy, make_env, schedule
-from omnet_torchrl.training.config import load_config, network_options
+from omnet_torchrl.training.algorithms import network_options
+from omnet_torchrl.training.config import load_config
 
 OPTIONS = {
     "env": "InvertedPendulum-v4",

@@ -1,7 +1,7 @@
-"""What a run can be told: every option with its default, unit and meaning, and the check of all of them before a run starts.
+"""The options of a run, checked before it starts, and how they are read, written and compared.
 
-The dataclasses are structured configs of OmegaConf and Hydra, and the one place of every default: the paper's (section 4.1 of
-https://arxiv.org/abs/2310.14009). A wrong value, or two that contradict each other, is a ``ValueError`` that says what to do.
+A wrong value, or two that contradict each other, is a ``ValueError`` that says what to do. The options themselves are in
+:mod:`~omnet_torchrl.training.options`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from omnet_torchrl.layers import MaskedMLP
-from omnet_torchrl.units import UnitMaskedMLP
-
-# Target entropies that REDQ published for the paper's tasks, in nats.
-TARGET_ENTROPY = {"Hopper-v4": -1.0, "Walker2d-v4": -3.0, "Ant-v4": -4.0, "Humanoid-v4": -2.0}
+from omnet_torchrl.training.algorithms import network_sparsity
+from omnet_torchrl.training.options import NetworkConfig, TrainConfig
 
 # What a resumed run may change: how long it lasts (total_frames may only grow), how it is watched and kept, and where it is
 # computed. Everything else decides which numbers it trains on, and a run of two halves would be neither of the two.
@@ -35,97 +32,6 @@ MAY_CHANGE = (
     *("total_frames", "eval", "checkpoint", "logger", "wandb", "log_interval", "progress"),
     *("device", "compile", "num_threads", "stop_when_diverged", "folder", "resume"),
 )
-
-
-@dataclass
-class NetworkConfig:
-    """The networks of critic and actor."""
-
-    num_subnets: int = 5  # N, subnetworks of the critic and of the actor
-    masks: str = "weight"  # weight: over each by itself; unit: over whole hidden units, a smaller network that is sliced out
-    sparsity: Any = 0.5  # S, fraction of weights (units) masked out, in [0, 1): one number, or one per linear (hidden) layer
-    num_cells: list[int] = field(default_factory=lambda: [256, 256])  # hidden units of each layer
-    actor_layer_norm: bool = True  # Linear, LayerNorm, ReLU instead of Linear, ReLU, in the actor
-    critic_layer_norm: bool = True  # the same in the critic
-    mask_bias: bool = False  # mask the biases as well
-    dense_input: bool = False  # leave the input layer unmasked
-    dense_output: bool = False  # leave the output layer unmasked
-
-
-@dataclass
-class LossConfig:
-    """Equations 4 and 5."""
-
-    num_trained_subnets: int = 1  # K, critic subnetworks that an update trains
-    num_target_subnets: int = 2  # M, target subnetworks of which the minimum is taken
-    replacement: bool = False  # draw subnetworks with replacement
-    gamma: float = 0.99  # discount per frame
-    target_entropy: float | None = None  # nats; None: REDQ's value for the paper's four tasks, -dim(action) elsewhere
-    alpha_init: float = 1.0  # temperature at the start
-
-
-@dataclass
-class OptimConfig:
-    """Adam, and the target network's step."""
-
-    lr: float = 3e-4  # learning rate of critic, actor and temperature
-    batch_size: int = 256  # transitions per update
-    tau: float = 0.005  # step of the target critic towards the critic, after each critic update
-
-
-@dataclass
-class EvalConfig:
-    """Deterministic episodes in an environment of their own, which cycle through the subnetworks."""
-
-    interval: int = 5_000  # frames between evaluations
-    episodes: int = 10  # episodes per evaluation
-
-
-@dataclass
-class CheckpointConfig:
-    """What a run can be resumed from."""
-
-    interval: int = 10_000  # frames between checkpoints; 0: only at the end and when the run is stopped
-    keep: int = 2  # latest checkpoints that are kept
-
-
-@dataclass
-class WandbConfig:
-    """Read with ``logger=wandb`` only."""
-
-    project: str = "omnet_torchrl"  # project that the run appears in
-    mode: str = "offline"  # offline (files in the run's folder), online or disabled
-    entity: str | None = None  # user or team; None: the account's own
-    group: str | None = None  # runs shown together; None: none
-
-
-@dataclass
-class TrainConfig:
-    """One run."""
-
-    env: str = "Hopper-v4"  # a gymnasium id with a flat Box observation and a bounded Box action
-    num_envs: int = 1  # environments stepped together; a step of all is num_envs frames
-    seed: int = 0  # of everything random in the run
-    device: str = "auto"  # cpu, cuda or cuda:1; auto: cuda where there is one
-    compile: bool = True  # compile the update (Inductor; on a GPU in a CUDA graph)
-    num_threads: int | None = None  # CPU threads of torch; None: torch's own choice
-    total_frames: int = 300_000  # environment steps, the random ones included
-    init_random_frames: int = 5_000  # uniformly random actions at the start; no update before their end
-    utd_ratio: float = 20  # critic updates per frame; a fraction is one update every so many frames
-    policy_update_delay: int = 20  # critic updates per actor and temperature update
-    buffer_size: int = 1_000_000  # transitions that are kept for replay
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    logger: str = "csv"  # csv, tensorboard or wandb; metrics.csv is written in any case
-    log_interval: int = 100  # frames between rows of training metrics
-    progress: bool = True  # show a progress bar
-    stop_when_diverged: bool = True  # end the run when a loss is no longer finite
-    folder: str = "runs/${env}/seed${seed}/${now:%Y-%m-%d_%H-%M-%S}"  # of the run's files
-    resume: str | None = None  # folder of the run to go on with; None: a new run
 
 
 # The ends as in mathematics; no range of floats holds nan or infinity. None is always inside.
@@ -225,35 +131,6 @@ def save_config(config: TrainConfig, path: str | Path) -> None:
 def load_config(path: str | Path) -> TrainConfig:
     """Read what :func:`save_config` wrote. Only names and types are checked: the run may have had another machine's device."""
     return _typed(OmegaConf.load(path))
-
-
-def target_entropy(config: TrainConfig, action_dim: int) -> float:
-    """The entropy that the temperature aims at, in nats."""
-    given = config.loss.target_entropy
-    return TARGET_ENTROPY.get(config.env, -float(action_dim)) if given is None else given
-
-
-def network_sparsity(network: NetworkConfig) -> float | list[float]:
-    """The argument ``sparsity`` of the networks, with ``dense_input`` and ``dense_output`` applied."""
-    if not (network.dense_input or network.dense_output):
-        return network.sparsity
-    layers = [float(network.sparsity)] * (len(network.num_cells) + 1)
-    layers[0] *= not network.dense_input
-    layers[-1] *= not network.dense_output
-    return layers
-
-
-def network_options(config: TrainConfig, role: str) -> dict[str, Any]:
-    """The arguments of :func:`~omnet_torchrl.make_actor` (``role="actor"``) and ``make_qvalue`` (``"critic"``)."""
-    network = config.network
-    weight = {"network_class": MaskedMLP, "mask_bias": network.mask_bias}
-    return {
-        **(weight if network.masks == "weight" else {"network_class": UnitMaskedMLP}),
-        "num_subnets": network.num_subnets,
-        "sparsity": network_sparsity(network),
-        "num_cells": network.num_cells,
-        "layer_norm": getattr(network, f"{role}_layer_norm"),
-    }
 
 
 def register() -> None:

@@ -13,9 +13,11 @@ from torchrl.modules import ProbabilisticActor
 
 from omnet_torchrl.builders import make_actor
 from omnet_torchrl.modules import SubnetActor
+from omnet_torchrl.training.algorithms import network_options
 from omnet_torchrl.training.checkpoint import Checkpointer
-from omnet_torchrl.training.config import TrainConfig, load_config, network_options, resolve_device
+from omnet_torchrl.training.config import load_config, resolve_device
 from omnet_torchrl.training.environments import check_env, make_env
+from omnet_torchrl.training.options import TrainConfig
 from omnet_torchrl.training.run_folder import RunFolder
 
 

@@ -18,16 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator
 from omnet_torchrl.training.checkpoint import Checkpointer
-from omnet_torchrl.training.config import (
-    TrainConfig,
-    differences,
-    load_config,
-    resolve_device,
-    save_config,
-    to_config,
-)
+from omnet_torchrl.training.config import differences, load_config, resolve_device, save_config, to_config
 from omnet_torchrl.training.environments import check_env
 from omnet_torchrl.training.logging import BackgroundLogger, CSVLogger, check_logger, make_logger
+from omnet_torchrl.training.options import TrainConfig
 from omnet_torchrl.training.plots import learning_curve
 from omnet_torchrl.training.run_folder import RunFolder, now
 from omnet_torchrl.training.terminal import Terminal, duration, shares

@@ -64,7 +64,7 @@ class Trainer:
 
     Keyword Args:
         total_frames, init_random_frames, utd_ratio, policy_update_delay, batch_size: the schedule, in frames and updates as in
-            :class:`~omnet_torchrl.training.config.TrainConfig`; so are ``log_interval``, ``eval_interval``,
+            :class:`~omnet_torchrl.training.options.TrainConfig`; so are ``log_interval``, ``eval_interval``,
             ``checkpoint_interval`` and ``stop_when_diverged``.
         seed (int): of exploration, replay and draws.
     """
