@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import HardUpdate, SoftUpdate
 
-from omnet_torchrl import EnsembleMLP, OMNetSACLoss, SubnetQValueOperator, make_qvalue
+from omnet_torchrl import EnsembleMLP, OMNetSACLoss, RedrawnMLP, SubnetQValueOperator, make_actor, make_qvalue
 from omnet_torchrl.training import SACUpdate
 from omnet_torchrl.training import compiled as compiled_module
 from omnet_torchrl.training import update as update_module
@@ -125,8 +125,22 @@ def ensemble(device=None):
     return make_qvalue(*specs(), network_class=EnsembleMLP, num_subnets=2, num_cells=(16, 16), device=device)
 
 
+def droq(device=None):
+    ensembles = {"network_class": EnsembleMLP, "num_subnets": 2, "num_cells": (16, 16), "dropout": 0.3}
+    return make_qvalue(*specs(), **ensembles, device=device)
+
+
+def redrawn(make):
+    return lambda device=None: make(*specs(), network_class=RedrawnMLP, num_cells=(16, 16), generator=3, device=device)
+
+
 ROWS = {
     "OMNet": {},
+    "DroQ": {"qvalue": droq, "num_trained_subnets": None},
+    "redrawn": {
+        **{"actor": redrawn(make_actor), "qvalue": redrawn(make_qvalue)},
+        **{"num_value_subnets": 5, "replacement": True},
+    },
     "SAC": {"qvalue": ensemble, "num_trained_subnets": None},
     "single critic": {"actor": dense_actor, "qvalue": dense_qvalue, "num_target_subnets": 1},
     "REDQ's minimum": {"value_reduction": "min", "num_trained_subnets": 2, "replacement": True},

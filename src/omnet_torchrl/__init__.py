@@ -7,12 +7,14 @@ Reading order: :mod:`~omnet_torchrl.masks`, :mod:`~omnet_torchrl.layers`, :mod:`
 """
 
 from omnet_torchrl.builders import make_actor, make_qvalue
+from omnet_torchrl.dropout import SeededDropout
 from omnet_torchrl.ensembles import EnsembleLayerNorm, EnsembleLinear, EnsembleMLP
 from omnet_torchrl.envs import Maze2DEnv
 from omnet_torchrl.layers import MaskedLinear, MaskedMLP
 from omnet_torchrl.masks import (
     bernoulli_masks,
     bernoulli_module_masks,
+    hashed_masks,
     mask_density,
     mask_iou,
     shared_fraction,
@@ -21,6 +23,7 @@ from omnet_torchrl.masks import (
 )
 from omnet_torchrl.modules import SubnetActor, SubnetModule, SubnetQValueOperator
 from omnet_torchrl.objectives import OMNetSACLoss
+from omnet_torchrl.redrawn import RedrawnLinear, RedrawnMLP
 from omnet_torchrl.transforms import ObservationOffset, SubnetPrimer
 from omnet_torchrl.units import UnitLayerNorm, UnitLinear, UnitMaskedMLP
 
@@ -35,6 +38,9 @@ __all__ = [
     "Maze2DEnv",
     "OMNetSACLoss",
     "ObservationOffset",
+    "RedrawnLinear",
+    "RedrawnMLP",
+    "SeededDropout",
     "SubnetActor",
     "SubnetModule",
     "SubnetPrimer",
@@ -44,6 +50,7 @@ __all__ = [
     "UnitMaskedMLP",
     "bernoulli_masks",
     "bernoulli_module_masks",
+    "hashed_masks",
     "make_actor",
     "make_qvalue",
     "mask_density",

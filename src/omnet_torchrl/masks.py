@@ -16,6 +16,7 @@ Everything here is a pure function. The networks of :mod:`~omnet_torchrl.layers`
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 MaskFn = Callable[..., Tensor]
 # The fraction of units without any input from which on it is worth a warning; a few among many do no harm.
 MAX_DEAD = 0.01
+_UINT32 = 2**32 - 1
 
 
 def as_generator(generator: torch.Generator | int | None = None) -> torch.Generator:
@@ -119,6 +121,52 @@ def unit_masks(
     kept = uniform.argsort(-1)[:, : max(1, round(num_units * (1 - sparsity)))]
     masks = torch.zeros_like(uniform, dtype=torch.bool).scatter(1, kept, True)
     return masks.to(device if device is not None else torch.get_default_device())
+
+
+def hashed_masks(index: Tensor, shape: Sequence[int], sparsity: float, key: Tensor) -> Tensor:
+    r"""The Bernoulli masks of any of :math:`2^{31}` subnetworks, computed when they are asked for instead of kept.
+
+    A mask is a function of its index: drawing an index from so many draws a mask that was never seen ("infinity", section 4.6),
+    and the same index brings it back.
+
+    Args:
+        index (Tensor): int64 in :math:`[0, 2^{31})`, ``(R,)``.
+        shape (sequence of int): of the weight.
+        sparsity (float): fraction masked out S, in [0, 1).
+        key (Tensor): int64 in :math:`[0, 2^{32})`, ``()``; layers of different keys have independent masks.
+
+    Returns:
+        Tensor: boolean, ``(R, *shape)``.
+
+    Examples:
+        >>> hashed_masks(torch.tensor([3, 2_000_000_000]), (256, 17), 0.5, torch.tensor(7)).shape
+        torch.Size([2, 256, 17])
+    """
+    check_sparsity(sparsity)
+    return (random_bits(index, math.prod(shape), key) >= round(sparsity * 2**32)).unflatten(-1, tuple(shape))
+
+
+def random_bits(seed: Tensor, size: int, key: Tensor | int = 0) -> Tensor:
+    """Uniform random 32-bit numbers that are a function of a seed: the same eagerly, compiled, and on every device.
+
+    Element i is a hash (Wellons' ``lowbias32``, https://github.com/skeeto/hash-prospector) of i plus a hash of seed and key.
+
+    Args:
+        seed, key (Tensor or int): int64 in :math:`[0, 2^{32})`, ``(*batch)`` and broadcasting.
+        size (int): of the last dimension.
+
+    Returns:
+        Tensor: int64 in :math:`[0, 2^{32})`, ``(*batch, size)``.
+    """
+    start = _lowbias32(_lowbias32(seed) ^ key)
+    return _lowbias32((start.unsqueeze(-1) + torch.arange(size, device=seed.device)) & _UINT32)
+
+
+def _lowbias32(x: Tensor) -> Tensor:
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _UINT32
+    # Less 2^32, so that no product leaves int64.
+    x = ((x ^ (x >> 15)) * (0x846CA68B - 2**32)) & _UINT32
+    return x ^ (x >> 16)
 
 
 def bernoulli_module_masks(

@@ -33,6 +33,11 @@ from torchrl.objectives import SACLoss
 from torchrl.objectives.sac import compute_rsample_log_prob
 from torchrl.objectives.utils import distance_loss
 
+from omnet_torchrl.dropout import SEED, seed_dropout
+
+# Who asks a network in an update; each has a seed of its own for the noise of dropout.
+PASSES = ("critic", "target", "value", "next_actor", "actor")
+
 
 class OMNetSACLoss(SACLoss):
     r"""SAC loss of OMNet; SAC, DroQ, REDQ and single-critic rows are configurations of it.
@@ -82,6 +87,8 @@ class OMNetSACLoss(SACLoss):
     .. note:: All randomness of an update is data, see :meth:`draw`. The parts, :meth:`qvalue_loss`, :meth:`actor_loss` and
         :meth:`alpha_loss`, are functions of (parameters, batch, draws): they trace with ``torch.compile(fullgraph=True)`` and
         run under ``torch.vmap``.
+
+    .. note:: Dropout in a network is replaced by :class:`~omnet_torchrl.SeededDropout`, whose noise the draws seed.
 
     .. note:: The target network has the online network's masks, always: its leaves that are not floating point are read from
         the online parameters at each call.
@@ -140,6 +147,8 @@ class OMNetSACLoss(SACLoss):
             )
         if value_reduction not in ("mean", "min"):
             raise ValueError(f"value_reduction must be 'mean' or 'min', got {value_reduction!r}.")
+        for network in (actor_network, qvalue_network):
+            seed_dropout(network)
         super().__init__(
             actor_network,
             qvalue_network,
@@ -166,6 +175,8 @@ class OMNetSACLoss(SACLoss):
         self.num_value_subnets = self._checked_count("num_value_subnets", num_value_subnets)
         self.replacement, self.value_reduction = replacement, value_reduction
         self._mask_keys = [k for k, v in self.qvalue_network_params.items(True, True) if not v.is_floating_point()]
+        networks = (self.actor_network_params, self.qvalue_network_params)
+        self._seeded = any(key[-1] == SEED for params in networks for key in params.keys(True, True))
         # Made now rather than at first use, so that nothing is registered while tracing or missing from a state dict. Where
         # the action's spec is not known yet (a trainer may hand it over), the first use makes it or says what is missing.
         self.make_value_estimator()
@@ -226,9 +237,10 @@ class OMNetSACLoss(SACLoss):
         Returns:
             TensorDict: on the device of the parameters, without (further) batch size: the int64 indices ``critic (K,)``,
             ``target (M,)``, ``value (V,)``, ``next_actor ()``, ``actor ()``; and the standard-normal ``next_noise``, ``noise``
-            of the next and the current action, of the action's shape (left out where the action is no tensor). Replace any of
-            them before you pass it on: indices of shape ``batch`` for the actors or ``(K, *batch)`` for the critics choose per
-            element.
+            of the next and the current action, of the action's shape (left out where the action is no tensor); where a network
+            has dropout, ``dropout (5,)``, int64 seeds of its noise in the passes ``critic, target, value, next_actor, actor``
+            (:class:`~omnet_torchrl.SeededDropout`). Replace any of them before you pass it on: indices of shape ``batch`` for
+            the actors or ``(K, *batch)`` for the critics choose per element.
         """
         device = self.log_alpha.device
         num, num_actor = self.num_subnets, self.num_actor_subnets
@@ -240,6 +252,8 @@ class OMNetSACLoss(SACLoss):
             "next_actor": self._indices(num_actor, 1, lead, generator, device).squeeze(-1),
             "actor": self._indices(num_actor, 1, lead, generator, device).squeeze(-1),
         }
+        if self._seeded:
+            draws["dropout"] = torch.randint(2**32, (*lead, len(PASSES)), generator=generator, device=device)
         action = tensordict.get(self.tensor_keys.action)
         if isinstance(action, Tensor):
             for name in ("next_noise", "noise"):
@@ -301,12 +315,9 @@ class OMNetSACLoss(SACLoss):
         """
         draws = self.draw(tensordict) if draws is None else draws
         target = self.compute_target(tensordict, draws=draws, params=params)
-        pred = self._qvalue(
-            self._params("qvalue_network_params", params),
-            tensordict,
-            tensordict.get(self.tensor_keys.action),
-            draws.get("critic"),
-        )
+        critic_params = self._params("qvalue_network_params", params)
+        action = tensordict.get(self.tensor_keys.action)
+        pred = self._qvalue(critic_params, tensordict, action, draws.get("critic"), _seed(draws, "critic"))
         loss = distance_loss(pred, target.expand_as(pred), loss_function=self.loss_function).sum(0)
         pred = pred.detach()
         data = {"td_error": (pred - target).abs().amax(0), "target_value": target, "pred_value": pred}
@@ -322,9 +333,11 @@ class OMNetSACLoss(SACLoss):
         """
         draws = self.draw(tensordict) if draws is None else draws
         actor_params = self._params("actor_network_params", params)
-        action, log_prob = self._act(actor_params, tensordict, draws.get("actor"), draws.get("noise", None))
+        action, log_prob = self._act(
+            actor_params, tensordict, draws.get("actor"), draws.get("noise", None), _seed(draws, "actor")
+        )
         critic_params = self._params("qvalue_network_params", params).detach()
-        qvalue = self._qvalue(critic_params, tensordict, action, draws.get("value"))
+        qvalue = self._qvalue(critic_params, tensordict, action, draws.get("value"), _seed(draws, "value"))
         qvalue = qvalue.mean(0) if self.value_reduction == "mean" else qvalue.amin(0)
         _check_log_prob(log_prob, qvalue)
         loss = self._temperature(params) * log_prob - qvalue
@@ -355,8 +368,12 @@ class OMNetSACLoss(SACLoss):
         if self.skip_done_states:
             following = self._without_terminal(following)
         actor_params = self._params("actor_network_params", params)
-        action, log_prob = self._act(actor_params, following, draws.get("next_actor"), draws.get("next_noise", None))
-        value = self._qvalue(self._target_params(params), following, action, draws.get("target")).amin(0)
+        action, log_prob = self._act(
+            actor_params, following, draws.get("next_actor"), draws.get("next_noise", None), _seed(draws, "next_actor")
+        )
+        value = self._qvalue(self._target_params(params), following, action, draws.get("target"), _seed(draws, "target")).amin(
+            0
+        )
         _check_log_prob(log_prob, value)
         value = value - self._temperature(params) * log_prob
         tensordict.set("next", following.set(self.value_estimator.tensor_keys.value, value.unsqueeze(-1)))
@@ -365,16 +382,25 @@ class OMNetSACLoss(SACLoss):
     qvalue_v2_loss = qvalue_loss  # SACLoss's name of it
 
     def _act(
-        self, params: TensorDictBase, tensordict: TensorDictBase, subnet: Tensor, noise: Tensor | None
+        self,
+        params: TensorDictBase,
+        tensordict: TensorDictBase,
+        subnet: Tensor,
+        noise: Tensor | None,
+        seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """A reparametrised action of one actor subnetwork, and its log-probability."""
         inputs = self._inputs(self.actor_network, tensordict, subnet)
+        params = _with_seed(params, seed)
         with set_exploration_type(ExplorationType.RANDOM), params.to_module(self.actor_network, preserve_module_state=False):
             return _sample(self.actor_network.get_dist(inputs), noise)
 
-    def _qvalue(self, params: TensorDictBase, tensordict: TensorDictBase, action: Any, subnet: Tensor) -> Tensor:
+    def _qvalue(
+        self, params: TensorDictBase, tensordict: TensorDictBase, action: Any, subnet: Tensor, seed: Tensor | None = None
+    ) -> Tensor:
         """Values of the asked critic subnetworks, ``(K, *batch)``."""
         batch = tensordict.batch_size
+        params = _with_seed(params, seed)
         if subnet.ndim <= 1:
             subnet = subnet.reshape(-1, *(1 for _ in batch))
         inputs = self._inputs(self.qvalue_network, tensordict, subnet).set(self.tensor_keys.action, action)
@@ -431,6 +457,23 @@ class OMNetSACLoss(SACLoss):
 
     def _reduced(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
         return self._reduce_loss(loss, tensordict=tensordict, weights=self._maybe_get_priority_weight(tensordict))
+
+
+def _seed(draws: TensorDictBase, name: str) -> Tensor | None:
+    """The seed of dropout's noise in a pass, one of ``PASSES``; ``None`` where there is no dropout."""
+    seeds = draws.get("dropout", None)
+    return None if seeds is None else seeds[..., PASSES.index(name)]
+
+
+def _with_seed(params: Any, seed: Tensor | None) -> Any:
+    """The parameters of a network, with the seed of its dropout."""
+    keys = () if seed is None else [key for key in params.keys(True, True) if key[-1] == SEED]
+    if not keys:
+        return params
+    params = (params._param_td if isinstance(params, TensorDictParams) else params).copy()
+    for key in keys:
+        params.set(key, seed)
+    return params
 
 
 def _sample(distribution: Distribution, noise: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from omnet_torchrl.training.compiled import CompiledStep, CUDAGraph, Inputs, Sch
 
 Leaves = dict[NestedKey, Tensor]
 State = dict[str, Any]
+MOST = 32  # subnetworks that a disagreement is over, where there are more
 NETWORKS = ("actor_network_params", "qvalue_network_params", "target_qvalue_network_params")
 
 
@@ -150,20 +151,34 @@ class SACUpdate:
                 self._params[name][key].copy_(value)
 
     @torch.no_grad()
+    def reset(self) -> None:
+        """Draw the networks anew; target, temperature and moments start again too, masks stay.
+
+        Draws from torch's global generator.
+        """
+        self.loss.reset_parameters_recursive()
+        self.loss.log_alpha.copy_(self.loss.alpha_init.log())
+        self._bound_temperature(self._state)
+        for adam in (self._critic_adam, self._actor_adam):
+            for tensor in pytree.tree_leaves(adam.state):
+                tensor.zero_()
+
+    @torch.no_grad()
     def disagreement(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """How far the subnetworks are apart on a batch: ``subnets/q_std``, ``subnets/action_distance``, 0-dimensional."""
         loss = self.loss
-        every = torch.arange(loss.num_subnets, device=self.device)
+        every = torch.arange(min(loss.num_subnets, MOST), device=self.device)
         action = batch.get(loss.tensor_keys.action)
         values = loss._qvalue(loss.qvalue_network_params, batch, action, every)
-        every = torch.arange(loss.num_actor_subnets, device=self.device).view(-1, *(1 for _ in batch.batch_size))
+        num_actor = min(loss.num_actor_subnets, MOST)
+        every = torch.arange(num_actor, device=self.device).view(-1, *(1 for _ in batch.batch_size))
         inputs = loss._inputs(loss.actor_network, batch, every)
         with (
             set_exploration_type(ExplorationType.DETERMINISTIC),
             loss.actor_network_params.to_module(loss.actor_network, preserve_module_state=False),
         ):
             actions = loss.actor_network(inputs).get(loss.tensor_keys.action)
-        actions = actions.expand(loss.num_actor_subnets, *action.shape)
+        actions = actions.expand(num_actor, *action.shape)
         return {"subnets/q_std": value_disagreement(values), "subnets/action_distance": action_disagreement(actions)}
 
     def is_finite(self) -> bool:

@@ -1,0 +1,65 @@
+"""Dropout whose noise is data.
+
+:class:`torch.nn.Dropout` draws from torch's global generator whenever it is called: an update with it is a function of
+more than its arguments, runs differently when compiled, and is not repeated by a resumed run. Here the noise is a function of a
+seed, a buffer, which whoever calls the network sets: :class:`~omnet_torchrl.OMNetSACLoss` draws one for each pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from omnet_torchrl.layers import IndexedLayer
+from omnet_torchrl.masks import random_bits
+
+SEED = "dropout_seed"  # the buffer's name, by which a loss finds it
+
+
+class SeededDropout(IndexedLayer, nn.Dropout):
+    """Dropout that is a function of (input, seed); see the module's docstring.
+
+    Args:
+        p (float): probability of an element to be zeroed, in [0, 1]. Those kept are scaled by 1/(1-p), as in
+            :class:`torch.nn.Dropout`.
+        stream (int): layers of different streams draw different noise from the same seed.
+        device (torch.device or None): of the seed.
+
+    Shape:
+        input ``(*shape)``, output ``(*shape)``: every element has noise of its own. An index may follow and changes nothing.
+
+    Examples:
+        >>> layer, input = SeededDropout(0.5), torch.ones(8)
+        >>> torch.equal(layer(input), layer(input))  # the same seed
+        True
+    """
+
+    dropout_seed: Tensor
+
+    def __init__(self, p: float = 0.5, stream: int = 0, device: torch.device | str | None = None):
+        super().__init__(p)
+        self.stream = stream
+        self.register_buffer(SEED, torch.zeros((), dtype=torch.int64, device=device))
+
+    def forward(self, input: Tensor, subnet: Tensor | None = None) -> Tensor:
+        """Zero elements, in training mode."""
+        if not self.training or self.p == 0:
+            return input
+        bits = random_bits(self.dropout_seed, input.numel(), self.stream).view(input.shape)
+        return input * (bits >= round(self.p * 2**32)) * (1 / (1 - self.p) if self.p < 1 else 0.0)
+
+    def extract(self, subnet: int) -> nn.Dropout:
+        """A plain :class:`torch.nn.Dropout`."""
+        return nn.Dropout(self.p)
+
+
+def seed_dropout(network: nn.Module) -> None:
+    """Put a :class:`SeededDropout` in the place of each :class:`torch.nn.Dropout` of ``network``."""
+    parameter = next(network.parameters(), None)
+    device = None if parameter is None else parameter.device
+    found = [
+        (parent, name) for parent in network.modules() for name, child in parent.named_children() if type(child) is nn.Dropout
+    ]
+    for stream, (parent, name) in enumerate(found):
+        old = getattr(parent, name)
+        setattr(parent, name, SeededDropout(old.p, stream, device).train(old.training))
