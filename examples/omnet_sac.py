@@ -3,8 +3,9 @@
     python examples/omnet_sac.py                                  # Hopper-v4 with the paper's settings
     python examples/omnet_sac.py --config-name quick_start        # InvertedDoublePendulum-v4, solved in minutes
     python examples/omnet_sac.py env=Humanoid-v4 seed=3 network.num_subnets=8
+    python examples/omnet_sac.py algorithm=redq                   # a baseline; training/algorithms.py has the rows
     python examples/omnet_sac.py -m seed=0,1,2                    # one run after the other
-    python examples/omnet_sac.py resume=runs/Hopper-v4/seed0/...  # goes on where a run was stopped
+    python examples/omnet_sac.py resume=runs/Hopper-v4/omnet/seed0/...  # goes on where a run was stopped
     python examples/omnet_sac.py --cfg job                        # all options; training/options.py describes them
 
 "One is More: Diverse Perspectives within a Single Network for Efficient DRL", Tan et al., 2023,
@@ -24,7 +25,7 @@ from torchrl.objectives import SoftUpdate
 
 from omnet_torchrl import OMNetSACLoss, SubnetPrimer, make_actor, make_qvalue
 from omnet_torchrl.training import Run, SACUpdate, Trainer, describe, evaluate, make_env, schedule
-from omnet_torchrl.training.algorithms import network_options, target_entropy
+from omnet_torchrl.training.algorithms import loss_options, network_options
 from omnet_torchrl.training.config import check_overrides, register
 
 
@@ -34,25 +35,18 @@ def main(cfg: DictConfig) -> float:
     config, device = run.config, run.device
     torch.manual_seed(config.seed)
 
-    # The environment draws, at each reset, the subnetwork that plays the episode (section 3.3).
-    primer = SubnetPrimer(config.network.num_subnets, generator=config.seed)
-    env = make_env(config.env, primer, num_envs=config.num_envs, seed=config.seed)
+    env = make_env(config.env, num_envs=config.num_envs, seed=config.seed)
     eval_env = make_env(config.env, num_envs=config.eval.episodes)
 
     # One network and N masks, for the critic and for the actor (section 3.1).
     actor = make_actor(env.observation_spec, env.action_spec, **network_options(config, "actor"), device=device)
     qvalue = make_qvalue(env.observation_spec, env.action_spec, **network_options(config, "critic"), device=device)
 
+    # The environment draws, at each reset, the subnetwork that plays the episode (section 3.3).
+    env.append_transform(SubnetPrimer(actor.num_subnets, generator=config.seed))
+
     # Train one random critic subnetwork against the minimum of two, the actor against the mean of all (equations 4 and 5).
-    loss = OMNetSACLoss(
-        actor,
-        qvalue,
-        num_trained_subnets=config.loss.num_trained_subnets,
-        num_target_subnets=config.loss.num_target_subnets,
-        replacement=config.loss.replacement,
-        alpha_init=config.loss.alpha_init,
-        target_entropy=target_entropy(config, env.action_spec.shape[-1]),
-    )
+    loss = OMNetSACLoss(actor, qvalue, **loss_options(config, env.action_spec.shape[-1]))
     loss.make_value_estimator(gamma=config.loss.gamma)
     critic_optim = Adam(qvalue.parameters(), lr=config.optim.lr)
     actor_optim = Adam([*actor.parameters(), loss.log_alpha], lr=config.optim.lr)

@@ -1,9 +1,9 @@
 """Play the policy of a run: a table of returns, one row per subnetwork, and a video of its first episode.
 
-    python examples/play.py runs/Hopper-v4/seed0/...                          # 5 episodes of each subnetwork
-    python examples/play.py runs/Hopper-v4/seed0/... --subnet 3 --stochastic  # of one, its actions drawn as in training
-    python examples/play.py runs/Hopper-v4/seed0/... --video hopper.gif       # or .mp4: pip install "imageio[ffmpeg]"
-    python examples/play.py runs/Hopper-v4/seed0/... --frames hopper          # PNG files
+    python examples/play.py runs/Hopper-v4/omnet/seed0/...                          # 5 episodes of each subnetwork
+    python examples/play.py runs/Hopper-v4/omnet/seed0/... --subnet 3 --stochastic  # of one, its actions drawn as in training
+    python examples/play.py runs/Hopper-v4/omnet/seed0/... --video hopper.gif       # or .mp4: pip install "imageio[ffmpeg]"
+    python examples/play.py runs/Hopper-v4/omnet/seed0/... --frames hopper          # PNG files
 
 Every subnetwork starts from the same states, those of the seeds ``--seed``, ``--seed`` + 1, ...
 """
@@ -38,6 +38,7 @@ from omnet_torchrl.training import load_policy
 from omnet_torchrl.training.config import load_config
 from omnet_torchrl.training.run_folder import RunFolder
 
+MAX_SUBNETS = 32  # masks that are redrawn at each call stand for 2^31
 MAX_FPS = 30  # of a video; an environment of 125 steps a second shows every fifth
 
 
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = load_config(run.config_path).env
     env = make(name, draw=bool(args.video or args.frames))
     actor = load_policy(args.run)
-    policies = {k: actor.extract(k) for k in (range(actor.num_subnets) if args.subnet is None else [args.subnet])}
+    every = range(min(actor.num_subnets, MAX_SUBNETS))
+    policies = {k: actor.extract(k) for k in (every if args.subnet is None else [args.subnet])}
 
     kind = "stochastic" if args.stochastic else "deterministic"
     say(f"{name}, {kind} episodes of {run.path} ({run.info['status']})")

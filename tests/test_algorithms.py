@@ -1,12 +1,342 @@
-"""What the options build."""
+"""The rows of the results table: what each is, its equations in plain torch, and that it goes on after a kill."""
+
+import contextlib
+import math
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
 
 import pytest
-from torchrl.data import Bounded, Unbounded
+import torch
+from conftest import make_batch
+from test_resume import Crash, Stopping, differing, leaves, result, untimed
+from torch import nn
+from torch.nn import functional as F
+from torchrl.collectors import Collector
+from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
 
-from omnet_torchrl import MaskedMLP, UnitMaskedMLP, make_qvalue
-from omnet_torchrl.training.algorithms import network_options, network_sparsity, target_entropy
+from omnet_torchrl import EnsembleMLP, MaskedMLP, RedrawnMLP, SubnetPrimer, UnitMaskedMLP, hashed_masks, make_qvalue
+from omnet_torchrl.ensembles import EnsembleLinear
+from omnet_torchrl.layers import MaskedLinear
+from omnet_torchrl.masks import random_bits
+from omnet_torchrl.redrawn import RedrawnLinear
+from omnet_torchrl.training import Trainer, evaluate, make_env, schedule
+from omnet_torchrl.training.algorithms import ROWS, build, dropout, network_options, network_sparsity, row, target_entropy
+from omnet_torchrl.training.checkpoint import Checkpointer
 from omnet_torchrl.training.config import to_config
 from omnet_torchrl.training.options import LossConfig, NetworkConfig, TrainConfig
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "omnet_sac.py"
+TASKS = ["Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
+REDQ_ENTROPY, HALF = [-1, -3, -4, -2], [-1.5, -3, -4, -8.5]
+
+# From the papers, not from the code: critic's class and number, (K, M, V), LayerNorm of critic and actor, updates per frame,
+# delay, frames between resets, target entropy and dropout on the four tasks.
+ALL = "all"
+EXPECTED = {
+    "omnet": (MaskedMLP, 5, (1, 2, 5), (True, True), 20, 20, None, REDQ_ENTROPY, [0] * 4),
+    "omnet_critic": (MaskedMLP, 5, (1, 2, 5), (True, True), 20, 20, None, REDQ_ENTROPY, [0] * 4),
+    "omnet_infinity": (RedrawnMLP, 2**31, (1, 2, 5), (True, True), 20, 20, None, REDQ_ENTROPY, [0] * 4),
+    "sac": (EnsembleMLP, 2, (2, 2, 2), (False, False), 1, 1, None, REDQ_ENTROPY, [0] * 4),
+    "sac_20": (EnsembleMLP, 2, (2, 2, 2), (False, False), 20, 20, None, REDQ_ENTROPY, [0] * 4),
+    "redq": (EnsembleMLP, 10, (10, 2, 10), (False, False), 20, 20, None, REDQ_ENTROPY, [0] * 4),
+    "droq": (EnsembleMLP, 2, (2, 2, 2), (True, False), 20, 20, None, REDQ_ENTROPY, [0.001, 0.003, 0.01, 0.03]),
+    "sr_sac": (EnsembleMLP, 2, (2, 2, 2), (False, False), 20, 20, 100_000, HALF, [0] * 4),
+    "sin_sac": (EnsembleMLP, 1, (1, 1, 1), (False, False), 20, 20, None, REDQ_ENTROPY, [0] * 4),
+    "sin_droq": (EnsembleMLP, 1, (1, 1, 1), (True, False), 20, 20, None, REDQ_ENTROPY, [0.001, 0.01, 0.1, 0.01]),
+    "sr_sin_sac": (EnsembleMLP, 1, (1, 1, 1), (False, False), 20, 20, 100_000, HALF, [0] * 4),
+    "redq_layer_norm": (EnsembleMLP, 10, (10, 2, 10), (True, True), 20, 20, None, REDQ_ENTROPY, [0] * 4),
+    "sac_20_layer_norm": (EnsembleMLP, 2, (2, 2, 2), (True, True), 20, 20, None, REDQ_ENTROPY, [0] * 4),
+    "sin_sac_layer_norm": (EnsembleMLP, 1, (1, 1, 1), (True, True), 20, 20, None, REDQ_ENTROPY, [0] * 4),
+}
+DENSE_ACTOR = set(EXPECTED) - {"omnet", "omnet_infinity"}
+
+
+def make(name, *, cells=(16, 12), obs=5, act=2, **options):
+    """A row, small and eager, of observations of 5 numbers and actions of 2 within [-0.4, 1]."""
+    options = {"algorithm": name, "compile": False, "network": {"num_cells": list(cells)}, **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # small networks have units without inputs
+        return build(to_config(options), Unbounded((obs,)), Bounded(-0.4, 1.0, (act,)))
+
+
+# What a row is
+
+
+def test_the_rows_are_those_of_the_table():
+    assert set(ROWS) == set(EXPECTED)
+    assert len({each.label for each in ROWS.values()}) == len(ROWS)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_row_is_what_its_paper_says(name):
+    critic, number, counts, norms, utd, delay, reset, entropies, dropouts = EXPECTED[name]
+    algorithm, config = make(name), to_config({"algorithm": name})
+    network, actor = algorithm.qvalue.module, algorithm.actor.module[0].network
+    loss = algorithm.loss
+    assert type(network) is critic
+    assert loss.num_subnets == number
+    assert (loss.num_trained_subnets, loss.num_target_subnets, loss.num_value_subnets) == counts
+    assert loss.value_reduction == "mean"
+    assert type(actor) is (EnsembleMLP if name in DENSE_ACTOR else critic)
+    assert loss.num_actor_subnets == (1 if name in DENSE_ACTOR else number)
+    assert tuple(any("Norm" in type(layer).__name__ for layer in net) for net in (network, actor)) == norms
+    assert not any(isinstance(layer, nn.Dropout) for layer in actor)
+    assert (config.utd_ratio, config.policy_update_delay, config.reset_interval) == (utd, delay, reset)
+    for task, action_dim, entropy, rate in zip(TASKS, (3, 6, 8, 17), entropies, dropouts, strict=True):
+        of_task = to_config({"algorithm": name, "env": task})
+        assert target_entropy(of_task, action_dim) == entropy
+        assert dropout(of_task) == rate
+    rest = (config.optim.lr, config.optim.batch_size, config.optim.tau, config.loss.gamma, config.init_random_frames)
+    assert rest == (3e-4, 256, 0.005, 0.99, 5_000)
+
+
+def test_what_is_given_goes_before_the_row_and_the_row_before_the_defaults():
+    config = to_config({"algorithm": "redq", "network": {"num_subnets": 4}, "utd_ratio": 5})
+    assert (config.network.num_subnets, config.network.critic, config.utd_ratio) == (4, "separate", 5)
+    assert to_config({"algorithm": "droq", "network": {"dropout": 0.2}}).network.dropout == 0.2
+    assert dropout(to_config({"algorithm": "droq", "env": "InvertedPendulum-v4"})) == 0.01
+    assert target_entropy(to_config({"algorithm": "sr_sac", "loss": {"target_entropy": -7.0}}), 3) == -7
+
+
+def test_an_unknown_row_names_the_closest():
+    with pytest.raises(ValueError, match=r"algorithm must be one of omnet, .*, got 'redQ'; the closest are redq,"):
+        row("redQ")
+    with pytest.raises(ValueError, match="got 'sac20'; the closest are sac_20"):
+        to_config({"algorithm": "sac20"})
+
+
+# Its equations
+
+
+def layers_of(network, values=None):
+    """What a network does, in order: weights as leaves that are trained, or of ``values`` (a target's)."""
+    layers = []
+    for i, layer in enumerate(network):
+        tensors = {
+            name: (layer.get_parameter(name) if values is None else values[str(i)][name])
+            for name, _ in layer.named_parameters()
+        }
+        layers.append((layer, {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}))
+    return layers
+
+
+def answer(layers, subnets, x, seed=None):
+    """The networks ``subnets``, one after the other: ``(K, B, out)``."""
+    outputs = []
+    for place, k in enumerate(subnets):
+        h = x
+        for layer, own in layers:
+            separate = type(layer).__name__.startswith("Ensemble")
+            weight, bias = ((own[n][k] if separate else own[n]) for n in ("weight", "bias")) if own else (None, None)
+            if isinstance(layer, MaskedLinear):
+                weight = weight * layer.masks[k]
+            if isinstance(layer, RedrawnLinear):
+                weight = weight * hashed_masks(torch.tensor([k]), weight.shape, 0.5, layer.key)[0]
+            if isinstance(layer, EnsembleLinear | nn.Linear):
+                h = h @ weight.T + bias
+            elif isinstance(layer, nn.Dropout):
+                bits = random_bits(seed, len(subnets) * h.numel(), layer.stream).view(len(subnets), *h.shape)[place]
+                h = torch.where(bits >= layer.p * 2**32, h / (1 - layer.p), 0.0)
+            elif isinstance(layer, nn.ReLU):
+                h = h.clamp(min=0)
+            else:
+                h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * weight + bias
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+def policy(layers, subnet, state, noise, low=-0.4, high=1.0):
+    """A tanh-squashed Gaussian action within [low, high] and its log-probability, by change of variables."""
+    mean, log_std = answer(layers, [subnet], state)[0].chunk(2, -1)
+    std = log_std.clamp(-20, 2).exp()
+    u = mean + std * noise
+    log_prob = -0.5 * noise**2 - std.log() - 0.5 * math.log(2 * math.pi)
+    log_prob = log_prob - 2 * (math.log(2) - u - F.softplus(-2 * u)) - math.log((high - low) / 2)
+    return low + (high - low) * (torch.tanh(u) + 1) / 2, log_prob.sum(-1)
+
+
+@pytest.fixture
+def _double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("_double")
+@pytest.mark.parametrize("name", EXPECTED)
+def test_target_losses_and_gradients_are_those_of_the_rows_equations(name):
+    gamma, alpha = 0.9, 0.3
+    options = {"loss": {"gamma": gamma, "alpha_init": alpha}, "optim": {"tau": 0.1}, "env": "Humanoid-v4"}
+    algorithm = make(name, **options)
+    loss, critic = algorithm.loss, algorithm.qvalue.module
+    with torch.no_grad():  # the target differs from the critic
+        for p in algorithm.qvalue.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    batch = make_batch(16, done=0.3)
+    draws = loss.draw(batch, torch.Generator().manual_seed(3))
+    number, (trained, minimum, mean) = EXPECTED[name][1:3]
+    for key, count in (("critic", trained), ("target", minimum), ("value", mean)):
+        assert draws[key].unique().numel() == draws[key].numel() == count
+        assert draws[key].max() < number
+    seeds = draws.get("dropout", [None] * 5)
+    loss_qvalue, data = loss.qvalue_loss(batch, draws=draws)
+    loss_actor, actor_data = loss.actor_loss(batch, draws=draws)
+    loss_qvalue.backward()
+    loss_actor.backward()
+
+    theta, phi = layers_of(critic), layers_of(algorithm.actor.module[0].network)
+    held = layers_of(critic, loss.target_qvalue_network_params["module"])
+    state, following = batch["observation"], batch["next"]
+    with torch.no_grad():
+        a, log_prob = policy(phi, int(draws["next_actor"]), following["observation"], draws["next_noise"])
+        values = answer(held, draws["target"].tolist(), torch.cat([following["observation"], a], -1), seeds[1])[..., 0]
+        going_on = (~following["terminated"]).double().squeeze(-1)
+        y = following["reward"].squeeze(-1) + gamma * going_on * (values.amin(0) - alpha * log_prob)
+    q = answer(theta, draws["critic"].tolist(), torch.cat([state, batch["action"]], -1), seeds[0])[..., 0]
+    expected_qvalue = sum(((y - q[i]) ** 2).mean() for i in range(trained))
+    a, log_prob = policy(phi, int(draws["actor"]), state, draws["noise"])
+    frozen = [(layer, {n: t.detach() for n, t in own.items()}) for layer, own in theta]
+    q_mean = answer(frozen, draws["value"].tolist(), torch.cat([state, a], -1), seeds[2])[..., 0].mean(0)
+    expected_actor = (alpha * log_prob - q_mean).mean()
+    (expected_qvalue + expected_actor).backward()
+
+    torch.testing.assert_close(data["target_value"], y)
+    torch.testing.assert_close(data["pred_value"], q.detach())
+    torch.testing.assert_close(loss_qvalue, expected_qvalue)
+    torch.testing.assert_close(loss_actor, expected_actor)
+    torch.testing.assert_close(actor_data["log_prob"], log_prob.detach())
+    for network, layers in ((critic, theta), (algorithm.actor.module[0].network, phi)):
+        for layer, (_, own) in zip(network, layers, strict=True):
+            for part, tensor in own.items():
+                torch.testing.assert_close(layer.get_parameter(part).grad, tensor.grad)
+                assert tensor.grad.abs().sum() > 0
+
+
+# The job
+
+SMALL = {
+    **{"env": "InvertedPendulum-v4", "total_frames": 60, "init_random_frames": 20, "log_interval": 10, "compile": False},
+    **{"network": {"num_cells": [8, 8]}, "optim": {"batch_size": 8, "lr": 1e-3}, "progress": False},
+    **{"eval": {"interval": 30, "episodes": 3}, "checkpoint": {"interval": 10}},
+}
+# Updates as in the paper, but for their number, and a reset at frame 30, where there is a checkpoint too.
+EVERY = {"utd_ratio": 2, "policy_update_delay": 3}
+
+
+def options_of(name, **more):
+    reset = {"reset_interval": 30} if ROWS[name].options.get("reset_interval") else {}
+    return {**SMALL, "algorithm": name, **EVERY, **reset, **more}
+
+
+def compose(path, options, diary):
+    """The trainer of some options, as examples/omnet_sac.py composes it."""
+    config = to_config(options)
+    torch.manual_seed(config.seed)
+    env = make_env(config.env, num_envs=config.num_envs, seed=config.seed)
+    eval_env = make_env(config.env, num_envs=config.eval.episodes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        algorithm = build(config, env.observation_spec, env.action_spec)
+    env.append_transform(SubnetPrimer(algorithm.actor.num_subnets, generator=config.seed))
+    collector = Collector(
+        env,
+        algorithm.actor,
+        frames_per_batch=config.num_envs,
+        init_random_frames=config.init_random_frames,
+        policy_device="cpu",
+        env_device="cpu",
+        storing_device="cpu",
+        auto_register_policy_transforms=False,
+        track_traj_ids=False,
+    )
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames))
+    assess = partial(evaluate, algorithm.actor, eval_env)
+    evaluation = lambda frames: assess(seed=config.seed + 1_000_000 + frames)  # noqa: E731
+    return Trainer(collector, buffer, algorithm.update, evaluation, Checkpointer(path), diary, **schedule(config))
+
+
+def session(path, name, rows, stop=10**9):
+    trainer = compose(path, options_of(name), Stopping(rows, stop))
+    torch.manual_seed(stop)  # whatever else the process does
+    if not trainer.resume():
+        rows.clear()
+    with contextlib.suppress(Crash):
+        trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_killed_run_of_a_row_goes_on_as_if_it_had_not_been(name, tmp_path):
+    whole, rows, parts = tmp_path / "whole", [], []
+    session(whole, name, rows)
+    for stop in (30, 47, 10**9):
+        session(tmp_path / "parts", name, parts, stop)
+    assert untimed(parts) == untimed(rows)
+    assert differing(result(tmp_path / "parts"), result(whole)) == []
+    assert len(rows) > 50
+    resets = [frames for frames, name, _ in rows if name == "train/reset"]
+    assert resets == ([30] if name.startswith("sr_") else [])
+
+
+@pytest.mark.parametrize("name", ["omnet", "droq"])
+def test_the_example_and_the_row_are_equal_numbers(name, tmp_path):
+    """Of a whole run: the same networks, draws, losses and moments."""
+    trainer = compose(tmp_path / "row", options_of(name), Stopping([], 10**9))
+    trainer.run()
+
+    def flat(options, prefix=""):
+        for key, value in options.items():
+            yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}={value}"]
+
+    arguments = [argument.replace(" ", "").replace("None", "null") for argument in flat(options_of(name))]
+    command = [sys.executable, str(EXAMPLE), *arguments, f"folder={tmp_path}/example"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    states = [Checkpointer(folder).load()[0] for folder in (tmp_path / "row", tmp_path / "example" / "checkpoints")]
+    for part in ("update", "policy", "random", "carrier"):
+        row_part, example_part = (leaves(state[part]) for state in states)
+        assert differing(row_part, example_part) == [], part
+
+
+def test_a_reset_starts_everything_anew_but_masks_and_replay(tmp_path):
+    trainer = compose(tmp_path, options_of("omnet", reset_interval=30), Stopping([], 10**9))
+    trainer.reporter.stop = 30
+    with contextlib.suppress(Crash):
+        trainer.run()
+    update, loss = trainer.update, trainer.update.loss
+    before = {key: value.clone() for key, value in leaves_of(loss).items()}
+    trainer._reset_networks()
+    after = leaves_of(loss)
+    for key, value in after.items():
+        # Biases start at zero, scales of a LayerNorm at one: drawn anew, weights are others.
+        assert torch.equal(value, before[key]) == (not value.is_floating_point()), key
+    for part in ("module", "masks"):
+        assert any(part in str(key) for key in after)
+    target, online = loss.target_qvalue_network_params, loss.qvalue_network_params
+    assert all(torch.equal(target[key], value) for key, value in online.items(True, True))
+    assert loss.log_alpha == 0
+    assert all(not tensor.any() for optim in (update._critic_adam, update._actor_adam) for tensor in _tensors(optim.state))
+    # The update computes with the very tensors that were reset.
+    assert all(
+        torch.equal(update._params["qvalue_network_params"][key].to(value.dtype), value)
+        for key, value in online.items(True, True)
+    )
+    assert len(trainer.buffer) == 30
+
+
+def leaves_of(loss):
+    networks = ("actor_network_params", "qvalue_network_params")
+    return {(name, key): value.detach() for name in networks for key, value in getattr(loss, name).items(True, True)}
+
+
+def _tensors(state):
+    return [tensor for value in state.values() for tensor in (value if isinstance(value, list) else [value])]
+
+
+# What the options build
 
 
 @pytest.mark.parametrize(("env", "expected"), [("Hopper-v4", -1), ("Humanoid-v4", -2), ("Hopper-v5", -3), ("Pendulum-v1", -3)])

@@ -10,7 +10,7 @@ from torch import nn
 from torchrl.envs import StepCounter, TransformedEnv
 from torchrl.objectives import SoftUpdate
 
-from omnet_torchrl import Maze2DEnv, OMNetSACLoss, make_actor, make_qvalue
+from omnet_torchrl import EnsembleMLP, Maze2DEnv, OMNetSACLoss, make_actor, make_qvalue
 from omnet_torchrl.training.bias import evaluate_bias
 
 LENGTHS = (2, 3, 5)
@@ -121,3 +121,15 @@ def test_a_seed_repeats_it_and_neither_the_loss_nor_the_global_generator_changes
 def test_a_dense_actor_plays_every_episode():
     bias = evaluate_bias(make_loss(small_actor(1, 0.0)), CountingEnv(LENGTHS), gamma=0.5)
     assert bias["bias/pairs"] == 10
+
+
+def test_the_bias_of_a_critic_with_dropout_is_without_its_noise():
+    env = Maze2DEnv(2, max_steps=5)
+    qvalue = make_qvalue(env.observation_spec, env.action_spec, network_class=EnsembleMLP, num_cells=(16, 16), dropout=0.5)
+    actor = make_actor(env.observation_spec, env.action_spec, num_subnets=2, sparsity=0.0, num_cells=(16, 16))
+    loss = make_loss(actor, qvalue, alpha=0.1)
+    noisy = evaluate_bias(loss, env, seed=3)
+    assert loss.qvalue_network.training
+    qvalue.eval()
+    assert evaluate_bias(loss, env, seed=3) == noisy
+    assert not loss.qvalue_network.training

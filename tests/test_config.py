@@ -175,7 +175,7 @@ def test_a_number_in_the_place_of_a_group_is_refused():
             {"network__num_cells": [8], "network__dense_input": True, "network__dense_output": True},
             "must be 0 where network.dense_input=true and network.dense_output=true leaves no layer to mask, got 0.5",
         ),
-        ({"network__masks": "units"}, "network.masks must be one of weight, unit, got 'units'; did you mean unit?"),
+        ({"network__masks": "units"}, "network.masks must be one of weight, unit, redrawn, got 'units'; did you mean unit?"),
         (
             {"network__masks": "unit", "network__sparsity": [0.5] * 3},
             r"one number for each of 2 hidden layers with network.masks=unit, got \[0.5, 0.5, 0.5\]",
@@ -187,6 +187,14 @@ def test_a_number_in_the_place_of_a_group_is_refused():
             )
             for name in ("mask_bias", "dense_input", "dense_output")
         ),
+        (
+            {"network__masks": "redrawn", "network__mask_bias": True, "loss__replacement": True},
+            "network.mask_bias must be false with network.masks=redrawn, got true",
+        ),
+        ({"network__masks": "redrawn"}, "loss.replacement must be true with network.masks=redrawn, .*got false"),
+        ({"network__critic": "dense"}, "network.critic must be one of masked, separate, got 'dense'"),
+        ({"network__dropout": 1.0}, r"network.dropout must be in \[0, 1\), got 1.0"),
+        ({"reset_interval": 0}, r"reset_interval must be in \[1, inf\), got 0"),
         ({"network__num_cells": []}, r"network.num_cells must be one or more numbers of at least 1, got \[\]"),
         ({"network__num_cells": [256, 0]}, r"got \[256, 0\]"),
         (
@@ -254,7 +262,7 @@ def test_a_config_made_in_python_is_held_to_the_same_rules():
     with pytest.raises(ValueError, match="seed must be of its type"):
         validate(dataclasses.replace(to_config({}), seed="3"))
     validate(TrainConfig(folder="runs/0", utd_ratio=20, network=NetworkConfig(sparsity=0)))
-    assert to_config(TrainConfig(seed=3)).folder.startswith("runs/Hopper-v4/seed3/20")
+    assert to_config(TrainConfig(seed=3)).folder.startswith("runs/Hopper-v4/omnet/seed3/20")
 
 
 def test_every_option_has_a_comment_and_every_none_a_meaning():
@@ -301,6 +309,7 @@ def test_a_device_of_another_kind_is_refused(name):
     "arguments",
     [
         [],
+        ["algorithm=omnet,redq", "-m"],
         ["seed=0,1,2", "-m", "env=Walker2d-v4", "utd_ratio=range(1,5)"],
         ["network.num_cells=[64,64]", "network.sparsity=[0,0.5,0]", "optim.lr=1e-4"],
         ["network={num_subnets:3}"],
@@ -342,7 +351,22 @@ def test_hydra_composes_the_registered_config_and_to_config_takes_it():
     config = to_config(composed)
     assert config.optim.lr == 1e-5
     assert config.network.sparsity == [0, 0.5, 0]
-    assert config.folder.startswith("runs/Ant-v4/seed3/20")
+    assert config.folder.startswith("runs/Ant-v4/omnet/seed3/20")
+
+
+def test_hydra_composes_a_row_under_what_is_given():
+    register()
+    with initialize(version_base="1.3", config_path="../examples"):
+        config = to_config(compose("omnet_sac", ["algorithm=redq", "network.num_subnets=4", "seed=3"]))
+        assert to_config(compose("omnet_sac", [])) == to_config({"folder": to_config(compose("omnet_sac", [])).folder})
+    assert (config.algorithm, config.network.critic, config.network.num_subnets) == ("redq", "separate", 4)
+    assert (config.loss.num_trained_subnets, config.loss.num_target_subnets) == (None, 2)
+
+
+@pytest.mark.parametrize("argument", ["algorithm=red", "algorithm=omnet,red"])
+def test_an_unknown_row_on_the_command_line_names_the_closest(argument):
+    with pytest.raises(ValueError, match=r"algorithm must be one of omnet, .*, got 'red'; the closest are redq"):
+        check_overrides([argument])
 
 
 def test_the_folder_is_the_one_that_hydra_resolved():

@@ -75,8 +75,8 @@ def test_the_folder_says_what_ran_and_how_it_ended(tmp_path, capsys):
     assert "5 - 16 - 16 - 1, 449 parameters" in printed
 
 
-def described_run(tmp_path, **network):
-    run = Run({"folder": str(tmp_path / "run"), "progress": False, "network": network})
+def described_run(tmp_path, algorithm="omnet", **network):
+    run = Run({"folder": str(tmp_path / "run"), "progress": False, "algorithm": algorithm, "network": network})
     env = make_env("Hopper-v4")
     networks = (
         make(env.observation_spec, env.action_spec, **network_options(run.config, role))
@@ -87,14 +87,29 @@ def described_run(tmp_path, **network):
 
 def test_what_is_about_to_run_has_its_flops_and_their_share_of_redq(tmp_path):
     described = described_run(tmp_path)
-    assert described["subnets"] == "5 in each, weight masks of sparsity 0.5"
+    assert described["subnets"] == "5, weight masks of sparsity 0.5, in the critic and the actor"
     assert described["training FLOPs"].startswith("236.5 M per update, 19% of REDQ's")  # 1 / 5.13, REFERENCES of the paper
     assert described["critic"] == "14 - 256 - 256 - 1, 70,913 parameters"
 
 
+def test_a_row_says_what_it_is(tmp_path):
+    described = described_run(tmp_path, algorithm="redq")
+    assert described["algorithm"] == "REDQ"
+    assert described["subnets"] == "10 separate critics, one actor"
+    assert described["training FLOPs"].startswith("1213.3 M per update, 100% of REDQ's")
+    assert described["critic"] == "14 - 256 - 256 - 1, 698,890 parameters"
+    assert described["actor"] == "11 - 256 - 256 - 6, 70,406 parameters"
+    infinity = described_run(tmp_path, algorithm="omnet_infinity")
+    assert infinity["subnets"].startswith(
+        "2^31, drawn at each call, redrawn masks of sparsity 0.5, in the critic and the actor"
+    )
+
+
 def test_masks_over_units_count_the_flops_of_the_units_that_are_kept(tmp_path):
     described = described_run(tmp_path, masks="unit", sparsity=[0.5, 0.25])
-    assert described["subnets"] == "5 in each, unit masks of sparsity [0.5, 0.25], 128 - 192 hidden units"
+    assert described["subnets"] == (
+        "5, unit masks of sparsity [0.5, 0.25], 128 - 192 hidden units, in the critic and the actor"
+    )
     assert described["critic"] == "14 - 256 - 256 - 1, 70,913 parameters"
     flops, redq = sac_flops(11, 3, (128, 192)), sac_flops(11, 3, num_online=10, num_value=10)
     assert described["training FLOPs"].startswith(

@@ -21,8 +21,10 @@ from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer, Unb
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import REDQLoss, SACLoss, SoftUpdate, group_optimizers
 
-from omnet_torchrl import EnsembleMLP, OMNetSACLoss, UnitMaskedMLP, make_actor, make_qvalue
+from omnet_torchrl import make_actor
 from omnet_torchrl.training import SACUpdate, Trainer
+from omnet_torchrl.training.algorithms import build
+from omnet_torchrl.training.config import to_config
 
 UPDATES, ACTIONS, BATCH, WIDTH, STORED = 20, 200, 256, 256, 50_000
 Block = Callable[[], None]
@@ -42,16 +44,14 @@ class Task(NamedTuple):
 
 TASKS = {"hopper": Task(11, 3, 1.0), "humanoid": Task(376, 17, 0.4), "tiny": Task(3, 2, 1.0)}
 
-_DENSE = {"num_subnets": 1, "sparsity": 0.0, "layer_norm": False}
-_ALL = {"num_trained_subnets": None, "num_target_subnets": None}
-# Arguments of make_actor, of make_qvalue and of the loss.
-ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "omnet": ({}, {}, {}),
-    "unit": ({"network_class": UnitMaskedMLP}, {"network_class": UnitMaskedMLP}, {}),
-    "unit 29 %": ({"network_class": UnitMaskedMLP, "sparsity": 0.29}, {"network_class": UnitMaskedMLP, "sparsity": 0.29}, {}),
-    "sac": (_DENSE, {"network_class": EnsembleMLP, "num_subnets": 2, "layer_norm": False}, _ALL),
-    "redq": (_DENSE, {"network_class": EnsembleMLP, "num_subnets": 10, "layer_norm": False}, {"num_trained_subnets": None}),
-    "droq": (_DENSE, {"network_class": EnsembleMLP, "num_subnets": 2, "dropout": 0.01}, _ALL),
+# Options of a run, over those of training/algorithms.py: the rows of the results table, and masks over units.
+ROWS: dict[str, dict[str, Any]] = {
+    "omnet": {},
+    "unit": {"network": {"masks": "unit"}},
+    "unit 29 %": {"network": {"masks": "unit", "sparsity": 0.29}},
+    "sac": {"algorithm": "sac_20"},
+    "redq": {"algorithm": "redq"},
+    "droq": {"algorithm": "droq", "network": {"dropout": 0.01}},
 }
 MASKED = ["omnet", "unit", "unit 29 %"]  # the rows whose networks have masks
 
@@ -83,18 +83,13 @@ def replay(task: Task, device: str = "cpu", **kwargs: Any) -> TensorDictReplayBu
 def make_update(
     row: str, task: Task, *, width: int = 256, compile: bool = True, device: str = "cpu", **kwargs: Any
 ) -> SACUpdate:
-    """The update of a row of the table in :class:`~omnet_torchrl.OMNetSACLoss`; ``kwargs`` are of both of its networks."""
+    """The update of a row; ``kwargs`` are options of its networks."""
     torch.manual_seed(0)
-    of_actor, of_critic, of_loss = ROWS[row]
-    common = {"num_cells": (width, width), "device": device, **kwargs}
+    network = {**ROWS[row].get("network", {}), "num_cells": [width, width], **kwargs}
+    config = to_config({**ROWS[row], "network": network, "compile": compile})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # small networks have units without inputs: their speed is the same
-        actor = make_actor(*task.specs(), **common, **of_actor)
-        qvalue = make_qvalue(*task.specs(), **common, **of_critic)
-    loss = OMNetSACLoss(actor, qvalue, **of_loss)
-    loss.make_value_estimator(gamma=0.99)
-    critic_optim, actor_optim = Adam(qvalue.parameters(), lr=3e-4), Adam([*actor.parameters(), loss.log_alpha], lr=3e-4)
-    return SACUpdate(loss, critic_optim, actor_optim, SoftUpdate(loss, tau=0.005), compile=compile)
+        return build(config, *task.specs(), device).update
 
 
 def omnet_block(row: str, task: Task, *, batch: int = 256, device: str = "cpu", **kwargs: Any) -> Block:

@@ -1,21 +1,136 @@
-"""What the options of a run build: the arguments of networks and loss."""
+"""The rows of the results table, and what the options of a run build.
+
+A row is data: options that differ from the defaults, which are OMNet's. All rows go through the same networks with an index,
+the same loss, update and loop; what tells them apart is which critics there are and which of them an update asks
+(:class:`~omnet_torchrl.OMNetSACLoss`). Section 4.1 of https://arxiv.org/abs/2310.14009, figures 2 and 4, and the controls with
+LayerNorm that the paper lacks.
+"""
 
 from __future__ import annotations
 
+import difflib
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch.optim import Adam
+from torchrl.data import TensorSpec
+from torchrl.objectives import SoftUpdate
+
+from omnet_torchrl.builders import make_actor, make_qvalue
+from omnet_torchrl.ensembles import EnsembleMLP
 from omnet_torchrl.layers import MaskedMLP
+from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator
+from omnet_torchrl.objectives import OMNetSACLoss
+from omnet_torchrl.redrawn import RedrawnMLP
 from omnet_torchrl.training.options import NetworkConfig, TrainConfig
+from omnet_torchrl.training.update import SACUpdate
 from omnet_torchrl.units import UnitMaskedMLP
 
 # Target entropies that REDQ published for the paper's tasks, in nats.
 TARGET_ENTROPY = {"Hopper-v4": -1.0, "Walker2d-v4": -3.0, "Ant-v4": -4.0, "Humanoid-v4": -2.0}
+DROPOUT = 0.01  # for a task that table 1 does not have
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of the results table.
+
+    Args:
+        label (str): its name in figures.
+        options (dict): what differs from the defaults, nested as in :class:`~omnet_torchrl.training.options.TrainConfig`.
+        dropout (dict): task to the value of ``network.dropout=null``.
+        entropy_per_action (float or None): the target entropy is this times the action's dimensions. ``None``: REDQ's values.
+    """
+
+    label: str
+    options: dict[str, Any] = field(default_factory=dict)
+    dropout: dict[str, float] = field(default_factory=dict)
+    entropy_per_action: float | None = None
+
+
+def _separate(critics: int, layer_norm: bool = False, num_target_subnets: int | None = None, **options: Any) -> dict[str, Any]:
+    """Options of a row without masks: separate critics, all trained, and a dense actor."""
+    network = {"critic": "separate", "actor": "dense", "num_subnets": critics, "sparsity": 0.0, **options.pop("network", {})}
+    norms = {"critic_layer_norm": layer_norm, "actor_layer_norm": layer_norm}
+    loss = {"num_trained_subnets": None, "num_target_subnets": num_target_subnets}
+    return {"network": {**norms, **network}, "loss": loss, **options}
+
+
+_DROPOUT = {"dropout": None, "critic_layer_norm": True}  # Linear, Dropout, LayerNorm, ReLU
+_TABLE_1 = {
+    "droq": {"Hopper-v4": 0.001, "Walker2d-v4": 0.003, "Ant-v4": 0.01, "Humanoid-v4": 0.03},
+    "sin_droq": {"Hopper-v4": 0.001, "Walker2d-v4": 0.01, "Ant-v4": 0.1, "Humanoid-v4": 0.01},
+}
+
+ROWS = {
+    "omnet": Row("OMNet"),
+    "omnet_critic": Row("OMNet, critic only", {"network": {"actor": "dense"}}),
+    "omnet_infinity": Row("OMNet, masks redrawn", {"network": {"masks": "redrawn"}, "loss": {"replacement": True}}),
+    "sac": Row("SAC", _separate(2, utd_ratio=1, policy_update_delay=1)),
+    "sac_20": Row("SAC-20", _separate(2)),
+    "redq": Row("REDQ", _separate(10, num_target_subnets=2)),
+    "droq": Row("DroQ", _separate(2, network=_DROPOUT), _TABLE_1["droq"]),
+    "sr_sac": Row("SR-SAC", _separate(2, reset_interval=100_000), entropy_per_action=-0.5),
+    "sin_sac": Row("Sin-SAC", _separate(1)),
+    "sin_droq": Row("Sin-DroQ", _separate(1, network=_DROPOUT), _TABLE_1["sin_droq"]),
+    "sr_sin_sac": Row("SR-Sin-SAC", _separate(1, reset_interval=100_000), entropy_per_action=-0.5),
+    "redq_layer_norm": Row("REDQ + LayerNorm", _separate(10, True, num_target_subnets=2)),
+    "sac_20_layer_norm": Row("SAC-20 + LayerNorm", _separate(2, True)),
+    "sin_sac_layer_norm": Row("Sin-SAC + LayerNorm", _separate(1, True)),
+}
+
+
+@dataclass
+class Algorithm:
+    """What an update trains: its networks, the loss over them, and the update itself."""
+
+    actor: SubnetActor
+    qvalue: SubnetQValueOperator
+    loss: OMNetSACLoss
+    update: SACUpdate
+
+
+def build(
+    config: TrainConfig, observation_spec: TensorSpec, action_spec: TensorSpec, device: torch.device | str = "cpu"
+) -> Algorithm:
+    """The networks, loss and update that the options of a run describe, whatever the row.
+
+    Args:
+        config (TrainConfig): checked options, see :func:`~omnet_torchrl.training.config.to_config`.
+        observation_spec, action_spec (TensorSpec): of the environment.
+        device (torch.device or str): of everything built.
+    """
+    actor = make_actor(observation_spec, action_spec, **network_options(config, "actor"), device=device)
+    qvalue = make_qvalue(observation_spec, action_spec, **network_options(config, "critic"), device=device)
+    loss = OMNetSACLoss(actor, qvalue, **loss_options(config, action_spec.shape[-1]))
+    loss.make_value_estimator(gamma=config.loss.gamma)
+    critic_optim = Adam(qvalue.parameters(), lr=config.optim.lr)
+    actor_optim = Adam([*actor.parameters(), loss.log_alpha], lr=config.optim.lr)
+    target_updater = SoftUpdate(loss, tau=config.optim.tau)
+    return Algorithm(actor, qvalue, loss, SACUpdate(loss, critic_optim, actor_optim, target_updater, compile=config.compile))
+
+
+def row(name: str) -> Row:
+    """The row called ``name``; a ``ValueError`` names the closest."""
+    if name not in ROWS:
+        closest = ", ".join(difflib.get_close_matches(name, ROWS, n=3, cutoff=0))
+        raise ValueError(f"algorithm must be one of {', '.join(ROWS)}, got {name!r}; the closest are {closest}.")
+    return ROWS[name]
 
 
 def target_entropy(config: TrainConfig, action_dim: int) -> float:
     """The entropy that the temperature aims at, in nats."""
-    given = config.loss.target_entropy
-    return TARGET_ENTROPY.get(config.env, -float(action_dim)) if given is None else given
+    given, per_action = config.loss.target_entropy, row(config.algorithm).entropy_per_action
+    if given is not None:
+        return given
+    return TARGET_ENTROPY.get(config.env, -float(action_dim)) if per_action is None else per_action * action_dim
+
+
+def dropout(config: TrainConfig) -> float:
+    """The critic's dropout."""
+    given = config.network.dropout
+    return row(config.algorithm).dropout.get(config.env, DROPOUT) if given is None else given
 
 
 def network_sparsity(network: NetworkConfig) -> float | list[float]:
@@ -31,11 +146,28 @@ def network_sparsity(network: NetworkConfig) -> float | list[float]:
 def network_options(config: TrainConfig, role: str) -> dict[str, Any]:
     """The arguments of :func:`~omnet_torchrl.make_actor` (``role="actor"``) and ``make_qvalue`` (``"critic"``)."""
     network = config.network
-    weight = {"network_class": MaskedMLP, "mask_bias": network.mask_bias}
+    common = {"num_cells": network.num_cells, "layer_norm": getattr(network, f"{role}_layer_norm")}
+    if role == "critic" and dropout(config):
+        common["dropout"] = dropout(config)
+    if getattr(network, role) != "masked":
+        return {**common, "network_class": EnsembleMLP, "num_subnets": network.num_subnets if role == "critic" else 1}
+    sparsity: dict[str, Any] = {**common, "sparsity": network_sparsity(network)}
+    if network.masks == "redrawn":
+        return {**sparsity, "network_class": RedrawnMLP}
+    if network.masks == "unit":
+        return {**sparsity, "network_class": UnitMaskedMLP, "num_subnets": network.num_subnets}
+    masks = {"num_subnets": network.num_subnets, "mask_bias": network.mask_bias}
+    return {**sparsity, "network_class": MaskedMLP, **masks}
+
+
+def loss_options(config: TrainConfig, action_dim: int) -> dict[str, Any]:
+    """The arguments of :class:`~omnet_torchrl.OMNetSACLoss`: K, M and V of the row, and its temperature."""
+    redrawn = config.network.critic == "masked" and config.network.masks == "redrawn"
     return {
-        **(weight if network.masks == "weight" else {"network_class": UnitMaskedMLP}),
-        "num_subnets": network.num_subnets,
-        "sparsity": network_sparsity(network),
-        "num_cells": network.num_cells,
-        "layer_norm": getattr(network, f"{role}_layer_norm"),
+        "num_trained_subnets": config.loss.num_trained_subnets,
+        "num_target_subnets": config.loss.num_target_subnets,
+        "num_value_subnets": config.network.num_subnets if redrawn else None,
+        "replacement": config.loss.replacement,
+        "alpha_init": config.loss.alpha_init,
+        "target_entropy": target_entropy(config, action_dim),
     }

@@ -25,7 +25,7 @@ def evaluate_bias(
 
     Args:
         loss (OMNetSACLoss): its actor plays, with random actions; subnetwork ``e % N`` in environment ``e``. All subnetworks of
-            its critic are asked.
+            its critic are asked, without dropout.
         env (EnvBase): of batch size ``(episodes,)``, see :func:`~omnet_torchrl.training.environments.make_env`.
 
     Keyword Args:
@@ -38,7 +38,9 @@ def evaluate_bias(
     Returns:
         dict: of :func:`~omnet_torchrl.metrics.value_bias`, and ``bias/pairs``, how many counted.
     """
-    device = loss.log_alpha.device
+    device, critic = loss.log_alpha.device, loss.qvalue_network
+    training = critic.training
+    critic.eval()
     generator = torch.Generator(device).manual_seed(seed)
     env.set_seed(seed)
     state, records = env.reset(), []
@@ -61,6 +63,7 @@ def evaluate_bias(
     value, counted, after = data.pop("value"), data.pop("counted"), data.pop("after")
     returns = soft_returns(**data, alpha=loss.log_alpha.exp(), gamma=gamma, bootstrap=after)
     counted = counted[:, :first_steps]
+    critic.train(training)
     bias = value_bias(value[..., :first_steps][:, counted], returns[:, :first_steps][counted])
     return {**{name: float(number) for name, number in bias.items()}, "bias/pairs": float(counted.sum())}
 
@@ -72,5 +75,5 @@ def _act(loss: OMNetSACLoss, state: TensorDictBase, generator: torch.Generator) 
     action_dim = loss.actor_network.spec[loss.tensor_keys.action].shape[-1]
     noise = torch.randn(*state.batch_size, action_dim, generator=generator, device=device)
     action, log_prob = loss._act(loss.actor_network_params, state, subnet, noise)
-    every = torch.arange(loss.num_subnets, device=device)
+    every = torch.arange(loss.num_value_subnets, device=device)  # masks that are redrawn at each call are countless
     return action, loss._qvalue(loss.qvalue_network_params, state, action, every), log_prob

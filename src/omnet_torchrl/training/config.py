@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import ChoiceSweep, OverrideType
 from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from omnet_torchrl.training.algorithms import network_sparsity
+from omnet_torchrl.training.algorithms import ROWS, network_sparsity, row
 from omnet_torchrl.training.options import NetworkConfig, TrainConfig
 
 # What a resumed run may change: how long it lasts (total_frames may only grow), how it is watched and kept, and where it is
@@ -37,19 +37,22 @@ MAY_CHANGE = (
 # The ends as in mathematics; no range of floats holds nan or infinity. None is always inside.
 _RANGES = {
     "[1, inf)": "num_envs num_threads total_frames init_random_frames policy_update_delay buffer_size log_interval "
-    "network.num_subnets optim.batch_size eval.interval eval.episodes",
+    "reset_interval network.num_subnets optim.batch_size eval.interval eval.episodes",
     "[0, inf)": "checkpoint.interval",
     "[2, inf)": "checkpoint.keep",
     f"[0, {2**31})": "seed",
     "(0, inf)": "utd_ratio loss.alpha_init optim.lr",
     "[0, 1]": "loss.gamma",
+    "[0, 1)": "network.dropout",
     "(0, 1]": "optim.tau",
     "(-inf, inf)": "loss.target_entropy",
 }
 # Hydra's flags that are followed by a value.
 _FLAGS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p", "--info", "-i")
 _CHOICES = {
-    "network.masks": ("weight", "unit"),
+    "network.critic": ("masked", "separate"),
+    "network.actor": ("masked", "dense"),
+    "network.masks": ("weight", "unit", "redrawn"),
     "logger": ("csv", "tensorboard", "wandb"),
     "wandb.mode": ("offline", "online", "disabled"),
 }
@@ -65,6 +68,7 @@ def validate(config: TrainConfig) -> None:
     """Raise a ``ValueError`` if a value is of another type or out of its range, or if two values contradict each other."""
     typed = _typed(config)
     values = _leaves(typed)
+    row(typed.algorithm)
     for interval, names in _RANGES.items():
         for name in names.split():
             if values[name] is not None and not _inside(values[name], interval):
@@ -113,6 +117,10 @@ def check_overrides(arguments: Sequence[str]) -> None:
         key = override.key_or_group
         if override.type is OverrideType.CHANGE and re.split("[./]", key)[0] != "hydra" and key not in _OPTIONS:
             raise ValueError(_unknown(key))
+        if key == "algorithm":
+            value = override.value()
+            for name in value.list if isinstance(value, ChoiceSweep) else [value]:
+                row(str(name))
 
 
 def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]:
@@ -134,15 +142,20 @@ def load_config(path: str | Path) -> TrainConfig:
 
 
 def register() -> None:
-    """Offer :class:`TrainConfig` to Hydra's ``defaults`` lists, under the name ``train``."""
-    ConfigStore.instance().store(name="train", node=TrainConfig)
+    """Offer :class:`TrainConfig` to Hydra's ``defaults`` lists, named ``train``, and the rows as its group ``algorithm``."""
+    store = ConfigStore.instance()
+    store.store(name="train", node=TrainConfig)
+    for name, each in ROWS.items():
+        store.store(group="algorithm", name=name, node={"algorithm": name, **each.options}, package="_global_")
 
 
 def _check_network(network: NetworkConfig) -> None:
-    sparsity, layers = network.sparsity, len(network.num_cells) + (network.masks == "weight")
-    for name in ("mask_bias", "dense_input", "dense_output") if network.masks == "unit" else ():
+    sparsity, layers = network.sparsity, len(network.num_cells) + (network.masks != "unit")
+    unknown = {"unit": ("mask_bias", "dense_input", "dense_output"), "redrawn": ("mask_bias",)}.get(network.masks, ())
+    for name in unknown:
         if getattr(network, name):
-            raise ValueError(f"network.{name} must be false with network.masks=unit, got true: leave it out, or mask weights.")
+            advice = "leave it out, or mask weights"
+            raise ValueError(f"network.{name} must be false with network.masks={network.masks}, got true: {advice}.")
     if min(network.num_cells, default=0) < 1:
         raise ValueError(f"network.num_cells must be one or more numbers of at least 1, got {network.num_cells}.")
     for number in sparsity if isinstance(sparsity, list) else [sparsity]:
@@ -150,7 +163,7 @@ def _check_network(network: NetworkConfig) -> None:
             raise ValueError(f"network.sparsity must be a number in [0, 1), or a list of them, got {sparsity!r}.")
     dense = " and ".join(f"network.{name}=true" for name in ("dense_input", "dense_output") if getattr(network, name))
     if isinstance(sparsity, list) and len(sparsity) != layers:
-        of = "linear layers" if network.masks == "weight" else "hidden layers with network.masks=unit"
+        of = "linear layers" if network.masks != "unit" else "hidden layers with network.masks=unit"
         raise ValueError(f"network.sparsity must have one number for each of {layers} {of}, got {sparsity}.")
     if isinstance(sparsity, list) and dense:
         raise ValueError(f"network.sparsity must be one number with {dense}, got {sparsity}: write 0 in the list instead.")
@@ -162,9 +175,13 @@ def _check_loss(config: TrainConfig) -> None:
     limit = config.network.num_subnets
     for name in ("num_trained_subnets", "num_target_subnets"):
         count = getattr(config.loss, name)
-        if not 1 <= count <= limit:
+        if count is not None and not 1 <= count <= limit:
             advice = f"set loss.{name}={min(max(count, 1), limit)}" + (" or more subnets" if count > limit else "")
             raise ValueError(f"loss.{name} must be in [1, network.num_subnets={limit}], got {count}: {advice}.")
+    if config.network.masks == "redrawn" and not config.loss.replacement:
+        raise ValueError(
+            "loss.replacement must be true with network.masks=redrawn, whose masks are drawn one by one, got false."
+        )
 
 
 def _check_frames(config: TrainConfig) -> None:
@@ -192,13 +209,19 @@ def _typed(config: Any) -> TrainConfig:
     setup_globals()  # Hydra's resolvers, such as the one of ${now:...}
     given = config if isinstance(config, DictConfig) else OmegaConf.create(config)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), given)
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), _row_options(given), given)
         OmegaConf.copy_cache(from_config=given, to_config=merged)  # ${now:...} stays the time that Hydra's folder has
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except ConfigKeyError as error:
         raise ValueError(_unknown(str(error.full_key))) from error
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key or 'options'}: {str(error.msg).splitlines()[0]}") from error
+
+
+def _row_options(given: Any) -> dict[str, Any]:
+    """The options of the row that a nested config names, for those that it does not give."""
+    name = given.get("algorithm") if OmegaConf.is_dict(given) else None
+    return ROWS[name].options if isinstance(name, str) and name in ROWS else {}
 
 
 def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -14,12 +14,15 @@ from typing import Any
 class NetworkConfig:
     """The networks of critic and actor."""
 
-    num_subnets: int = 5  # N, subnetworks of the critic and of the actor
-    masks: str = "weight"  # weight: over each by itself; unit: over whole hidden units, a smaller network that is sliced out
+    num_subnets: int = 5  # N, subnetworks of the critic and of the actor; with masks=redrawn, how many stand for "all N"
+    critic: str = "masked"  # masked: one network under num_subnets masks; separate: num_subnets networks
+    actor: str = "masked"  # masked: as the critic; dense: one network without masks
+    masks: str = "weight"  # weight: over each by itself; unit: whole hidden units, sliced out; redrawn: anew at each call
     sparsity: Any = 0.5  # S, fraction of weights (units) masked out, in [0, 1): one number, or one per linear (hidden) layer
     num_cells: list[int] = field(default_factory=lambda: [256, 256])  # hidden units of each layer
     actor_layer_norm: bool = True  # Linear, LayerNorm, ReLU instead of Linear, ReLU, in the actor
     critic_layer_norm: bool = True  # the same in the critic
+    dropout: float | None = 0.0  # of the critic, before its LayerNorm, in [0, 1); None: the row's for the task (table 1)
     mask_bias: bool = False  # mask the biases as well
     dense_input: bool = False  # leave the input layer unmasked
     dense_output: bool = False  # leave the output layer unmasked
@@ -29,11 +32,11 @@ class NetworkConfig:
 class LossConfig:
     """Equations 4 and 5."""
 
-    num_trained_subnets: int = 1  # K, critic subnetworks that an update trains
-    num_target_subnets: int = 2  # M, target subnetworks of which the minimum is taken
+    num_trained_subnets: int | None = 1  # K, critic subnetworks that an update trains; None: all
+    num_target_subnets: int | None = 2  # M, target subnetworks of which the minimum is taken; None: all
     replacement: bool = False  # draw subnetworks with replacement
     gamma: float = 0.99  # discount per frame
-    target_entropy: float | None = None  # nats; None: REDQ's value for the paper's four tasks, -dim(action) elsewhere
+    target_entropy: float | None = None  # nats; None: the row's: REDQ's values for the paper's tasks, -dim(action) elsewhere
     alpha_init: float = 1.0  # temperature at the start
 
 
@@ -76,6 +79,7 @@ class WandbConfig:
 class TrainConfig:
     """One run."""
 
+    algorithm: str = "omnet"  # the row of the results table whose options these are, see algorithms.py
     env: str = "Hopper-v4"  # a gymnasium id with a flat Box observation and a bounded Box action
     num_envs: int = 1  # environments stepped together; a step of all is num_envs frames
     seed: int = 0  # of everything random in the run
@@ -86,6 +90,7 @@ class TrainConfig:
     init_random_frames: int = 5_000  # uniformly random actions at the start; no update before their end
     utd_ratio: float = 20  # critic updates per frame; a fraction is one update every so many frames
     policy_update_delay: int = 20  # critic updates per actor and temperature update
+    reset_interval: int | None = None  # frames after which networks and optimisers start anew; None: never
     buffer_size: int = 1_000_000  # transitions that are kept for replay
     network: NetworkConfig = field(default_factory=NetworkConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -97,5 +102,5 @@ class TrainConfig:
     log_interval: int = 100  # frames between rows of training metrics
     progress: bool = True  # show a progress bar
     stop_when_diverged: bool = True  # end the run when a loss is no longer finite
-    folder: str = "runs/${env}/seed${seed}/${now:%Y-%m-%d_%H-%M-%S}"  # of the run's files
+    folder: str = "runs/${env}/${algorithm}/seed${seed}/${now:%Y-%m-%d_%H-%M-%S}"  # of the run's files
     resume: str | None = None  # folder of the run to go on with; None: a new run

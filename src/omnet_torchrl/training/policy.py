@@ -41,7 +41,7 @@ def load_policy(folder: str | Path, subnet: int | None = None, *, device: torch.
         TypeError: ``subnet`` is not an int.
 
     Examples:
-        >>> policy = load_policy("runs/Hopper-v4/seed0/2026-01-31_12-00-00", subnet=3)  # doctest: +SKIP
+        >>> policy = load_policy("runs/Hopper-v4/omnet/seed0/2026-01-31_12-00-00", subnet=3)  # doctest: +SKIP
         >>> action = policy(TensorDict(observation=observation))["action"]  # doctest: +SKIP
     """
     where, run = resolve_device(str(device)), RunFolder.open(folder)

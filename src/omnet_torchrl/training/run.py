@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator
+from omnet_torchrl.training.algorithms import row
 from omnet_torchrl.training.checkpoint import Checkpointer
 from omnet_torchrl.training.config import differences, load_config, resolve_device, save_config, to_config
 from omnet_torchrl.training.environments import check_env
@@ -173,7 +174,7 @@ class Run:
 
 def schedule(config: TrainConfig) -> dict[str, Any]:
     """The keyword arguments of :class:`~omnet_torchrl.training.trainer.Trainer`."""
-    names = ("total_frames", "init_random_frames", "utd_ratio", "policy_update_delay", "seed", "log_interval")
+    names = ("total_frames", "init_random_frames", "utd_ratio", "policy_update_delay", "seed", "log_interval", "reset_interval")
     return {
         **{name: getattr(config, name) for name in (*names, "stop_when_diverged")},
         "batch_size": config.optim.batch_size,
@@ -187,11 +188,11 @@ def describe(config: TrainConfig, actor: SubnetActor, qvalue: SubnetQValueOperat
     network, sizes = config.network, {}
     for name, module in (("actor", actor), ("critic", qvalue)):
         weights = list(module.parameters())
-        shape = [weights[0].shape[1], *network.num_cells, weights[-1].shape[-1]]
+        shape = [weights[0].shape[-1], *network.num_cells, weights[-1].shape[-1]]
         total = sum(weight.numel() for weight in weights)
         sizes[name] = f"{' - '.join(map(str, shape))}, {total:,} parameters"
     action_dim = actor.spec[actor.action_key].shape[-1]
-    observation_dim = next(actor.parameters()).shape[1]
+    observation_dim = next(actor.parameters()).shape[-1]
     # Hidden units that a subnetwork computes with: all, or with unit masks those that it keeps.
     computed = qvalue.module.extract(0).num_cells
     count = partial(
@@ -201,17 +202,25 @@ def describe(config: TrainConfig, actor: SubnetActor, qvalue: SubnetQValueOperat
         policy_update_delay=config.policy_update_delay,
         batch_size=config.optim.batch_size,
     )
+    trained, target = config.loss.num_trained_subnets, config.loss.num_target_subnets
     flops = count(
         computed,
-        num_online=config.loss.num_trained_subnets,
-        num_target=config.loss.num_target_subnets,
+        num_online=network.num_subnets if trained is None else trained,
+        num_target=network.num_subnets if target is None else target,
         num_value=network.num_subnets,
     )
     redq = count(network.num_cells, num_online=10, num_target=2, num_value=10)
     kept = f", {' - '.join(map(str, computed))} hidden units" if network.masks == "unit" else ""
+    if network.critic == "masked":
+        number = "2^31, drawn at each call" if network.masks == "redrawn" else str(network.num_subnets)
+        subnets = f"{number}, {network.masks} masks of sparsity {network.sparsity}{kept}, in the critic"
+        subnets += " and the actor" if network.actor == "masked" else "; a dense actor"
+    else:
+        subnets = f"{network.num_subnets} separate critics, one actor"
     return {
+        "algorithm": row(config.algorithm).label,
         **sizes,
-        "subnets": f"{network.num_subnets} in each, {network.masks} masks of sparsity {network.sparsity}{kept}",
+        "subnets": subnets,
         "frames": f"{config.total_frames:,}, of them {config.init_random_frames:,} random; {config.num_envs} environment(s)",
         "updates": f"{config.utd_ratio:g} per frame, actor every {config.policy_update_delay}, batch {config.optim.batch_size}",
         "training FLOPs": f"{flops / 1e6:.1f} M per update, {flops / redq:.0%} of REDQ's with 10 critics (dense count)",

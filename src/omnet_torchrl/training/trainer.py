@@ -66,7 +66,9 @@ class Trainer:
         total_frames, init_random_frames, utd_ratio, policy_update_delay, batch_size: the schedule, in frames and updates as in
             :class:`~omnet_torchrl.training.options.TrainConfig`; so are ``log_interval``, ``eval_interval``,
             ``checkpoint_interval`` and ``stop_when_diverged``.
-        seed (int): of exploration, replay and draws.
+        seed (int): of exploration, replay, draws and resets.
+        reset_interval (int or None): frames between resets of the networks and all that is learned (SR-SAC, "Sample-Efficient
+            Reinforcement Learning by Breaking the Replay Ratio Barrier", D'Oro et al., 2023). ``None`` (default): never.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Trainer:
         policy_update_delay: int,
         batch_size: int,
         seed: int,
+        reset_interval: int | None = None,
         log_interval: int = 100,
         eval_interval: int = 5_000,
         checkpoint_interval: int = 10_000,
@@ -93,6 +96,7 @@ class Trainer:
         self.checkpointer, self.reporter = checkpointer, reporter
         self.total_frames, self.init_random_frames = total_frames, init_random_frames
         self.utd_ratio, self.policy_update_delay, self.batch_size = utd_ratio, policy_update_delay, batch_size
+        self.reset_interval, self.seed = reset_interval, seed
         self.log_interval, self.eval_interval, self.checkpoint_interval = log_interval, eval_interval, checkpoint_interval
         self.stop_when_diverged = stop_when_diverged
         self.frames = self.updates = 0
@@ -184,6 +188,7 @@ class Trainer:
                 collected = iter(self.collector)
                 while self.frames < self.total_frames and not self._stop:
                     before = self.frames
+                    self._reset_networks()
                     batch = self._collect(collected)
                     metrics = self._train(before)
                     self.elapsed = time.perf_counter() - start
@@ -197,6 +202,14 @@ class Trainer:
         if self._stop:
             return "interrupted"
         return "diverged" if self._diverged else "finished"
+
+    def _reset_networks(self) -> None:
+        # Of a frame that is evaluated and saved before: a run that goes on from there resets as this one does.
+        interval = self.reset_interval
+        if interval and self.frames and _crosses(interval, self.frames - self.collector.frames_per_batch, self.frames):
+            with GlobalNumbers(self.seed * 2**32 + self.frames, self.update.device):
+                self.update.reset()
+            self._log({"train/reset": 1.0})
 
     def _collect(self, collected: Iterator[TensorDictBase]) -> TensorDictBase:
         with self._timed("collect"), self._exploration:
