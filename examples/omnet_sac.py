@@ -24,7 +24,7 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.objectives import SoftUpdate
 
 from omnet_torchrl import OMNetSACLoss, SubnetPrimer, make_actor, make_qvalue
-from omnet_torchrl.training import Run, SACUpdate, Trainer, describe, evaluate, make_env, schedule
+from omnet_torchrl.training import Run, SACUpdate, Trainer, describe, make_env, make_evaluation, schedule
 from omnet_torchrl.training.algorithms import loss_options, network_options
 from omnet_torchrl.training.config import check_overrides, register
 
@@ -35,8 +35,7 @@ def main(cfg: DictConfig) -> float:
     config, device = run.config, run.device
     torch.manual_seed(config.seed)
 
-    env = make_env(config.env, num_envs=config.num_envs, seed=config.seed)
-    eval_env = make_env(config.env, num_envs=config.eval.episodes)
+    env = make_env(config.env, num_envs=config.num_envs, seed=config.seed, observation_offset=config.observation_offset)
 
     # One network and N masks, for the critic and for the actor (section 3.1).
     actor = make_actor(env.observation_spec, env.action_spec, **network_options(config, "actor"), device=device)
@@ -70,7 +69,7 @@ def main(cfg: DictConfig) -> float:
         collector,
         buffer,
         update,
-        lambda frames: evaluate(actor, eval_env, seed=config.seed + 1_000_000 + frames),
+        make_evaluation(config, actor, loss),
         run.checkpointer,
         run,
         **schedule(config),

@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from omnet_torchrl.ensembles import EnsembleLinear
 from omnet_torchrl.layers import MaskedLinear
 from omnet_torchrl.masks import random_bits
 from omnet_torchrl.redrawn import RedrawnLinear
-from omnet_torchrl.training import Trainer, evaluate, make_env, schedule
+from omnet_torchrl.training import Trainer, make_env, make_evaluation, schedule
 from omnet_torchrl.training.algorithms import ROWS, build, dropout, network_options, network_sparsity, row, target_entropy
 from omnet_torchrl.training.checkpoint import Checkpointer
 from omnet_torchrl.training.config import to_config
@@ -235,8 +234,7 @@ def compose(path, options, diary):
     """The trainer of some options, as examples/omnet_sac.py composes it."""
     config = to_config(options)
     torch.manual_seed(config.seed)
-    env = make_env(config.env, num_envs=config.num_envs, seed=config.seed)
-    eval_env = make_env(config.env, num_envs=config.eval.episodes)
+    env = make_env(config.env, num_envs=config.num_envs, seed=config.seed, observation_offset=config.observation_offset)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         algorithm = build(config, env.observation_spec, env.action_spec)
@@ -253,13 +251,12 @@ def compose(path, options, diary):
         track_traj_ids=False,
     )
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames))
-    assess = partial(evaluate, algorithm.actor, eval_env)
-    evaluation = lambda frames: assess(seed=config.seed + 1_000_000 + frames)  # noqa: E731
+    evaluation = make_evaluation(config, algorithm.actor, algorithm.loss)
     return Trainer(collector, buffer, algorithm.update, evaluation, Checkpointer(path), diary, **schedule(config))
 
 
-def session(path, name, rows, stop=10**9):
-    trainer = compose(path, options_of(name), Stopping(rows, stop))
+def session(path, name, rows, stop=10**9, **options):
+    trainer = compose(path, options_of(name, **options), Stopping(rows, stop))
     torch.manual_seed(stop)  # whatever else the process does
     if not trainer.resume():
         rows.clear()
@@ -279,6 +276,17 @@ def test_a_killed_run_of_a_row_goes_on_as_if_it_had_not_been(name, tmp_path):
     assert len(rows) > 50
     resets = [frames for frames, name, _ in rows if name == "train/reset"]
     assert resets == ([30] if name.startswith("sr_") else [])
+
+
+def test_a_killed_run_with_noise_and_bias_goes_on_as_if_it_had_not_been(tmp_path):
+    rows, parts = [], []
+    more = {"observation_offset": 0.3, "eval": {"interval": 20, "episodes": 2, "bias_episodes": 2}}
+    session(tmp_path / "whole", "droq", rows, **more)
+    for stop in (37, 10**9):
+        session(tmp_path / "parts", "droq", parts, stop, **more)
+    assert untimed(parts) == untimed(rows)
+    assert differing(result(tmp_path / "parts"), result(tmp_path / "whole")) == []
+    assert [frames for frames, name, _ in rows if name == "bias/mean"] == [20, 40, 60]
 
 
 @pytest.mark.parametrize("name", ["omnet", "droq"])

@@ -4,10 +4,10 @@ Needs the extra ``train``: ``pip install "omnet-torchrl[train]"``.
 """
 
 from omnet_torchrl.training.environments import make_env
-from omnet_torchrl.training.evaluation import evaluate
+from omnet_torchrl.training.evaluation import evaluate, make_evaluation
 from omnet_torchrl.training.policy import load_policy
 from omnet_torchrl.training.run import Run, describe, schedule
 from omnet_torchrl.training.trainer import Trainer
 from omnet_torchrl.training.update import SACUpdate
 
-__all__ = ["Run", "SACUpdate", "Trainer", "describe", "evaluate", "load_policy", "make_env", "schedule"]
+__all__ = ["Run", "SACUpdate", "Trainer", "describe", "evaluate", "load_policy", "make_env", "make_evaluation", "schedule"]

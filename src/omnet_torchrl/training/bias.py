@@ -9,6 +9,7 @@ from torchrl.envs import EnvBase
 
 from omnet_torchrl.metrics import soft_returns, value_bias
 from omnet_torchrl.objectives import OMNetSACLoss
+from omnet_torchrl.training.environments import seed_env
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def evaluate_bias(
     training = critic.training
     critic.eval()
     generator = torch.Generator(device).manual_seed(seed)
-    env.set_seed(seed)
+    seed_env(env, seed)
     state, records = env.reset(), []
     playing = torch.ones(env.batch_size.numel(), dtype=torch.bool, device=device)
     while playing.any():

@@ -38,7 +38,7 @@ MAY_CHANGE = (
 _RANGES = {
     "[1, inf)": "num_envs num_threads total_frames init_random_frames policy_update_delay buffer_size log_interval "
     "reset_interval network.num_subnets optim.batch_size eval.interval eval.episodes",
-    "[0, inf)": "checkpoint.interval",
+    "[0, inf)": "checkpoint.interval eval.bias_episodes observation_offset",
     "[2, inf)": "checkpoint.keep",
     f"[0, {2**31})": "seed",
     "(0, inf)": "utd_ratio loss.alpha_init optim.lr",

@@ -27,6 +27,8 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
+from omnet_torchrl.transforms import EpisodePrimer, ObservationOffset
+
 
 class ReplayError(RuntimeError):
     """An episode, played again, came out differently."""
@@ -112,7 +114,13 @@ def check_env(name: str) -> None:
             raise ValueError(f"the {kind} of env must be {expected}, got {space} from {name!r}: {advice}.")
 
 
-def make_env(name: str, *transforms: Transform, num_envs: int | None = None, seed: int | None = None) -> EnvBase:
+def make_env(
+    name: str,
+    *transforms: Transform,
+    num_envs: int | None = None,
+    seed: int | None = None,
+    observation_offset: float = 0.0,
+) -> EnvBase:
     """A gymnasium environment for training or evaluation, its episodes summed and counted.
 
     Args:
@@ -123,6 +131,7 @@ def make_env(name: str, *transforms: Transform, num_envs: int | None = None, see
         num_envs (int or None): this many, stepped one after the other in this process, as one environment of batch size
             ``(num_envs,)``. ``None`` (default): a single one, without batch size.
         seed (int or None): of the environment's random numbers.
+        observation_offset (float): scale of an :class:`~omnet_torchrl.ObservationOffset`; 0 (default): none.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's tasks are the -v4 ones
@@ -136,10 +145,21 @@ def make_env(name: str, *transforms: Transform, num_envs: int | None = None, see
             # The only mode of gymnasium's vector environments in which TorchRL sees each environment's own last observation.
             mode = gymnasium.vector.AutoresetMode.DISABLED
             base = gymnasium.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
-    env = TransformedEnv(GymWrapper(base), Compose(DoubleToFloat(), InitTracker(), RewardSum(), StepCounter(), *transforms))
+    offset = [ObservationOffset(observation_offset, generator=seed)] if observation_offset else []
+    common = (DoubleToFloat(), *offset, InitTracker(), RewardSum(), StepCounter())
+    env = TransformedEnv(GymWrapper(base), Compose(*common, *transforms))
     if seed is not None:
         env.set_seed(seed)
     return env
+
+
+def seed_env(env: EnvBase, seed: int) -> None:
+    """Seed an environment and what its transforms draw: an evaluation is then a function of its seed."""
+    env.set_seed(seed)
+    transforms = env.transform if isinstance(env, TransformedEnv) else ()
+    for transform in transforms if isinstance(transforms, Compose) else [transforms]:
+        if isinstance(transform, EpisodePrimer):
+            transform.generator.manual_seed(seed)
 
 
 def recorders(env: EnvBase) -> list[EpisodeRecorder]:

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from omnet_torchrl.modules import SubnetActor
+from omnet_torchrl.objectives import OMNetSACLoss
+from omnet_torchrl.training.bias import evaluate_bias
+from omnet_torchrl.training.environments import make_env, seed_env
+from omnet_torchrl.training.options import TrainConfig
+
+
+def make_evaluation(config: TrainConfig, actor: SubnetActor, loss: OMNetSACLoss) -> Callable[[int], dict[str, float]]:
+    """A run's evaluation, a function of the number of frames: returns and, where the options ask for it, the value bias.
+
+    The same frames give the same start states, in every run of the seed.
+    """
+    options = {"observation_offset": config.observation_offset}
+    env = make_env(config.env, num_envs=config.eval.episodes, **options)
+    bias_env = make_env(config.env, num_envs=config.eval.bias_episodes, **options) if config.eval.bias_episodes else None
+
+    def evaluation(frames: int) -> dict[str, float]:
+        seed = config.seed + 1_000_000 + frames
+        metrics = evaluate(actor, env, seed=seed)
+        return metrics if bias_env is None else metrics | evaluate_bias(loss, bias_env, gamma=config.loss.gamma, seed=seed)
+
+    return evaluation
 
 
 @torch.no_grad()
@@ -25,7 +48,7 @@ def evaluate(actor: SubnetActor, env: EnvBase, *, seed: int | None = None) -> di
         played.
     """
     if seed is not None:
-        env.set_seed(seed)
+        seed_env(env, seed)
     device = next(actor.parameters()).device
     episodes = env.batch_size.numel()
     subnet = torch.arange(episodes) % actor.num_subnets

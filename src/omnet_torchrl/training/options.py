@@ -55,6 +55,7 @@ class EvalConfig:
 
     interval: int = 5_000  # frames between evaluations
     episodes: int = 10  # episodes per evaluation
+    bias_episodes: int = 0  # episodes with random actions per evaluation, for the value bias (figure 4); 0: it is not measured
 
 
 @dataclass
@@ -82,6 +83,7 @@ class TrainConfig:
     algorithm: str = "omnet"  # the row of the results table whose options these are, see algorithms.py
     env: str = "Hopper-v4"  # a gymnasium id with a flat Box observation and a bounded Box action
     num_envs: int = 1  # environments stepped together; a step of all is num_envs frames
+    observation_offset: float = 0.0  # scale of the constant noise on the observations of an episode (section 4.4)
     seed: int = 0  # of everything random in the run
     device: str = "auto"  # cpu, cuda or cuda:1; auto: cuda where there is one
     compile: bool = True  # compile the update (Inductor; on a GPU in a CUDA graph)
