@@ -22,9 +22,20 @@ from omnet_torchrl.layers import MaskedLinear
 from omnet_torchrl.masks import random_bits
 from omnet_torchrl.redrawn import RedrawnLinear
 from omnet_torchrl.training import Trainer, make_env, make_evaluation, schedule
-from omnet_torchrl.training.algorithms import ROWS, build, dropout, network_options, network_sparsity, row, target_entropy
+from omnet_torchrl.training import evaluation as evaluation_module
+from omnet_torchrl.training.algorithms import (
+    ROWS,
+    build,
+    dropout,
+    network_options,
+    network_sparsity,
+    row,
+    target_entropy,
+    training_flops,
+)
 from omnet_torchrl.training.checkpoint import Checkpointer
 from omnet_torchrl.training.config import to_config
+from omnet_torchrl.training.maze import read_trajectories
 from omnet_torchrl.training.options import LossConfig, NetworkConfig, TrainConfig
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "omnet_sac.py"
@@ -90,6 +101,23 @@ def test_a_row_is_what_its_paper_says(name):
         assert dropout(of_task) == rate
     rest = (config.optim.lr, config.optim.batch_size, config.optim.tau, config.loss.gamma, config.init_random_frames)
     assert rest == (3e-4, 256, 0.005, 0.99, 5_000)
+
+
+@pytest.mark.parametrize(
+    ("name", "hopper", "humanoid"),
+    [
+        ("redq", 1213.3, 2911.9),
+        ("sac_20", 332.4, 799.0),
+        ("droq", 332.4, 799.0),
+        ("sin_sac", 186.8, 449.7),
+        ("omnet", 236.5, 569.0),
+    ],
+)
+def test_the_flops_of_a_row_are_those_of_the_papers_convention(name, hopper, humanoid):
+    config = to_config({"algorithm": name})
+    assert training_flops(config, 11, 3) / 1e6 == pytest.approx(hopper, abs=0.05)
+    assert training_flops(config, 376, 17) / 1e6 == pytest.approx(humanoid, abs=0.05)
+    assert training_flops(config, 376, 17, exact=True) < training_flops(config, 376, 17)
 
 
 def test_what_is_given_goes_before_the_row_and_the_row_before_the_defaults():
@@ -287,6 +315,21 @@ def test_a_killed_run_with_noise_and_bias_goes_on_as_if_it_had_not_been(tmp_path
     assert untimed(parts) == untimed(rows)
     assert differing(result(tmp_path / "parts"), result(tmp_path / "whole")) == []
     assert [frames for frames, name, _ in rows if name == "bias/mean"] == [20, 40, 60]
+
+
+def test_a_killed_run_in_the_maze_goes_on_and_its_subnetworks_ways_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation_module, "FIGURE_7", (10, 30))
+    rows, parts = [], []
+    more = {"env": "Maze2D", "eval": {"interval": 10, "episodes": 2}}
+    session(tmp_path / "whole", "omnet", rows, **more, folder=str(tmp_path / "whole"))
+    for stop in (37, 52, 10**9):
+        session(tmp_path / "parts", "omnet", parts, stop, **more, folder=str(tmp_path / "parts"))
+    assert untimed(parts) == untimed(rows)
+    assert differing(result(tmp_path / "parts"), result(tmp_path / "whole")) == []
+    ways = [read_trajectories(tmp_path / name / "trajectories.csv") for name in ("whole", "parts")]
+    assert list(ways[0][0]) == [10, 30]
+    assert ways[0][0][30].shape == (5, 51, 2)
+    assert all(torch.equal(ways[0][0][updates], ways[1][0][updates]) for updates in (10, 30))
 
 
 @pytest.mark.parametrize("name", ["omnet", "droq"])

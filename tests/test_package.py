@@ -52,7 +52,7 @@ TRAINING = {
     "maze": {"plots"},
     "bias": {"environments"},
     "environments": set(),
-    "evaluation": {"bias", "environments", "options"},
+    "evaluation": {"bias", "environments", "maze", "options"},
     "compiled": set(),
     "adam": {"compiled"},
     "update": {"adam", "compiled"},

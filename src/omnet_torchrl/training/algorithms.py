@@ -9,6 +9,7 @@ LayerNorm that the paper lacks.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from torchrl.objectives import SoftUpdate
 from omnet_torchrl.builders import make_actor, make_qvalue
 from omnet_torchrl.ensembles import EnsembleMLP
 from omnet_torchrl.layers import MaskedMLP
+from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator
 from omnet_torchrl.objectives import OMNetSACLoss
 from omnet_torchrl.redrawn import RedrawnMLP
@@ -131,6 +133,38 @@ def dropout(config: TrainConfig) -> float:
     """The critic's dropout."""
     given = config.network.dropout
     return row(config.algorithm).dropout.get(config.env, DROPOUT) if given is None else given
+
+
+def training_flops(
+    config: TrainConfig,
+    observation_dim: int,
+    action_dim: int,
+    num_cells: Sequence[int] | None = None,
+    *,
+    exact: bool = False,
+) -> float:
+    """Training FLOPs of one critic update and its share of the actor's, see :func:`~omnet_torchrl.metrics.sac_flops`.
+
+    Args:
+        config (TrainConfig): the run's options.
+        observation_dim, action_dim (int): sizes of observation and action.
+        num_cells (sequence of int or None): hidden units that a subnetwork computes with. ``None``: all.
+
+    Keyword Args:
+        exact (bool): as PyTorch computes it, instead of the paper's convention. Defaults to ``False``.
+    """
+    loss, number = config.loss, config.network.num_subnets
+    return sac_flops(
+        observation_dim,
+        action_dim,
+        config.network.num_cells if num_cells is None else num_cells,
+        num_online=number if loss.num_trained_subnets is None else loss.num_trained_subnets,
+        num_target=number if loss.num_target_subnets is None else loss.num_target_subnets,
+        num_value=number,
+        policy_update_delay=config.policy_update_delay,
+        batch_size=config.optim.batch_size,
+        exact=exact,
+    )
 
 
 def network_sparsity(network: NetworkConfig) -> float | list[float]:

@@ -27,7 +27,10 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
+from omnet_torchrl.envs import Maze2DEnv
 from omnet_torchrl.transforms import EpisodePrimer, ObservationOffset
+
+MAZE = "Maze2D"  # Maze2DEnv; every other name is gymnasium's
 
 
 class ReplayError(RuntimeError):
@@ -93,8 +96,10 @@ class EpisodeRecorder(gymnasium.Wrapper):
 
 def check_env(name: str) -> None:
     """Make the environment once; raise a ``ValueError`` if it is unknown, lacks a package, or its spaces are not supported."""
+    if name == MAZE:
+        return
     if ":" not in name and name not in gymnasium.registry:
-        closest = ", ".join(difflib.get_close_matches(name, list(gymnasium.registry), n=3, cutoff=0))
+        closest = ", ".join(difflib.get_close_matches(name, [MAZE, *gymnasium.registry], n=3, cutoff=0))
         raise ValueError(f"env must be a gymnasium id with its version, got {name!r}; the closest are {closest}.")
     try:
         with warnings.catch_warnings():
@@ -121,10 +126,10 @@ def make_env(
     seed: int | None = None,
     observation_offset: float = 0.0,
 ) -> EnvBase:
-    """A gymnasium environment for training or evaluation, its episodes summed and counted.
+    """An environment for training or evaluation, its episodes summed and counted.
 
     Args:
-        name (str): gymnasium id.
+        name (str): gymnasium id, or ``Maze2D`` for :class:`~omnet_torchrl.Maze2DEnv`.
         *transforms (Transform): appended, e.g. a :class:`~omnet_torchrl.SubnetPrimer`.
 
     Keyword Args:
@@ -133,24 +138,25 @@ def make_env(
         seed (int or None): of the environment's random numbers.
         observation_offset (float): scale of an :class:`~omnet_torchrl.ObservationOffset`; 0 (default): none.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's tasks are the -v4 ones
-
-        def make() -> gymnasium.Env:
-            return EpisodeRecorder(gymnasium.make(name))
-
-        if num_envs is None:
-            base: Any = make()
-        else:
-            # The only mode of gymnasium's vector environments in which TorchRL sees each environment's own last observation.
-            mode = gymnasium.vector.AutoresetMode.DISABLED
-            base = gymnasium.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
+    base = Maze2DEnv(() if num_envs is None else num_envs) if name == MAZE else GymWrapper(_make_gymnasium(name, num_envs))
     offset = [ObservationOffset(observation_offset, generator=seed)] if observation_offset else []
     common = (DoubleToFloat(), *offset, InitTracker(), RewardSum(), StepCounter())
-    env = TransformedEnv(GymWrapper(base), Compose(*common, *transforms))
+    env = TransformedEnv(base, Compose(*common, *transforms))
     if seed is not None:
         env.set_seed(seed)
     return env
+
+
+def _make_gymnasium(name: str, num_envs: int | None) -> Any:
+    def make() -> gymnasium.Env:
+        return EpisodeRecorder(gymnasium.make(name))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's tasks are the -v4 ones
+        if num_envs is None:
+            return make()
+        # The only mode of gymnasium's vector environments in which TorchRL sees each environment's own last observation.
+        return gymnasium.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)
 
 
 def seed_env(env: EnvBase, seed: int) -> None:
@@ -162,9 +168,11 @@ def seed_env(env: EnvBase, seed: int) -> None:
             transform.generator.manual_seed(seed)
 
 
-def recorders(env: EnvBase) -> list[EpisodeRecorder]:
-    """The recorders of an environment of :func:`make_env`, one per environment in the batch."""
+def recorders(env: EnvBase) -> list[EpisodeRecorder | Maze2DEnv]:
+    """What brings the episodes of an environment of :func:`make_env` back: one per environment, or the whole maze."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
+    if isinstance(env, Maze2DEnv):
+        return [env]
     base: Any = env._env
     return list(getattr(base, "envs", [base]))

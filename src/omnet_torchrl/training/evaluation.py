@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 from torchrl.envs import EnvBase
@@ -11,22 +13,30 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from omnet_torchrl.modules import SubnetActor
 from omnet_torchrl.objectives import OMNetSACLoss
 from omnet_torchrl.training.bias import evaluate_bias
-from omnet_torchrl.training.environments import make_env, seed_env
+from omnet_torchrl.training.environments import MAZE, make_env, seed_env
+from omnet_torchrl.training.maze import subnet_trajectories, write_trajectories
 from omnet_torchrl.training.options import TrainConfig
+
+# Frames after the random ones: with one policy update per frame, the paper's gradient steps of the policy.
+FIGURE_7 = (500, 4_800, 5_000, 6_000, 30_000)
 
 
 def make_evaluation(config: TrainConfig, actor: SubnetActor, loss: OMNetSACLoss) -> Callable[[int], dict[str, float]]:
     """A run's evaluation, a function of the number of frames: returns and, where the options ask for it, the value bias.
 
-    The same frames give the same start states, in every run of the seed.
+    The same frames give the same start states, in every run of the seed. In the maze, ``trajectories.csv`` in the run's folder
+    gets the ways of the actor's subnetworks at the frames of figure 7.
     """
-    options = {"observation_offset": config.observation_offset}
-    env = make_env(config.env, num_envs=config.eval.episodes, **options)
-    bias_env = make_env(config.env, num_envs=config.eval.bias_episodes, **options) if config.eval.bias_episodes else None
+    make = partial(make_env, config.env, observation_offset=config.observation_offset)
+    env = make(num_envs=config.eval.episodes)
+    bias_env = make(num_envs=config.eval.bias_episodes) if config.eval.bias_episodes else None
 
     def evaluation(frames: int) -> dict[str, float]:
-        seed = config.seed + 1_000_000 + frames
+        seed, policy_updates = config.seed + 1_000_000 + frames, frames - config.init_random_frames
         metrics = evaluate(actor, env, seed=seed)
+        if config.env == MAZE and policy_updates in FIGURE_7:
+            ways = Path(config.folder) / "trajectories.csv"
+            write_trajectories(ways, config.seed, policy_updates, subnet_trajectories(actor))
         return metrics if bias_env is None else metrics | evaluate_bias(loss, bias_env, gamma=config.loss.gamma, seed=seed)
 
     return evaluation

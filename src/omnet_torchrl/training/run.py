@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator
-from omnet_torchrl.training.algorithms import row
+from omnet_torchrl.training.algorithms import row, training_flops
 from omnet_torchrl.training.checkpoint import Checkpointer
 from omnet_torchrl.training.config import differences, load_config, resolve_device, save_config, to_config
 from omnet_torchrl.training.environments import check_env
@@ -54,6 +53,7 @@ class Run:
         self.device = resolve_device(self.config.device)
         if not self.resumed:
             self.folder = RunFolder.create(self.config.folder)
+            self.config.folder = str(self.folder.path)
         save_config(self.config, self.folder.config_path)
         if self.config.num_threads is not None:
             torch.set_num_threads(self.config.num_threads)
@@ -195,21 +195,16 @@ def describe(config: TrainConfig, actor: SubnetActor, qvalue: SubnetQValueOperat
     observation_dim = next(actor.parameters()).shape[-1]
     # Hidden units that a subnetwork computes with: all, or with unit masks those that it keeps.
     computed = qvalue.module.extract(0).num_cells
-    count = partial(
-        sac_flops,
+    flops = training_flops(config, observation_dim, action_dim, computed)
+    redq = sac_flops(
         observation_dim,
         action_dim,
+        network.num_cells,
+        num_online=10,
+        num_value=10,
         policy_update_delay=config.policy_update_delay,
         batch_size=config.optim.batch_size,
     )
-    trained, target = config.loss.num_trained_subnets, config.loss.num_target_subnets
-    flops = count(
-        computed,
-        num_online=network.num_subnets if trained is None else trained,
-        num_target=network.num_subnets if target is None else target,
-        num_value=network.num_subnets,
-    )
-    redq = count(network.num_cells, num_online=10, num_target=2, num_value=10)
     kept = f", {' - '.join(map(str, computed))} hidden units" if network.masks == "unit" else ""
     if network.critic == "masked":
         number = "2^31, drawn at each call" if network.masks == "redrawn" else str(network.num_subnets)

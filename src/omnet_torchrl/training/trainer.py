@@ -170,7 +170,7 @@ class Trainer:
             "writer": dict(self.buffer.writer.state_dict()),
             "transforms": dict(collector["env_state_dict"]),
             "carrier": self.collector._carrier.cpu().to_dict(),
-            "episodes": [recorder.state_dict() for recorder in recorders(self.collector.env)],
+            "episodes": [dict(recorder.state_dict()) for recorder in recorders(self.collector.env)],
             "random": {
                 "exploration": self._exploration.state_dict(),
                 "draws": self._draws.get_state(),
