@@ -1,0 +1,207 @@
+"""The paper's experiments as data: which rows, with which options, on which tasks, by how many seeds, for how many frames.
+
+Figures and table of https://arxiv.org/abs/2310.14009. An experiment is a set of cells, a cell is one run; a cell that two
+experiments share is run once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omnet_torchrl.training.algorithms import ROWS
+
+TASKS = ("Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of a figure: an algorithm, and what differs from it.
+
+    Args:
+        name (str): of its folder.
+        label (str): in figures.
+        algorithm (str): see :mod:`omnet_torchrl.training.algorithms`.
+        options (tuple): dotted name and value of each option that differs.
+    """
+
+    name: str
+    label: str
+    algorithm: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def overrides(self, task: str, seed: int, frames: int) -> list[str]:
+        """Arguments of examples/omnet_sac.py."""
+        own = [f"{name}={value}" for name, value in self.options]
+        return [f"algorithm={self.algorithm}", f"env={task}", f"seed={seed}", f"total_frames={frames}", *own]
+
+    def nested(self) -> dict[str, Any]:
+        """Its algorithm and options as :func:`~omnet_torchrl.training.config.to_config` takes them."""
+        options: dict[str, Any] = {"algorithm": self.algorithm}
+        for name, value in self.options:
+            *groups, leaf = name.split(".")
+            node = options
+            for group in groups:
+                node = node.setdefault(group, {})
+            node[leaf] = value
+        return options
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a variant on a task with a seed, for so many frames."""
+
+    variant: Variant
+    task: str
+    seed: int
+    frames: int
+
+    @property
+    def path(self) -> Path:
+        """Of its folder, below the results'."""
+        return Path(self.task, self.variant.name, f"seed{self.seed}")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A figure or table.
+
+    Args:
+        title (str): what it shows.
+        variants (tuple): its rows.
+        tasks (tuple): gymnasium ids. Defaults to the paper's four.
+        seeds (int): of each row and task, 0 to this less one.
+        frames (int): of each run.
+    """
+
+    title: str
+    variants: tuple[Variant, ...]
+    tasks: tuple[str, ...] = TASKS
+    seeds: int = 10
+    frames: int = 300_000
+
+    def cells(self) -> list[Cell]:
+        """Its cells; those of the first seeds come first, so that a part of them is a smaller experiment."""
+        return [
+            Cell(variant, task, seed, self.frames)
+            for seed in range(self.seeds)
+            for task in self.tasks
+            for variant in self.variants
+        ]
+
+
+def _rows(*names: str) -> tuple[Variant, ...]:
+    return tuple(Variant(name, ROWS[name].label, name) for name in names)
+
+
+def _sweep(algorithm: str, label: str, *changes: tuple[tuple[str, Any], ...]) -> tuple[Variant, ...]:
+    """Variants of a row: each change is one option or several that go together; the first one is in the name."""
+    variants = []
+    for change in changes:
+        name, value = change[0]
+        short = name.split(".")[-1]
+        variants.append(Variant(f"{algorithm}-{short}-{value}", label.format(value), algorithm, change))
+    return tuple(variants)
+
+
+def _dropouts(algorithm: str, *rates: float) -> tuple[Variant, ...]:
+    return _sweep(algorithm, f"{ROWS[algorithm].label}, dropout {{}}", *((("network.dropout", rate),) for rate in rates))
+
+
+# The paper gives the scales of figure 8 and the sparsities of figure 9a in pictures only: these are ours.
+_OFFSETS = (0.05, 0.1, 0.2, 0.4)
+_SPARSITIES = (0.1, 0.3, 0.7, 0.9)
+_DROQ, _SIN_DROQ = _dropouts("droq", 0.001, 0.003, 0.01, 0.03, 0.1), _dropouts("sin_droq", 0.001, 0.01, 0.1)
+_FIG2A = _rows("sac", "sac_20", "redq", "droq", "sr_sac", "omnet")
+_FIG2B = _rows("sin_sac", "sin_droq", "sr_sin_sac", "omnet")
+_CONTROLS = _rows("redq_layer_norm", "sac_20_layer_norm", "sin_sac_layer_norm", "omnet_critic")
+
+
+def _maze(title: str, seeds: int = 10) -> Experiment:
+    options = (("init_random_frames", 1_000), ("eval.interval", 100), ("eval.bias_episodes", 0))
+    variants = (Variant("omnet", "OMNet", "omnet", options), Variant("omnet_critic", "a dense actor", "omnet_critic", options))
+    return Experiment(title, variants, tasks=("Maze2D",), seeds=seeds, frames=31_000)
+
+
+EXPERIMENTS = {
+    "fig2a": Experiment("Return of the methods", _FIG2A),
+    "fig2b": Experiment("Return of the methods with a single critic", _FIG2B),
+    "fig3": Experiment("Score against training FLOPs", tuple(dict.fromkeys((*_FIG2A, *_FIG2B, *_DROQ)))),
+    "fig4": Experiment("Value bias", _rows("sin_sac", "sin_droq", "sac_20", "redq", "droq", "omnet"), tasks=("Humanoid-v4",)),
+    "fig5": _maze("Return in the maze, with an OMNet critic in both"),
+    "fig6": _maze("Where an agent has been, from the first step of its policy on"),
+    "fig7": _maze("The ways of the actor's subnetworks", seeds=3),
+    "fig8": Experiment(
+        "Return under a constant noise on the observations",
+        _rows("redq", "omnet")
+        + tuple(
+            variant
+            for name in ("redq", "omnet")
+            for variant in _sweep(name, ROWS[name].label + ", noise {}", *((("observation_offset", s),) for s in _OFFSETS))
+        ),
+        tasks=("Humanoid-v4",),
+    ),
+    "fig9a": Experiment(
+        "Sparsity", _rows("omnet") + _sweep("omnet", "sparsity {}", *((("network.sparsity", s),) for s in _SPARSITIES))
+    ),
+    "fig9b": Experiment(
+        "Number of subnetworks",
+        _rows("omnet", "omnet_infinity") + _sweep("omnet", "N {}", *((("network.num_subnets", n),) for n in (2, 4, 8))),
+    ),
+    "fig10": Experiment("Dropout rates of DroQ", _DROQ),
+    "fig11": Experiment("Dropout rates of Sin-DroQ", _SIN_DROQ),
+    "table1": Experiment("The best dropout rate of each task", _DROQ + _SIN_DROQ),
+    "controls": Experiment("Masks or LayerNorm?", (*_rows("omnet", "redq", "sac_20", "sin_sac"), *_CONTROLS)),
+}
+
+
+def known(names: Iterable[str], among: Sequence[str], what: str) -> list[str]:
+    """The names, each of them one of ``among``; a ``ValueError`` lists those that are."""
+    chosen = list(names)
+    for name in chosen:
+        if name not in among:
+            closest = difflib.get_close_matches(name, among, n=1, cutoff=0)
+            raise ValueError(f"unknown {what} {name!r}; known are {', '.join(among)}; did you mean {''.join(closest)}?")
+    return chosen
+
+
+def select(
+    experiments: Iterable[str],
+    rows: Iterable[str] | None = None,
+    tasks: Iterable[str] | None = None,
+    seeds: Iterable[int] | None = None,
+    frames: int | None = None,
+) -> list[Cell]:
+    """The cells of some experiments, each once, within a smaller (or larger) budget.
+
+    Args:
+        experiments (iterable of str): names; ``all`` are all of them.
+        rows, tasks, seeds (iterable or None): only these. ``None``: all.
+        frames (int or None): of each run. ``None``: as the paper.
+
+    Raises:
+        ValueError: an unknown name, or nothing that is left.
+    """
+    names = known(experiments, [*EXPERIMENTS, "all"], "experiment")
+    chosen = [EXPERIMENTS[name] for name in (EXPERIMENTS if "all" in names else names)]
+    variants = list(dict.fromkeys(variant.name for each in chosen for variant in each.variants))
+    wanted_rows = None if rows is None else known(rows, variants, "row")
+    wanted_tasks = None if tasks is None else known(tasks, list(dict.fromkeys(t for e in chosen for t in e.tasks)), "task")
+    wanted_seeds = None if seeds is None else set(seeds)
+    cells = {}
+    for cell in (cell for each in chosen for cell in each.cells()):
+        if wanted_rows is not None and cell.variant.name not in wanted_rows:
+            continue
+        if wanted_tasks is not None and cell.task not in wanted_tasks:
+            continue
+        if wanted_seeds is not None and cell.seed not in wanted_seeds:
+            continue
+        cells.setdefault(cell.path, Cell(cell.variant, cell.task, cell.seed, cell.frames if frames is None else frames))
+    if not cells:
+        raise ValueError(
+            f"no cell is left: seeds are 0 to {max(each.seeds for each in chosen) - 1}, got {sorted(seeds or [])}."
+        )
+    return list(cells.values())

@@ -1,0 +1,157 @@
+"""How long cells take here: seconds per frame of each row and task, measured once and kept in ``rates.csv``.
+
+A frame before the first update costs less than one after it; both are measured, in a short run of the example, alone on the
+machine's share that a job gets. Several jobs at once share memory and caches too: what they take is longer, never shorter.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from experiments import Cell
+
+from omnet_torchrl.training.logging import read_metrics
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "omnet_sac.py"
+COLUMNS = ("machine", "device", "threads", "row", "task", "random_seconds", "seconds", "update_seconds", "frames", "date")
+INIT, FRAMES = 500, 60  # of a measurement: random frames, then frames with updates
+
+
+class Rate(NamedTuple):
+    """Seconds per random frame, per frame with updates, and per update in such a frame, everything of it included."""
+
+    random: float
+    training: float
+    update: float
+
+    def seconds(self, cell: Cell, done: int = 0, init: int = 5_000) -> float:
+        """What is left of a cell."""
+        return self.random * max(0, init - done) + self.training * max(0, cell.frames - max(done, init))
+
+
+class Rates:
+    """The rates of this machine that are known.
+
+    Args:
+        path (Path): a CSV file with ``COLUMNS``, of any number of machines.
+        device (str): cpu or a GPU.
+        threads (int): CPU threads of a job.
+    """
+
+    def __init__(self, path: Path, device: str, threads: int):
+        self.path, self.device, self.threads = path, device, threads
+        self.key = (machine(device), str(threads))
+        self._known: dict[tuple[str, str], Rate] = {}
+        if path.exists():
+            with path.open() as file:
+                for line in csv.DictReader(file):
+                    if (line["machine"], line["threads"]) == self.key:
+                        numbers = (float(line[name]) for name in ("random_seconds", "seconds", "update_seconds"))
+                        self._known[line["row"], line["task"]] = Rate(*numbers)
+
+    def get(self, cell: Cell) -> Rate | None:
+        """Of a cell's row and task; ``None`` where it is not known."""
+        return self._known.get((cell.variant.name, cell.task))
+
+    def add(self, cell: Cell, rate: Rate) -> None:
+        """Keep a rate, in the file too."""
+        self._known[cell.variant.name, cell.task] = rate
+        new = not self.path.exists()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if new:
+                writer.writerow(COLUMNS)
+            name, threads = self.key
+            numbers = (f"{number:.6g}" for number in rate)
+            when = datetime.now().astimezone().date().isoformat()
+            writer.writerow([name, self.device, threads, cell.variant.name, cell.task, *numbers, FRAMES, when])
+
+
+def machine(device: str) -> str:
+    """The GPU, or the CPU and its cores."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def measure(cell: Cell, device: str, threads: int) -> Rate:
+    """Of a short run, compiled as a long one is."""
+    with tempfile.TemporaryDirectory() as folder:
+        frames = [f"total_frames={INIT + FRAMES}", f"init_random_frames={INIT}", "eval.interval=1000000", "eval.episodes=1"]
+        frames += ["checkpoint.interval=0", "log_interval=20", "progress=false", f"folder={folder}/run"]
+        machine_share = [f"device={device}", f"num_threads={threads}"]
+        arguments = [*cell.variant.overrides(cell.task, cell.seed, INIT + FRAMES), *frames, *machine_share]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run([sys.executable, str(EXAMPLE), *arguments], capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise ValueError(f"{cell.path} can't be measured: {done.stderr.strip().splitlines()[-1]}")
+        return of_metrics(Path(folder, "run", "metrics.csv"), INIT)
+
+
+def of_metrics(path: Path, init: int) -> Rate:
+    """The rates of a run that has just been through its random frames, from the logged frames and updates per second."""
+    metrics = read_metrics(path)
+    frames, per_second = metrics["time/frames_per_second"]
+    seconds = [frame / rate for frame, rate in zip(frames, per_second, strict=True)]
+    updates = [rate * now for rate, now in zip(metrics["time/updates_per_second"][1], seconds, strict=True)]
+    training = (seconds[-1] - seconds[0]) / (frames[-1] - frames[0])
+    random = max(0.0, seconds[0] - training * (frames[0] - init)) / init
+    return Rate(random, training, (seconds[-1] - seconds[0]) / (updates[-1] - updates[0]))
+
+
+def forecast(
+    cells: Sequence[Cell],
+    done: Callable[[Cell], int],
+    rates: Rates,
+    jobs: int,
+    measure: Callable[[Cell, str, int], Rate] | None = None,
+) -> str:
+    """A Markdown table of how long some cells take, ``jobs`` at a time: evaluation, compiling and saving left out.
+
+    Args:
+        cells (sequence of Cell): what is missing.
+        done (callable): frames that a cell has already.
+        rates (Rates): what is known.
+        jobs (int): cells at a time.
+        measure (callable or None): measures a rate that is not known; ``None``: it is said to be unknown.
+    """
+    groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.task, cell.variant.name].append(cell)
+    lines = ["| task | row | cells | seconds per frame | ms per update | hours |", "|---|---|---|---|---|---|"]
+    total, unknown = 0.0, 0
+    for (task, row), group in sorted(groups.items()):
+        rate = rates.get(group[0])
+        if rate is None and measure is not None:
+            print(f"measuring {row} on {task} ...", flush=True)
+            rate = measure(group[0], rates.device, rates.threads)
+            rates.add(group[0], rate)
+        if rate is None:
+            unknown += len(group)
+            lines.append(f"| {task} | {row} | {len(group)} | not measured | | |")
+            continue
+        hours = sum(rate.seconds(cell, done(cell)) for cell in group) / 3600
+        total += hours
+        lines.append(f"| {task} | {row} | {len(group)} | {rate.training:.4f} | {1000 * rate.update:.2f} | {hours:.1f} |")
+    missing = f", and {unknown} cells whose rate is not known" if unknown else ""
+    lines.append(
+        f"\n{total:.1f} hours of runs, {total / jobs:.1f} hours with {jobs} at a time{missing}. Measured on {rates.key[0]}, "
+        f"{rates.threads} thread(s) each, one run at a time; evaluation, compiling and saving are left out."
+    )
+    return "\n".join(lines)

@@ -1,0 +1,262 @@
+"""benchmarks/learning: which cells there are, and that a runner makes each once, whatever interrupts it."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import rates
+from experiments import EXPERIMENTS, TASKS, Cell, Variant, select
+from rates import Rate, Rates
+
+from omnet_torchrl.training.config import check_overrides, to_config
+from omnet_torchrl.training.logging import read_metrics
+
+LEARNING = Path(__file__).parent.parent / "benchmarks" / "learning"
+SMALL = [
+    *("network.num_cells=[8,8]", "optim.batch_size=8", "compile=false", "init_random_frames=20", "utd_ratio=1"),
+    *("policy_update_delay=1", "eval.interval=50", "eval.episodes=1", "eval.bias_episodes=1", "checkpoint.interval=10"),
+]
+
+
+def load(name):
+    """A module of benchmarks/learning whose name benchmarks/speed has too."""
+    spec = importlib.util.spec_from_file_location(f"learning_{name}", LEARNING / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+run = load("run")
+
+
+# The cells
+
+
+def test_the_papers_experiments_have_the_papers_size():
+    sizes = {"fig2a": 6 * 4 * 10, "fig2b": 4 * 4 * 10, "fig4": 6 * 10, "fig10": 5 * 4 * 10, "fig11": 3 * 4 * 10}
+    assert {name: len(EXPERIMENTS[name].cells()) for name in sizes} == sizes
+    assert {cell.frames for cell in select(["all"])} == {300_000, 31_000}  # and the maze
+    assert len(EXPERIMENTS["table1"].cells()) == 8 * 4 * 10
+
+
+def test_every_cell_is_a_valid_run_and_has_a_folder_of_its_own():
+    cells = select(["all"], seeds=[0])
+    assert len({cell.path for cell in cells}) == len(cells)
+    for cell in cells:
+        overrides = cell.variant.overrides(cell.task, 3, 30_000)
+        check_overrides(overrides)
+        config = to_config({**cell.variant.nested(), "env": cell.task, "total_frames": cell.frames})
+        assert config.algorithm == cell.variant.algorithm
+    names = {cell.variant.name: cell.variant.label for cell in cells}
+    assert {"omnet", "redq", "droq-dropout-0.003", "omnet-num_subnets-2", "redq-observation_offset-0.1"} <= set(names)
+    assert len(set(names.values())) == len(names)
+
+
+def test_a_cell_of_several_experiments_is_there_once_and_the_first_seeds_come_first():
+    cells = select(["fig2a", "fig2b", "fig3"], tasks=["Hopper-v4"], rows=["omnet", "sac"], seeds=range(2), frames=30_000)
+    assert [str(cell.path) for cell in cells] == [
+        "Hopper-v4/sac/seed0",
+        "Hopper-v4/omnet/seed0",
+        "Hopper-v4/sac/seed1",
+        "Hopper-v4/omnet/seed1",
+    ]
+    assert {cell.frames for cell in cells} == {30_000}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"experiments": ["fig2"]}, r"unknown experiment 'fig2'; known are fig2a, .*, all; did you mean fig2"),
+        ({"experiments": ["fig2a"], "rows": ["redQ"]}, "unknown row 'redQ'; known are sac, sac_20, redq, .*mean redq"),
+        ({"experiments": ["fig4"], "tasks": ["Hopper-v4"]}, "unknown task 'Hopper-v4'; known are Humanoid-v4"),
+        ({"experiments": ["fig2a"], "seeds": [10]}, r"no cell is left: seeds are 0 to 9, got \[10\]"),
+    ],
+)
+def test_an_unknown_name_lists_the_known_ones(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        select(**arguments)
+
+
+# The runner
+
+
+def cell(seed=0, frames=60):
+    variant = Variant("sac", "SAC", "sac", tuple(option.split("=", 1) for option in SMALL))
+    return Cell(variant, "InvertedPendulum-v4", seed, frames)
+
+
+def rows(root, cell):
+    metrics = read_metrics(root / cell.path / "metrics.csv")
+    return {name: series for name, series in metrics.items() if not name.startswith("time/")}
+
+
+def runner(root, jobs=2):
+    return run.Runner(root, jobs, "cpu")
+
+
+def test_missing_cells_are_run_side_by_side_and_those_that_are_done_are_left_alone(tmp_path, capsys):
+    cells = [cell(seed) for seed in range(2)]
+    outcomes = runner(tmp_path).run(cells)
+    assert outcomes == {"finished at 60 frames": 2}
+    assert all(run.is_done(each, tmp_path) for each in cells)
+    assert not run.is_done(cell(0, 90), tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.csv")}
+    assert runner(tmp_path).run(cells) == {"done before": 2}
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.csv")} == before
+
+    # More frames go on from there, and are those of a run in one go.
+    assert runner(tmp_path).run([cell(0, 90)]) == {"finished at 90 frames": 1}
+    info = json.loads((tmp_path / cells[0].path / "run.json").read_text())
+    assert [session["frames"] for session in info["sessions"]] == [0, 60]
+    assert "bias/mean" in rows(tmp_path, cell())
+
+
+@pytest.mark.slow
+def test_an_interrupted_runner_saves_and_goes_on(tmp_path):
+    arguments = [
+        "fig2a",
+        "--rows",
+        "sac",
+        "--tasks",
+        "Hopper-v4",
+        "--seeds",
+        "1",
+        "--frames",
+        "3000",
+        "--folder",
+        str(tmp_path),
+    ]
+    arguments += [part for option in SMALL for part in ("--option", option)]
+    command = [sys.executable, str(LEARNING / "run.py"), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    folder = tmp_path / "Hopper-v4" / "sac" / "seed0"
+    while not list(folder.glob("checkpoints/checkpoint_*.json")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert "interrupted" in said, said
+    frames = run.state(folder)["frames"]
+    assert run.state(folder)["status"] == "interrupted"
+    assert 0 < frames < 3000
+    listed = subprocess.run([*command, "--commands"], capture_output=True, text=True, check=True).stdout
+    assert f"resume={folder}" in listed
+    # With fewer frames than the run was begun with, it is done where it has them.
+    fewer = [str(frames // 2) if part == "3000" else part for part in command]
+    assert "0 missing" in subprocess.run(fewer, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_failed_run_is_said(tmp_path, capsys):
+    variant = Variant("broken", "broken", "sac", (*cell().variant.options, ("num_subnets", 3)))
+    (failed,) = runner(tmp_path, 1).run([Cell(variant, "InvertedPendulum-v4", 0, 60)])
+    assert failed.startswith("failed (exit status 1, see ")
+    assert "unknown option 'num_subnets'" in (tmp_path / "InvertedPendulum-v4" / "broken" / "seed0.log").read_text()
+
+
+def test_a_diverged_run_is_done(tmp_path):
+    folder = tmp_path / cell().path
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"status": "diverged", "frames": 7}))
+    assert run.is_done(cell(), tmp_path)
+
+
+def test_a_folder_that_was_left_half_made_is_made_anew_and_a_damaged_one_is_named(tmp_path):
+    folder = tmp_path / cell().path
+    (folder / "checkpoints").mkdir(parents=True)
+    (tmp_path / cell(1).path).mkdir(parents=True)
+    (tmp_path / cell(1).path / "metrics.csv").write_text("frames,seconds,name,value\n")
+    (tmp_path / cell(1).path / "run.json").write_text("{")
+    outcomes = runner(tmp_path).run([cell(), cell(1)])
+    assert outcomes["finished at 60 frames"] == 1
+    assert f"failed (there is no run.json that can be read in {tmp_path / cell(1).path}: move it away)" in outcomes
+
+
+# Its lock
+
+
+def test_a_cell_that_another_runner_has_is_left_to_it_and_a_dead_ones_lock_is_taken_over(tmp_path):
+    held = run.lock(cell(), tmp_path)
+    assert run.lock(cell(), tmp_path) is None
+    assert runner(tmp_path).run([cell()]) == {"left to another runner": 1}
+    assert not (tmp_path / cell().path).exists()
+    held.close()
+    assert (tmp_path / cell().path).with_suffix(".lock").exists()
+    with run.lock(cell(), tmp_path) as again:
+        assert again is not None
+
+
+def test_a_run_that_outlives_its_runner_keeps_its_cell(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(LEARNING)!r}); sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+        "import os, subprocess, test_learning as t; from pathlib import Path; "
+        f"held = t.run.lock(t.cell(), Path({str(tmp_path)!r})); "
+        "child = subprocess.Popen(['sleep', '100'], pass_fds=(held.fileno(),)); print(child.pid, flush=True); "
+        "os.kill(os.getpid(), 9)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())
+        process.stdout.close()
+        assert process.wait() == -signal.SIGKILL
+    try:
+        assert run.lock(cell(), tmp_path) is None
+    finally:
+        os.kill(child, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while (held := run.lock(cell(), tmp_path)) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    held.close()
+
+
+# How long it takes
+
+
+def test_rates_are_kept_for_this_machine_and_its_share(tmp_path):
+    path, rate = tmp_path / "rates.csv", Rate(0.001, 0.1, 0.005)
+    Rates(path, "cpu", 2).add(cell(), rate)
+    assert Rates(path, "cpu", 2).get(cell()) == rate
+    assert Rates(path, "cpu", 1).get(cell()) is None
+    Rates(path, "cpu", 1).add(cell(), Rate(0.002, 0.2, 0.01))
+    assert Rates(path, "cpu", 2).get(cell()) == rate
+    assert path.read_text().count("machine") == 1
+
+
+def test_a_forecast_counts_what_is_left_and_names_what_it_does_not_know(tmp_path):
+    known = Rates(tmp_path / "rates.csv", "cpu", 1)
+    known.add(cell(), Rate(0.01, 3.6, 0.18))
+    other = Cell(EXPERIMENTS["fig2a"].variants[-1], TASKS[0], 0, 30_000)
+    text = rates.forecast([cell(0, 6_000), cell(1, 6_000), other], lambda each: 5_500 * (1 - each.seed), known, 2)
+    # 500 frames of the first one and 1,000 and 5,000 random ones of the second.
+    assert "| InvertedPendulum-v4 | sac | 2 | 3.6000 | 180.00 | 1.5 |" in text
+    assert "| Hopper-v4 | omnet | 1 | not measured | | |" in text
+    assert "1.5 hours of runs, 0.8 hours with 2 at a time, and 1 cells whose rate is not known" in text
+    measured = rates.forecast([other], lambda _: 0, known, 1, lambda *_: Rate(0.0, 0.36, 0.018))
+    assert "| Hopper-v4 | omnet | 1 | 0.3600 | 18.00 | 2.5 |" in measured
+    assert known.get(other).training == 0.36
+
+
+def test_the_rates_of_a_run_are_its_clocks(tmp_path):
+    path = tmp_path / "metrics.csv"
+    lines = ["frames,seconds,name,value"]
+    for frames, updates, seconds in ((520, 400, 3.0), (540, 800, 5.0), (560, 1200, 7.0)):
+        lines += [f"{frames},0.0,time/frames_per_second,{frames / seconds}"]
+        lines += [f"{frames},0.0,time/updates_per_second,{updates / seconds}"]
+    path.write_text("\n".join(lines) + "\n")
+    rate = rates.of_metrics(path, 500)
+    assert rate == pytest.approx((0.002, 0.1, 0.005))
+
+
+@pytest.mark.slow
+def test_a_rate_is_measured_with_the_examples_own_clock(monkeypatch):
+    monkeypatch.setattr(rates, "INIT", 100)
+    monkeypatch.setattr(rates, "FRAMES", 60)
+    options = tuple(option.split("=", 1) for option in SMALL if option.split(".")[0] in ("network", "compile=false", "optim"))
+    rate = rates.measure(Cell(Variant("sac", "SAC", "sac", options), "InvertedPendulum-v4", 0, 60), "cpu", 1)
+    assert 0 <= rate.random < rate.training < 10
+    assert rate.update == pytest.approx(rate.training)
