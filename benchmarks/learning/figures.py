@@ -1,0 +1,190 @@
+"""The figures of the report, from runs and reference curves; nothing global of matplotlib is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from experiments import Variant
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from records import Record
+from scores import Interval, common_curve, mean_interval
+
+from omnet_torchrl.training.terminal import count
+
+Runs = Mapping[str, Mapping[str, Sequence[Record]]]  # variant's name, task: a run for each seed
+References = Mapping[str, Mapping[str, Sequence[tuple[Sequence[int], Sequence[float]]]]]  # label, task: curves
+COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f")
+AXES = {"frames": "frames", "hours": "wall-clock hours", "flops": "training PFLOPs (exact count)"}
+
+
+def colours(variants: Sequence[Variant]) -> dict[str, str]:
+    """A colour for each row, the same in every panel; OMNet's is red."""
+    first = sorted(variants, key=lambda variant: variant.name != "omnet")
+    return {variant.name: COLOURS[i % len(COLOURS)] for i, variant in enumerate(first)}
+
+
+def curves(
+    path: Path,
+    title: str,
+    variants: Sequence[Variant],
+    tasks: Sequence[str],
+    runs: Runs,
+    end: int,
+    *,
+    axes: Sequence[str] = ("frames", "hours", "flops"),
+    metric: str = "eval/return",
+    label: str = "evaluation return",
+    references: References | None = None,
+) -> Path:
+    """A metric of each row: a column per task, and below each other against frames, wall-clock and FLOPs.
+
+    Lines are means over the seeds, up to the last frame that every run has; shaded is Student's 95 % interval, cut where it
+    leaves the panel. A cross ends a run that has diverged. Reference curves are dashed means, against frames alone.
+    """
+    figure = Figure(figsize=(4.2 * len(tasks) + 0.4, 3.1 * len(axes) + 1.2), dpi=120, layout="constrained")
+    grid = figure.subplots(len(axes), len(tasks), squeeze=False)
+    colour = colours(variants)
+    for row, axis in zip(grid, axes, strict=True):
+        for panel, task in zip(row, tasks, strict=True):
+            for variant in variants:
+                records = runs.get(variant.name, {}).get(task, [])
+                _line(panel, records, metric, axis, end, colour[variant.name], f"{variant.label} ({{}})")
+            if axis == "frames":
+                _reference(panel, references or {}, task, end)
+                panel.set_xlim(0, end)
+                panel.xaxis.set_major_formatter(FuncFormatter(lambda frames, _: count(frames)))
+                panel.set_title(task)
+            panel.set_xlabel(AXES[axis])
+            _dress(panel)
+            _limit(panel)
+        row[0].set_ylabel(label)
+    _legend(figure, grid)
+    figure.suptitle(title)
+    return _save(figure, path)
+
+
+def bias(path: Path, title: str, panels: Sequence[Sequence[Variant]], task: str, runs: Runs, end: int) -> Path:
+    """Value bias against frames, rows that overestimate apart from the others (figure 4)."""
+    figure = Figure(figsize=(5 * len(panels), 4), dpi=120, layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False)
+    colour = colours([variant for variants in panels for variant in variants])
+    for i, (panel, variants) in enumerate(zip(grid[0], panels, strict=True)):
+        for variant in variants:
+            records = [r for r in runs.get(variant.name, {}).get(task, []) if "bias/mean" in r.metrics]
+            _line(panel, records, "bias/mean", "frames", end, colour[variant.name], f"{variant.label} ({{}})")
+        panel.axhline(0, color="0.3", linewidth=0.8)
+        panel.set(xlabel="frames", xlim=(0, end), title=f"({'abc'[i]}) {task}")
+        panel.set_yscale("symlog", linthresh=100) if i == 0 else None
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda frames, _: count(frames)))
+        _dress(panel)
+        if panel.lines[1:]:
+            panel.legend(fontsize=8, frameon=False)
+    grid[0][0].set_ylabel("value bias, Q - Monte-Carlo return")
+    figure.suptitle(title)
+    return _save(figure, path)
+
+
+def scatter(path: Path, title: str, points: Mapping[str, tuple[float, float]], dots: Sequence[str] = ()) -> Path:
+    """Score against FLOPs (figure 3): a point per row; ``dots`` are the dropout rates of DroQ, green and small."""
+    figure = Figure(figsize=(6.4, 4.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for i, (name, (flops, score)) in enumerate(sorted(points.items(), key=lambda item: item[1])):
+        small = name in dots
+        colour = "tab:green" if small else COLOURS[0] if name == "OMNet" else COLOURS[1 + i % 9]
+        axes.plot(flops, score, "o", color=colour, markersize=5 if small else 9)
+        axes.annotate(name, (flops, score), (6, 4), textcoords="offset points", fontsize=7 if small else 9)
+    axes.set(xlabel="training FLOPs of an update, relative to REDQ (paper's convention)", ylabel="score", title=title)
+    axes.title.set_fontsize(10)
+    axes.margins(0.15)
+    _dress(axes)
+    return _save(figure, path)
+
+
+def against(path: Path, title: str, lines: Mapping[str, Mapping[float, Interval]], x: str, y: str) -> Path:
+    """Means with intervals against a number (figures 8 and 9)."""
+    figure = Figure(figsize=(5.6, 4.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for i, (name, values) in enumerate(sorted(lines.items(), key=lambda item: item[0] != "OMNet")):
+        at = sorted(values)
+        each = np.asarray([values[value] for value in at])
+        known = np.isfinite(each[:, 1])
+        axes.plot(at, each[:, 0], "o-", color=COLOURS[i], label=name)
+        bars = np.abs(each[known, 1:].T - each[known, 0])
+        axes.errorbar(np.asarray(at)[known], each[known, 0], bars, color=COLOURS[i], capsize=3, linestyle="")
+    axes.set(xlabel=x, ylabel=y, title=title)
+    axes.title.set_fontsize(10)
+    if axes.lines:
+        axes.legend(fontsize=8, frameon=False)
+    _dress(axes)
+    return _save(figure, path)
+
+
+def _line(panel: Axes, records: Sequence[Record], metric: str, axis: str, end: int, colour: str, label: str) -> None:
+    records = [record for record in records if metric in record.metrics]
+    for record in records:
+        if record.status == "diverged" and record.frames < end:
+            frames, values = record.curve(metric, end)
+            panel.plot(_place([record], np.asarray(frames[-1:]), axis), values[-1:], "x", color=colour, markersize=8)
+    going = [record for record in records if record.status != "diverged"] or records
+    frames, values = common_curve([record.curve(metric, end) for record in going])
+    if not len(frames):
+        return
+    intervals = np.asarray([mean_interval(column) for column in values.T])
+    at = _place(going, frames, axis)
+    seeds = f"{len(records)} seed" + "s" * (len(records) > 1)
+    panel.plot(at, intervals[:, 0], color=colour, linewidth=1.8, label=label.format(seeds))
+    panel.fill_between(at, intervals[:, 1], intervals[:, 2], color=colour, alpha=0.15, linewidth=0)
+
+
+def _place(records: Sequence[Record], frames: np.ndarray, axis: str) -> np.ndarray:
+    if axis == "hours":
+        return np.mean([record.hours(frames) for record in records], 0)
+    return records[0].flops(frames) / 1e15 if axis == "flops" else frames
+
+
+def _reference(panel: Axes, references: References, task: str, end: int) -> None:
+    for i, (label, tasks) in enumerate(references.items()):
+        frames, values = common_curve([_until(curve, end) for curve in tasks.get(task, [])])
+        if len(frames):
+            panel.plot(frames, values.mean(0), "--", color=f"{0.15 + 0.18 * (i % 4)}", linewidth=1.2, label=label)
+
+
+def _until(curve: tuple[Sequence[int], Sequence[float]], end: int) -> tuple[list[int], list[float]]:
+    pairs = [(frame, value) for frame, value in zip(*curve, strict=True) if frame <= end]
+    return [frame for frame, _ in pairs], [value for _, value in pairs]
+
+
+def _limit(panel: Axes) -> None:
+    """Fit the lines: the interval of a few seeds may be many times as wide, and is cut."""
+    values = [np.asarray(line.get_ydata(), dtype=float) for line in panel.lines]
+    if values:
+        low, high = min(each.min() for each in values), max(each.max() for each in values)
+        panel.set_ylim(min(low, 0) - 0.1 * (high - min(low, 0)), high + 0.4 * (high - min(low, 0)) + 1e-9)
+
+
+def _dress(axes: Axes) -> None:
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    if axes.get_xscale() == "linear":
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def _legend(figure: Figure, grid: Any) -> None:
+    found = {}
+    for panel in grid[0]:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", metadata={"Software": None})
+    return path

@@ -1,0 +1,117 @@
+"""The runs that there are: found by their ``metrics.csv``, told apart by their options, read from raw data alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from experiments import Cell, Variant
+from scores import final_score
+
+from omnet_torchrl.training.algorithms import training_flops
+from omnet_torchrl.training.config import differences, load_config, to_config
+from omnet_torchrl.training.logging import read_metrics
+from omnet_torchrl.training.options import TrainConfig
+from omnet_torchrl.training.run_folder import RunFolder
+
+SIZES = {"Hopper-v4": (11, 3), "Walker2d-v4": (17, 6), "Ant-v4": (27, 8), "Humanoid-v4": (376, 17), "Maze2D": (2, 2)}
+Series = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass
+class Record:
+    """One run.
+
+    Attributes:
+        path (Path): its folder.
+        config (TrainConfig): its options.
+        status (str): finished, running, interrupted, diverged or failed.
+        metrics (dict): name to frames and values.
+    """
+
+    path: Path
+    config: TrainConfig
+    status: str
+    metrics: dict[str, tuple[list[int], list[float]]]
+
+    @property
+    def frames(self) -> int:
+        """Of the last evaluation."""
+        frames, _ = self.metrics.get("eval/return", ([0], []))
+        return frames[-1]
+
+    def curve(self, name: str, end: int) -> tuple[list[int], list[float]]:
+        """A metric up to a number of frames."""
+        frames, values = self.metrics.get(name, ([], []))
+        count = sum(frame <= end for frame in frames)
+        return frames[:count], values[:count]
+
+    def score(self, total: int) -> float:
+        """The mean return at the end of ``total`` frames; a run that diverged before keeps its last evaluation."""
+        frames, returns = self.curve("eval/return", total)
+        if self.status == "diverged" and self.frames < total:
+            return returns[-1] if returns else float("nan")
+        return final_score(frames, returns, total) if self.frames >= total else float("nan")
+
+    def hours(self, frames: np.ndarray) -> np.ndarray:
+        """Wall-clock hours at some frames, resumes included, from the logged frames per second."""
+        if "time/frames_per_second" not in self.metrics:  # a run that ended before its first update was logged
+            return np.full(len(frames), np.nan)
+        at, per_second = (np.asarray(series, dtype=float) for series in self.metrics["time/frames_per_second"])
+        return np.interp(frames, [0, *at], [0, *(at / per_second / 3600)])
+
+    def flops(self, frames: np.ndarray, exact: bool = True) -> np.ndarray:
+        """Training FLOPs at some frames."""
+        each = training_flops(self.config, *SIZES[self.config.env], exact=exact) * self.config.utd_ratio
+        return each * np.maximum(0, np.asarray(frames) - self.config.init_random_frames)
+
+
+def find(roots: Iterable[Path]) -> list[Record]:
+    """All runs beneath some folders; one that can't be read is named in a warning, and left out."""
+    records = []
+    for root in roots:
+        for path in sorted(Path(root).rglob("metrics.csv")):
+            try:
+                folder = RunFolder.open(path.parent)
+                metrics = read_metrics(path)
+                if not metrics.get("eval/return", ([], []))[0]:
+                    raise ValueError("it has no evaluation yet")
+                records.append(Record(path.parent, load_config(folder.config_path), folder.info["status"], metrics))
+            except (OSError, ValueError, KeyError) as error:
+                warnings.warn(f"{path} is skipped: {error}", stacklevel=2)
+    return records
+
+
+def assign(records: Sequence[Record], cells: Sequence[Cell]) -> dict[Path, Record]:
+    """Cell's path to the run that is this cell: the same options but for those that a resumed run may change.
+
+    Where several are, the one in the cell's own folder, else the longest; the others are named in a warning.
+    """
+    by_task: dict[tuple[str, int], list[Record]] = defaultdict(list)
+    for record in records:
+        by_task[record.config.env, record.config.seed].append(record)
+    found = {}
+    for cell in cells:
+        same = [record for record in by_task[cell.task, cell.seed] if _is(record, cell.variant, cell.task)]
+        same.sort(key=lambda record: (record.path.parts[-3:] == cell.path.parts, record.frames))
+        for other in same[:-1]:
+            warnings.warn(f"{other.path} is left out: {same[-1].path} is the same cell", stacklevel=2)
+        if same:
+            found[cell.path] = same[-1]
+    return found
+
+
+def _is(record: Record, variant: Variant, task: str) -> bool:
+    config = _config(variant, task)
+    changed = differences(config, record.config)
+    return not set(changed) - {"seed", "total_frames"}
+
+
+@cache
+def _config(variant: Variant, task: str) -> TrainConfig:
+    return to_config({**variant.nested(), "env": task})

@@ -1,0 +1,185 @@
+"""Draw the paper's figures, and write a report, from the raw data of runs alone.
+
+    python benchmarks/learning/report.py all                     # every figure that there are runs for, without training
+    python benchmarks/learning/report.py fig2a --frames 30000    # at a smaller budget
+    python benchmarks/learning/report.py fig2a --reference published_curves.csv --methods REDQ_utd20 \
+        --protocol "REDQ_utd20=published, lr 1e-3, one evaluation episode"
+
+Runs are found by their ``metrics.csv``, wherever they are beneath ``--results``, and told apart by their options. What is
+missing is said. A reference is any CSV with the columns ``method,env,seed,env_step,return``; it is drawn dashed and never mixed
+with the runs, whose protocol differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import figures
+import maze_pictures
+import numpy as np
+import tables
+from experiments import EXPERIMENTS, Experiment, known
+from records import Record, assign, find
+
+RESULTS = Path(__file__).resolve().parent / "results"
+OVERESTIMATING = ("sin_sac", "sin_droq", "sac_20")  # figure 4a
+
+
+def read_reference(path: Path, methods: Sequence[str] | None, protocols: dict[str, str]) -> dict:
+    """Published curves: label to task to a list of curves.
+
+    Raises:
+        ValueError: a file without the columns; an unknown method, which lists the known ones.
+    """
+    curves: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: ([], []))))
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        missing = {"method", "env", "seed", "env_step", "return"} - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(
+                f"{path} must have the columns method,env,seed,env_step,return; missing: {', '.join(sorted(missing))}."
+            )
+        for row in reader:
+            frames, returns = curves[row["method"]][row["env"]][row["seed"]]
+            frames.append(int(row["env_step"]))
+            returns.append(float(row["return"]))
+    chosen = known(methods or list(curves), list(curves), "method")
+    known(protocols, list(curves), "method")
+    label = {method: f"{method} ({protocols.get(method, 'published, its own protocol')})" for method in chosen}
+    return {label[method]: {env: list(seeds.values()) for env, seeds in curves[method].items()} for method in chosen}
+
+
+def group(experiment: Experiment, found: dict[Path, Record]) -> dict[str, dict[str, list[Record]]]:
+    """Variant's name and task to the runs that there are."""
+    runs: dict = defaultdict(lambda: defaultdict(list))
+    for cell in experiment.cells():
+        if cell.path in found:
+            runs[cell.variant.name][cell.task].append(found[cell.path])
+    return runs
+
+
+def budget(experiment: Experiment, runs: dict, frames: int | None) -> int:
+    """The frames that are reported: those asked for, or as many as half of the runs have."""
+    reached = [record.frames for tasks in runs.values() for records in tasks.values() for record in records]
+    return frames or min(experiment.frames, int(np.median(reached)))
+
+
+def draw(name: str, experiment: Experiment, runs: dict, end: int, folder: Path, references: dict | None) -> list[Path]:
+    """The pictures of an experiment."""
+    suffix = "_reference" if references else ""
+    path, title = folder / f"{name}{suffix}.png", f"{experiment.title} ({end:,} frames)"
+    tasks = [task for task in experiment.tasks if any(runs[row].get(task) for row in runs)]
+    variants = [variant for variant in experiment.variants if variant.name in runs]
+    if name == "fig3":
+        points = tables.points(variants, runs, end)
+        dots = [variant.label for variant in variants if variant.name.startswith("droq-")]
+        return [figures.scatter(path, title, points, dots)] if points else []
+    if name == "fig4":
+        panels = [[v for v in variants if (v.name in OVERESTIMATING) == first] for first in (True, False)]
+        return [figures.bias(path, title, panels, task, runs, end) for task in tasks]
+    if name in ("fig6", "fig7"):
+        return maze_pictures.draw(name, path, variants, runs)
+    if name == "fig5":
+        return [figures.curves(path, title, variants, tasks, runs, end, axes=("frames",), references=references)]
+    if name == "fig8":
+        lines = tables.by_option(variants, runs, end, "observation_offset", 0.0)
+        return [figures.against(path, title, lines, "scale of the noise", "evaluation return")]
+    drawn = [figures.curves(path, title, variants, tasks, runs, end, references=references)]
+    if any("bias/mean" in record.metrics for of_row in runs.values() for records in of_row.values() for record in records):
+        options = {"axes": ("frames",), "metric": "bias/mean", "label": "value bias"}
+        drawn.append(
+            figures.curves(folder / f"{name}_bias.png", f"Value bias ({end:,} frames)", variants, tasks, runs, end, **options)
+        )
+    return drawn
+
+
+def section(
+    name: str, experiment: Experiment, found: dict[Path, Record], args: argparse.Namespace, references: dict | None
+) -> str:
+    """The report of an experiment, and its pictures on the way; empty where there is no run of it."""
+    runs = group(experiment, found)
+    if not runs:
+        return ""
+    end = budget(experiment, runs, args.frames)
+    pictures = draw(name, experiment, runs, end, args.output, references)
+    lines = [f"## {name}: {experiment.title}", ""]
+    lines += [f"![{name}]({picture.name})" for picture in pictures]
+    lines += ["", tables.returns(experiment.variants, experiment.tasks, runs, end)]
+    if references:
+        lines += ["", tables.references(references, experiment.tasks, end)]
+    lines += ["", tables.aggregate(experiment.variants, runs, end)]
+    if name == "fig6":
+        lines += ["", maze_pictures.coverage(experiment.variants, runs)]
+    if name in ("table1", "fig10", "fig11"):
+        lines += ["", tables.best_dropout(experiment.variants, experiment.tasks, runs, end)]
+    lines += ["", tables.missing(experiment, runs, end), ""]
+    return "\n".join(lines)
+
+
+def write(args: argparse.Namespace) -> Path:
+    """The report ``report.md`` and its pictures."""
+    names = list(EXPERIMENTS) if "all" in args.experiments else args.experiments
+    known(names, [*EXPERIMENTS, "all"], "experiment")
+    for text in args.protocol:
+        if "=" not in text:
+            raise ValueError(f"--protocol must be METHOD=text, got {text!r}.")
+    protocols = dict(text.split("=", 1) for text in args.protocol)
+    references = read_reference(args.reference, args.methods, protocols) if args.reference else None
+    records = find(args.results)
+    args.output.mkdir(parents=True, exist_ok=True)
+    parts, empty = [], []
+    cells = {cell.path: cell for name in names for cell in EXPERIMENTS[name].cells()}
+    found = assign(records, list(cells.values()))
+    for name in names:
+        text = section(name, EXPERIMENTS[name], found, args, references)
+        parts.append(text) if text else empty.append(name)
+    rates = next((root / "rates.csv" for root in args.results if (root / "rates.csv").exists()), None)
+    head = [
+        "# Results",
+        "",
+        tables.PROTOCOL.format(command=" ".join(["python", "benchmarks/learning/report.py", *args.experiments])),
+    ]
+    head += ["", "Without a run so far: " + (", ".join(empty) or "none") + "."]
+    if references:
+        head += [
+            "",
+            f"Dashed: {', '.join(references)}; from {args.reference.name}. Their protocol differs from the runs' here.",
+        ]
+    text = "\n".join([*head, "", *parts, tables.flops(rates), ""])
+    path = args.output / "report.md"
+    path.write_text(text)
+    return path
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="+", help=f"{', '.join(EXPERIMENTS)} or all")
+    parser.add_argument("--results", type=Path, nargs="+", default=[RESULTS], help="folders with runs (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder of report.md and the pictures (default: %(default)s)"
+    )
+    parser.add_argument("--frames", type=int, help="of each run (default: what half of the runs have)")
+    parser.add_argument("--reference", type=Path, help="a CSV of published curves, to be drawn dashed")
+    parser.add_argument("--methods", nargs="+", help="of the reference (default: all)")
+    parser.add_argument("--protocol", action="append", default=[], help="METHOD=text, how a reference was measured")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw and write."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    print(write(parse(arguments)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,214 @@
+"""The tables of the report, as Markdown, and the numbers behind figures 3 and 8."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from experiments import EXPERIMENTS, TASKS, Experiment, Variant
+from records import SIZES, Record
+from scores import (
+    TD3,
+    Interval,
+    denominators,
+    mean_interval,
+    paper_score,
+    shared_tasks,
+    stratified_bootstrap,
+    td3_normalised,
+)
+
+from omnet_torchrl.training.algorithms import ROWS, training_flops
+from omnet_torchrl.training.config import to_config
+
+Runs = Mapping[str, Mapping[str, Sequence[Record]]]
+PROTOCOL = """Made from raw data by `{command}`.
+
+Evaluations are deterministic episodes that cycle through the subnetworks, in an environment of their own. A score is the mean
+of a run's evaluations in the last sixth of the frames (the paper's last 50K of 300K); the intervals of means are Student's 95 %
+over seeds, those of interquartile means (IQM) stratified bootstraps over tasks. A run that has diverged keeps its last
+evaluation. Nothing that is missing is filled in."""
+
+
+def scores(variant: Variant, task: str, runs: Runs, end: int) -> list[float]:
+    """A score for each run that has the frames."""
+    records = runs.get(variant.name, {}).get(task, [])
+    return [score for score in (record.score(end) for record in records) if math.isfinite(score)]
+
+
+def every_score(variants: Sequence[Variant], runs: Runs, end: int) -> dict[str, dict[str, list[float]]]:
+    """Label and task to the scores of the seeds, where there are any."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for variant in variants:
+        of_row = {task: scores(variant, task, runs, end) for task in runs.get(variant.name, {})}
+        of_row = {task: values for task, values in of_row.items() if values}
+        if of_row:
+            found[variant.label] = of_row
+    return found
+
+
+def returns(variants: Sequence[Variant], tasks: Sequence[str], runs: Runs, end: int) -> str:
+    """Mean score and interval of each row and task, with the number of seeds and of those that diverged."""
+    lines = [f"| score at {end:,} frames | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+    for variant in variants:
+        cells = [_cell(scores(variant, task, runs, end), runs.get(variant.name, {}).get(task, [])) for task in tasks]
+        lines.append(f"| {variant.label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float], records: Sequence[Record]) -> str:
+    if not values:
+        return "missing"
+    diverged = sum(record.status == "diverged" for record in records)
+    seeds = f"n={len(values)}" + (f", {diverged} diverged" if diverged else "")
+    return f"{interval(mean_interval(values))} ({seeds})"
+
+
+def interval(estimate: Interval, digits: int = 0) -> str:
+    """An estimate and its interval, as text."""
+    value, low, high = (f"{number:.{digits}f}" for number in estimate)
+    return value if math.isnan(estimate.low) else f"{value} [{low}, {high}]"
+
+
+def aggregate(variants: Sequence[Variant], runs: Runs, end: int) -> str:
+    """Over the tasks that all rows have: the paper's score with its denominators, and TD3-normalised mean and IQM."""
+    found = every_score(variants, runs, end)
+    tasks = [task for task in shared_tasks(found) if task in TD3]
+    if not tasks:
+        return "No task has a score of every row that has one: nothing is averaged."
+    best = denominators(found)
+    divided = ", ".join(f"{task} {best[task]:.0f}" for task in tasks)
+    lines = [f"Over {', '.join(tasks)}. The paper's score is divided by the best row's mean return here: {divided}.", ""]
+    lines += ["| row | paper's score | TD3-normalised mean | TD3-normalised IQM, 95 % |", "|---|---|---|---|"]
+    for label, of_row in found.items():
+        own = {task: of_row[task] for task in tasks}
+        normalised = {task: td3_normalised(task, values) for task, values in own.items()}
+        mean = np.mean([values.mean() for values in normalised.values()])
+        iqm = interval(stratified_bootstrap(normalised), 2)
+        lines.append(f"| {label} | {paper_score(own, best):.2f} | {mean:.2f} | {iqm} |")
+    return "\n".join(lines)
+
+
+def missing(experiment: Experiment, runs: Runs, end: int) -> str:
+    """What the experiment still lacks at this budget and at the paper's, in words."""
+    lines = []
+    for task in experiment.tasks:
+        rows: dict[str, list[str]] = {}
+        for variant in experiment.variants:
+            records = runs.get(variant.name, {}).get(task, [])
+            whole = sum(math.isfinite(record.score(end)) for record in records)
+            part = [f"seed {r.config.seed} at {r.frames:,} ({r.status})" for r in records if not math.isfinite(r.score(end))]
+            if whole < experiment.seeds:
+                text = f"{whole} of {experiment.seeds} seeds" if whole + len(part) else "no run"
+                rows.setdefault("".join([text, *(f", {each}" for each in part)]), []).append(variant.label)
+        for text, labels in rows.items():
+            whom = "any row" if len(labels) == len(experiment.variants) else ", ".join(labels)
+            lines.append(f"- {task}: {text} of {whom}")
+    said = "Every run is there." if not lines else "Missing:\n\n" + "\n".join(lines)
+    paper = "" if end >= experiment.frames else f"\n\nThe paper's runs have {experiment.frames:,} frames, these {end:,}."
+    return said + paper
+
+
+def references(curves: Mapping[str, Mapping[str, Sequence]], tasks: Sequence[str], end: int) -> str:
+    """Published returns at their last evaluation within ``end`` frames: lowest, median, highest, and at which frame."""
+    lines = [f"| published, not ours | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+    for label, of_method in curves.items():
+        cells = []
+        for task in tasks:
+            within = ([pair for pair in zip(*curve, strict=True) if pair[0] <= end] for curve in of_method.get(task, []))
+            last = [max(pairs) for pairs in within if pairs]
+            values = [value for _, value in last]
+            spread = f"{min(values):.0f}, {np.median(values):.0f}, {max(values):.0f}" if values else "missing"
+            cells.append(f"{spread} (n={len(values)}, at {max(frame for frame, _ in last):,})" if values else spread)
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def points(variants: Sequence[Variant], runs: Runs, end: int) -> dict[str, tuple[float, float]]:
+    """Label to training FLOPs relative to REDQ (paper's convention) and the paper's score, over the tasks of all rows."""
+    found = every_score(variants, runs, end)
+    tasks = [task for task in shared_tasks(found) if task in SIZES]
+    best = denominators(found)
+    labels = {variant.label: variant for variant in variants}
+    redq = Variant("redq", "REDQ", "redq")
+    return {
+        label: (
+            float(np.mean([_flops(labels[label], task) / _flops(redq, task) for task in tasks])),
+            paper_score({task: of_row[task] for task in tasks}, best),
+        )
+        for label, of_row in found.items()
+        if tasks
+    }
+
+
+def by_option(variants: Sequence[Variant], runs: Runs, end: int, option: str, default: float) -> dict[str, dict]:
+    """Algorithm to an option's value to the mean score, over the tasks that there are, with its interval over seeds."""
+    lines: dict[str, dict[float, Interval]] = {}
+    for variant in variants:
+        values = [score for task in runs.get(variant.name, {}) for score in scores(variant, task, runs, end)]
+        if values:
+            at = float(dict(variant.options).get(option, default))
+            lines.setdefault(ROWS[variant.algorithm].label, {})[at] = mean_interval(values)
+    return lines
+
+
+def best_dropout(variants: Sequence[Variant], tasks: Sequence[str], runs: Runs, end: int) -> str:
+    """The dropout rate of the highest mean score for each task, beside the paper's choice (table 1)."""
+    lines = [f"| best dropout rate | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+    for algorithm in dict.fromkeys(variant.algorithm for variant in variants):
+        cells = []
+        for task in tasks:
+            means = {
+                dict(variant.options)["network.dropout"]: float(np.mean(values))
+                for variant in variants
+                if variant.algorithm == algorithm and (values := scores(variant, task, runs, end))
+            }
+            paper = ROWS[algorithm].dropout[task]
+            cells.append(f"{max(means, key=lambda rate: means[rate])} of {len(means)} (paper: {paper})" if means else "missing")
+        lines.append(f"| {ROWS[algorithm].label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def flops(rates: Path | None) -> str:
+    """Training FLOPs of one update of every row, by both counts, and the measured milliseconds of ``rates.csv``."""
+    variants = dict.fromkeys(v for name in ("fig2a", "fig2b", "controls", "fig9b") for v in EXPERIMENTS[name].variants)
+    lines = ["## Training FLOPs of one critic update and its share of the actor's, in millions", ""]
+    lines += ["Batch 256. First the paper's convention, then exactly what PyTorch computes; in brackets, relative to REDQ.", ""]
+    lines += [f"| row | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
+    redq = Variant("redq", "REDQ", "redq")
+    for variant in variants:
+        cells = []
+        for task in TASKS:
+            each = [(_flops(variant, task, exact), _flops(redq, task, exact)) for exact in (False, True)]
+            cells.append(" / ".join(f"{own / 1e6:.0f} ({own / other:.2f})" for own, other in each))
+        lines.append(f"| {variant.label} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _measured(rates, [variant.name for variant in variants])])
+
+
+def _measured(path: Path | None, names: Sequence[str]) -> str:
+    if path is None:
+        return "Seconds per update have not been measured here (`run.py --dry-run` measures them)."
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    parts = []
+    for machine, threads in dict.fromkeys((row["machine"], row["threads"]) for row in rows):
+        own = {
+            (r["row"], r["task"]): float(r["update_seconds"])
+            for r in rows
+            if (r["machine"], r["threads"]) == (machine, threads)
+        }
+        parts += [f"Measured milliseconds per update, everything of a frame included: {machine}, {threads} thread(s).", ""]
+        parts += [f"| row | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
+        for name in [*names, *dict.fromkeys(row for row, _ in own if row not in names)]:
+            cells = [f"{1000 * own[name, task]:.2f}" if (name, task) in own else "not measured" for task in TASKS]
+            if any(cell != "not measured" for cell in cells):
+                parts.append(f"| {name} | {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _flops(variant: Variant, task: str, exact: bool = False) -> float:
+    return training_flops(to_config(variant.nested()), *SIZES[task], exact=exact)

@@ -1,0 +1,266 @@
+"""benchmarks/learning: what a report says of runs, its statistics against other code, and what it refuses."""
+
+import json
+import warnings
+
+import maze_pictures
+import numpy as np
+import pytest
+import torch
+from experiments import EXPERIMENTS, Cell, select
+from records import Record, assign, find
+from scipy import stats
+from scores import (
+    common_curve,
+    denominators,
+    final_score,
+    interquartile_mean,
+    mean_interval,
+    paper_score,
+    shared_tasks,
+    stratified_bootstrap,
+    td3_normalised,
+)
+from test_algorithms import options_of, session
+from test_learning import load
+
+from omnet_torchrl.training.config import save_config, to_config
+from omnet_torchrl.training.maze import write_trajectories, write_visits
+
+report = load("report")
+
+
+# Statistics
+
+
+def test_the_interval_of_a_mean_is_students():
+    values = np.random.default_rng(0).normal(3, 2, 7)
+    interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert mean_interval(values) == pytest.approx((values.mean(), interval.low, interval.high))
+    assert mean_interval([4.0])[0] == 4
+    assert np.isnan(mean_interval([4.0])[1:]).all()
+
+
+def test_the_final_score_is_the_mean_of_the_last_sixth():
+    frames = list(range(5_000, 300_001, 5_000))
+    assert final_score(frames, frames, 300_000) == np.mean(range(255_000, 300_001, 5_000))
+    assert final_score(frames, frames, 30_000) == 30_000
+    assert np.isnan(final_score([5_000], [1.0], 300_000))
+
+
+def test_the_interquartile_mean_leaves_out_the_outer_quarters():
+    assert interquartile_mean(np.array([[-1e9, 2, 1e9, 4], [3, 1, 0, 5]])) == np.mean([1, 2, 3, 4])
+
+
+def test_the_bootstrap_is_stratified_and_covers_the_truth():
+    covered = 0
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        scores = {task: random.normal(shift, 1, 12) for task, shift in (("a", 0.0), ("b", 100.0))}
+        interval = stratified_bootstrap(scores, statistic=np.mean, repeats=400)
+        assert interval.value == pytest.approx(np.mean([*scores["a"], *scores["b"]]))
+        # Across tasks the scores differ by 100: a bootstrap that mixed them would have an interval many times as wide.
+        assert interval.high - interval.low < 2
+        covered += interval.low < 50 < interval.high
+    assert covered >= 50
+    assert stratified_bootstrap(scores, seed=1) == stratified_bootstrap(scores, seed=1)
+    assert np.isnan(stratified_bootstrap({"a": [1.0], "b": [2.0]})[1:]).all()
+
+
+def test_the_papers_score_is_relative_to_the_best_row_of_each_task():
+    returns = {"A": {"x": [10.0, 20.0], "y": [4.0]}, "B": {"x": [30.0], "y": [1.0, 1.0], "z": [7.0]}}
+    best = denominators(returns)
+    assert best == {"x": 30.0, "y": 4.0, "z": 7.0}
+    assert paper_score(returns["A"], best) == pytest.approx((0.5 + 1) / 2)
+    assert shared_tasks(returns) == ["x", "y"]
+    assert td3_normalised("Hopper-v4", [18.791, 3226.0]) == pytest.approx([0, 1])
+
+
+def test_a_common_curve_has_the_frames_of_all_runs():
+    frames, values = common_curve([([1, 2, 3], [5.0, 6.0, 7.0]), ([2, 3, 4], [1.0, 2.0, 3.0])])
+    assert frames.tolist() == [2, 3]
+    assert values.tolist() == [[6, 7], [1, 2]]
+    assert len(common_curve([])[0]) == 0
+
+
+# Runs
+
+
+def write_run(root, cell, score, *, status="finished", frames=None, bias=30.0, name=""):
+    """The raw data of a run whose evaluations are ``score`` at each of its frames."""
+    folder = root / cell.path / name
+    folder.mkdir(parents=True)
+    options = {**cell.variant.nested(), "env": cell.task, "seed": cell.seed, "total_frames": cell.frames}
+    save_config(to_config({**options, "folder": str(folder)}), folder / "config.yaml")
+    (folder / "run.json").write_text(json.dumps({"status": status, "frames": cell.frames}))
+    lines = ["frames,seconds,name,value"]
+    for at in range(5_000, (frames or cell.frames) + 1, 5_000):
+        lines += [f"{at},0,eval/return,{score}", f"{at},0,bias/mean,{bias}", f"{at},0,time/frames_per_second,10"]
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two seeds of two rows on two tasks; one run is not complete, one diverged, and a row is missing on a task."""
+    root = tmp_path / "results"
+    for cell in select(["fig2a"], rows=["omnet", "redq"], tasks=["Hopper-v4", "Ant-v4"], seeds=range(2), frames=30_000):
+        score = {"omnet": 3000, "redq": 1500}[cell.variant.name] + 200 * cell.seed
+        where = cell.variant.name, cell.task, cell.seed
+        if where == ("redq", "Ant-v4", 1):
+            write_run(root, cell, score, status="interrupted", frames=20_000)
+        elif where == ("redq", "Hopper-v4", 1):
+            write_run(root, cell, score, status="diverged", frames=10_000)
+        else:
+            write_run(root, cell, score)
+    return root
+
+
+def written(results, *arguments):
+    output = results.parent / "output"
+    path = report.write(report.parse([*arguments, "--results", str(results), "--output", str(output)]))
+    return path.read_text()
+
+
+def test_the_report_has_means_intervals_what_diverged_and_what_is_missing(results):
+    text = written(results, "fig2a", "--frames", "30000")
+    assert "| OMNet | 3100 [1829, 4371] (n=2) | missing | 3100 [1829, 4371] (n=2) | missing |" in text
+    assert "| REDQ | 1600 [329, 2871] (n=2, 1 diverged) | missing | 1500 (n=1) | missing |" in text
+    assert "divided by the best row's mean return here: Hopper-v4 3100, Ant-v4 3100." in text
+    assert "| REDQ | 0.50 | 0.44 |" in text
+    assert "- Ant-v4: 1 of 10 seeds, seed 1 at 20,000 (interrupted) of REDQ" in text
+    assert "- Walker2d-v4: no run of any row" in text
+    assert "The paper's runs have 300,000 frames, these 30,000." in text
+    assert "| REDQ | 1213 (1.00) / 1195 (1.00) |" in text
+    assert "have not been measured here" in text
+    pictures = {path.name for path in (results.parent / "output").glob("*.png")}
+    assert pictures == {"fig2a.png", "fig2a_bias.png"}
+    assert all((results.parent / "output" / name).stat().st_size > 20_000 for name in pictures)
+
+
+def test_a_report_is_the_same_when_it_is_made_again(results):
+    first = written(results, "fig3"), (results.parent / "output" / "fig3.png").read_bytes()
+    assert (written(results, "fig3"), (results.parent / "output" / "fig3.png").read_bytes()) == first
+
+
+def test_experiments_without_a_run_are_said_and_those_with_one_are_drawn(results):
+    text = written(results, "all")
+    assert "Without a run so far: fig4, fig5, fig6, fig7, fig8, fig10, fig11, table1." in text
+    for name in ("fig2a", "fig2b", "fig3", "controls"):
+        assert f"## {name}: " in text
+        assert (results.parent / "output" / f"{name}.png").exists()
+
+
+@pytest.mark.parametrize("name", ["fig4", "fig8", "table1"])
+def test_the_figures_of_their_own_kind_are_drawn(name, tmp_path):
+    root = tmp_path / "results"
+    for cell in select([name], tasks=["Humanoid-v4"], seeds=range(2), frames=30_000):
+        write_run(root, cell, 100 * (1 + cell.seed) + 1000 * float(dict(cell.variant.options).get("network.dropout", 0)))
+    text = written(root, name)
+    assert (tmp_path / "output" / f"{name}.png").stat().st_size > 10_000
+    assert ("- Humanoid-v4: 2 of 10 seeds of any row") in text
+    if name == "table1":
+        assert "| DroQ | missing | missing | missing | 0.1 of 5 (paper: 0.03) |" in text
+
+
+def test_a_damaged_file_is_named_and_skipped(results):
+    (damaged,) = results.glob("Hopper-v4/omnet/seed0/metrics.csv")
+    content = damaged.read_bytes()
+    damaged.write_bytes(content.replace(b"eval/return,3000", b"eval/return,3\xff00", 1))
+    with pytest.warns(UserWarning, match=rf"{damaged} is skipped: .*line 2"):
+        assert "| OMNet | 3200 (n=1) |" in written(results, "fig2a", "--frames", "30000")
+    # A last row that was cut short is left out alone.
+    damaged.write_bytes(content[:-3])
+    with pytest.warns(UserWarning, match="the last row is cut short"):
+        assert "| OMNet | 3100 [1829, 4371] (n=2) |" in written(results, "fig2a", "--frames", "30000")
+    for empty in (b"", b"frames,seconds,name,value\n"):
+        damaged.write_bytes(empty)
+        with pytest.warns(UserWarning, match=f"{damaged} is skipped"):
+            assert "| OMNet | 3200 (n=1) |" in written(results, "fig2a", "--frames", "30000")
+    damaged.write_bytes(content)
+    (damaged.parent / "run.json").write_text("{")
+    with pytest.warns(UserWarning, match=f"{damaged} is skipped: .*run.json can't be read"):
+        written(results, "fig2a")
+
+
+def test_a_run_is_told_by_its_options_and_the_longer_of_two_is_taken(tmp_path):
+    cell = select(["fig2a"], rows=["omnet"], tasks=["Hopper-v4"], seeds=[0], frames=30_000)[0]
+    sparse = select(["fig9a"], rows=["omnet-sparsity-0.3"], tasks=["Hopper-v4"], seeds=[0], frames=30_000)[0]
+    short = write_run(tmp_path, cell, 1.0, name="a", frames=20_000)
+    long = write_run(tmp_path, Cell(cell.variant, cell.task, cell.seed, 60_000), 2.0, name="b")
+    write_run(tmp_path, sparse, 3.0)
+    with pytest.warns(UserWarning, match=f"{short} is left out: {long} is the same cell"):
+        found = assign(find([tmp_path]), [cell, sparse])
+    assert {path: record.score(30_000) for path, record in found.items()} == {cell.path: 2.0, sparse.path: 3.0}
+    assert found[cell.path].path == long
+    assert found[cell.path].hours(np.array([36_000])) == pytest.approx([1.0])
+    assert found[cell.path].flops(np.array([5_000, 5_001]), exact=False) == pytest.approx([0, 20 * 236.5e6], rel=1e-3)
+
+
+def test_a_run_in_the_cells_own_folder_goes_before_a_longer_one_elsewhere(tmp_path):
+    cell = select(["fig2a"], rows=["omnet"], tasks=["Hopper-v4"], seeds=[0], frames=30_000)[0]
+    own = write_run(tmp_path / "results", cell, 1.0)
+    other = write_run(tmp_path / "results" / "before", Cell(cell.variant, cell.task, cell.seed, 60_000), 2.0, name="x")
+    with pytest.warns(UserWarning, match=f"{other} is left out: {own} is the same cell"):
+        assert assign(find([tmp_path]), [cell])[cell.path].path == own
+
+
+# The maze
+
+
+def test_the_pictures_of_the_maze_are_drawn_from_the_runs_files_and_coverage_is_a_number(tmp_path):
+    for cell in select(["fig6"], seeds=range(2)):
+        folder = write_run(tmp_path / "results", cell, 0.0)
+        steps = 1_000 if cell.variant.name == "omnet" else 500
+        write_visits(folder / "visits.csv", cell.variant.label, cell.seed, torch.full((steps, 2), 0.5))
+        write_trajectories(folder / "trajectories.csv", cell.seed, 500, torch.full((5, 51, 2), 0.5))
+    text = written(tmp_path / "results", "fig6", "fig7")
+    assert "| OMNet | 0.1% [0.1%, 0.1%] (n=2) | 0.1% [0.1%, 0.1%] (n=2) | 0.1% [0.1%, 0.1%] (n=2) |" in text
+    assert "| a dense actor | 0.1% [0.1%, 0.1%] (n=2) | 0.1% [0.1%, 0.1%] (n=2) | missing |" in text
+    for name in ("fig6", "fig7"):
+        assert (tmp_path / "output" / f"{name}.png").stat().st_size > 10_000
+
+
+def test_a_runs_first_positions_come_from_the_replay_buffer_of_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(maze_pictures, "STEPS", (5, 30))
+    trainer = session(tmp_path / "checkpoints", "omnet", [], env="Maze2D")
+    record = Record(tmp_path, to_config(options_of("omnet", env="Maze2D")), "finished", {})
+    positions = maze_pictures._positions(record)
+    assert torch.equal(positions, trainer.buffer.storage.get(slice(20, 50))["next", "observation"])
+    monkeypatch.setattr(maze_pictures, "STEPS", (5, 41))
+    assert maze_pictures._positions(record) is None
+
+
+# References
+
+
+def test_a_reference_is_drawn_dashed_and_stays_out_of_the_numbers(results, tmp_path):
+    reference = tmp_path / "published.csv"
+    rows = [f"REDQ_utd20,Hopper-v4,{seed},{frames},9999" for seed in range(3) for frames in range(0, 60_000, 10_000)]
+    reference.write_text("\n".join(["method,env,seed,env_step,return", *rows, "SAC,Hopper-v4,0,1,2"]) + "\n")
+    protocol = ["--protocol", "REDQ_utd20=published, one episode"]
+    text = written(results, "fig2a", "--reference", str(reference), "--methods", "REDQ_utd20", *protocol, "--frames", "30000")
+    assert "Dashed: REDQ_utd20 (published, one episode); from published.csv." in text
+    assert "| REDQ_utd20 (published, one episode) | 9999, 9999, 9999 (n=3, at 30,000) | missing | missing | missing |" in text
+    assert text.count("9999") == 3
+    assert (results.parent / "output" / "fig2a_reference.png").exists()
+    with pytest.raises(ValueError, match="unknown method 'redq'; known are REDQ_utd20, SAC; did you mean REDQ_utd20"):
+        written(results, "fig2a", "--reference", str(reference), "--methods", "redq")
+    reference.write_text("method,env,return\n")
+    with pytest.raises(ValueError, match=r"must have the columns .*; missing: env_step, seed"):
+        written(results, "fig2a", "--reference", str(reference))
+
+
+def test_an_unknown_experiment_lists_the_known_ones(results):
+    with pytest.raises(ValueError, match=r"unknown experiment 'fig99'; known are fig2a, .*, all"):
+        written(results, "fig99")
+
+
+def test_the_committed_results_can_be_read():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        records = find([report.RESULTS])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # several runs may be one cell
+        found = assign(records, EXPERIMENTS["fig2a"].cells())
+    assert select(["fig2a"], rows=["omnet"], tasks=["Hopper-v4"], seeds=[0])[0].path in found
