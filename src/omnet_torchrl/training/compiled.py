@@ -132,7 +132,8 @@ def translate(graph: GraphModule, inputs: list[Tensor]) -> Callable:
     """The compiled form of a graph of tensor operations."""
     with _quiet():
         graph = make_fx(graph, decomposition_table=DECOMPOSITIONS)(*inputs)
-        return torch._inductor.compile(graph, inputs)  # type: ignore[arg-type]
+        # Inputs have been checked, and what is in between is as it was traced.
+        return torch._inductor.compile(graph, inputs, options={"size_asserts": False})  # type: ignore[arg-type]
 
 
 def materialised(tensor: Tensor) -> Tensor:
@@ -165,10 +166,23 @@ def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: floa
     return (product if alpha == 1 else alpha * product) + (bias if beta == 1 else beta * bias)
 
 
-# What Inductor computes slowly on a CPU as it stands: a product with a bias copies the bias over its whole output before, and
-# the deviation of a row is computed anew for every few of its elements.
+def _mm(a: Tensor, b: Tensor) -> Any:
+    """A product with a size of one is none: Inductor fuses it with what is around it."""
+    if b.shape[1] == 1:
+        return (a * b.squeeze(1)).sum(1, keepdim=True)
+    if a.shape[1] == 1:
+        return a * b
+    if a.shape[0] == 1:
+        return (a.t() * b).sum(0, keepdim=True)
+    return NotImplemented
+
+
+# What Inductor computes slowly on a CPU as it stands: a product with a bias copies the bias over its whole output before,
+# the products of a layer with one output are calls of a library, and the deviation of a row is computed anew for every few of
+# its elements.
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.native_layer_norm.default: _layer_norm,
+    torch.ops.aten.mm.default: _mm,
     torch.ops.aten.addmm.default: _addmm,
     torch.ops.aten.baddbmm.default: _baddbmm,
 }
