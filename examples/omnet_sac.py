@@ -62,6 +62,7 @@ def main(cfg: DictConfig) -> float:
         storing_device="cpu",
         auto_register_policy_transforms=False,
         track_traj_ids=False,
+        return_same_td=True,  # each frame is stored before the next one
     )
     capacity = min(config.buffer_size, config.total_frames)
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(capacity, device=device))

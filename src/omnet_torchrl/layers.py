@@ -109,15 +109,15 @@ def indexed_linear(input: Tensor, subnet: Tensor, num_subnets: int, select: Sele
     """
     if subnet.dtype != torch.int64:
         raise TypeError(f"the subnet index must be an int64 tensor, got {subnet.dtype}.")
-    batch = torch.broadcast_shapes(subnet.shape, input.shape[:-1])
     rows = subnet.ndim
     while rows and subnet.shape[rows - 1] == 1:
         rows -= 1
     if rows == 0:
         weight, bias = select(subnet.reshape(1))
         output = F.linear(input, weight.squeeze(0), None if bias is None else bias.squeeze(0))
-        return output.expand(*batch, output.shape[-1])
+        return output.expand(*(1,) * (subnet.ndim - input.ndim + 1), *output.shape)
 
+    batch = torch.broadcast_shapes(subnet.shape, input.shape[:-1])
     # Dimensions of the batch that the index tells apart come first, the elements that share an index after them.
     shared = len(batch) - (subnet.ndim - rows)
     index = subnet.reshape(subnet.shape[:rows]).expand(batch[:shared]).reshape(-1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import InteractionType, TensorDictModuleBase, dispatch
+from tensordict.nn import InteractionType, TensorDictModuleBase, dispatch, skip_existing
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
@@ -122,7 +122,15 @@ class SubnetActor(ProbabilisticActor):
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
         """Write the output of the subnetwork that the index names."""
-        return _call_indexed(super().forward, self.num_subnets, self.subnet_key, tensordict, *args, **kwargs)
+        # Plainly one module after the other, where nothing else is asked: what a sequence of any modules does besides takes
+        # as long as the network at batch 1.
+        forward = super().forward if args or kwargs or skip_existing() else self._in_order
+        return _call_indexed(forward, self.num_subnets, self.subnet_key, tensordict, *args, **kwargs)
+
+    def _in_order(self, tensordict: TensorDictBase) -> TensorDictBase:
+        for module in self.module:
+            tensordict = module(tensordict)
+        return tensordict
 
     def make_tensordict_primer(self, **kwargs: Any) -> SubnetPrimer:
         """The transform that draws this actor's index at reset; ``kwargs`` as in :class:`~omnet_torchrl.SubnetPrimer`."""

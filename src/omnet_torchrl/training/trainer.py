@@ -258,7 +258,8 @@ class Trainer:
         self.reporter.progress(frames, self.updates, self.last)
 
     def _log_training(self, before: int, data: TensorDictBase, metrics: dict[str, Tensor]) -> None:
-        for end in data.get("next")[data.get(("next", "done")).view(-1)]:
+        for i in data.get(("next", "done")).view(-1).nonzero().flatten().tolist():
+            end = data.get("next")[i]
             self._log({"train/episode_return": end["episode_reward"].item(), "train/episode_length": end["step_count"].item()})
         self._metrics |= metrics
         self._log_due |= self.updates > 0 and _crosses(self.log_interval, before, self.frames)
@@ -317,8 +318,9 @@ class Trainer:
 
 
 def _check_finite(name: str, value: Tensor, frames: int) -> None:
-    rows = value.reshape(-1, value.shape[-1])
-    if not bool(rows.isfinite().all()):
+    # One number of a sum tells: a sum of finite numbers that overflows is looked at more closely.
+    if not math.isfinite(value.sum().item()) and not bool(value.isfinite().all()):
+        rows = value.reshape(-1, value.shape[-1])
         wrong = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
         where = ", ".join(map(str, wrong))
         raise DivergenceError(f"{name} of environment {where} is not finite at frame {frames}: {rows[wrong[0]].tolist()}.")
