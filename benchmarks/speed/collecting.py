@@ -92,9 +92,9 @@ def collect(
     return iter(made), made.shutdown
 
 
-def collect_block(env: str, placement: str, *, num_envs: int = 1, **kwargs: Any) -> Callable[[], None]:
-    """A batch of a collector, 200 frames of each environment."""
-    batches, _ = collect(env, placement, num_envs=num_envs, frames_per_batch=200 * num_envs, **kwargs)
+def collect_block(env: str, placement: str, *, num_envs: int = 1, frames: int = 200, **kwargs: Any) -> Callable[[], None]:
+    """A batch of a collector, so many frames of each environment."""
+    batches, _ = collect(env, placement, num_envs=num_envs, frames_per_batch=frames * num_envs, **kwargs)
 
     def block() -> None:
         next(batches)

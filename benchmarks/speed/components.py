@@ -276,5 +276,5 @@ def cases(device: str = "cpu") -> dict[str, Callable[[], Block]]:
     for kind in ("plain", "extracted", "indexed"):
         found[f"act {kind}"] = partial(act_block, kind)
     for placement in ("none", "outside"):
-        found[f"collect primer {placement}"] = partial(collect_block, "Hopper-v4", placement)
+        found[f"collect primer {placement}"] = partial(collect_block, "Hopper-v4", placement, frames=50)
     return found

@@ -24,7 +24,7 @@ from protocol import Worker
 from report import write_report
 
 HERE = Path(__file__).parent
-REPEAT_S = 0.05  # a turn lasts at least so long
+REPEAT_S = 0.3  # a turn lasts about so long: the first block after the others finds caches cold and threads asleep
 
 
 def install_peers(folder: Path) -> None:

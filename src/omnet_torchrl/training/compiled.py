@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 Step = Callable[[Any, TensorDictBase, TensorDictBase], dict[str, Tensor]]
 Schedule = tuple[tuple[str, int], ...]
+FEW = 4096  # of the size of a layer's bias, not of its weights
 
 
 class Inputs:
@@ -177,11 +178,19 @@ def _mm(a: Tensor, b: Tensor) -> Any:
     return NotImplemented
 
 
+def _index_select(tensor: Tensor, dim: int, index: Tensor) -> Any:
+    """A few numbers are gathered once, rather than anew for each row that they serve."""
+    if tensor.numel() // tensor.shape[dim] * index.numel() > FEW:
+        return NotImplemented
+    return materialised(tensor[(*(slice(None) for _ in range(dim % tensor.ndim)), index)])
+
+
 # What Inductor computes slowly on a CPU as it stands: a product with a bias copies the bias over its whole output before,
 # the products of a layer with one output are calls of a library, and the deviation of a row is computed anew for every few of
 # its elements.
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.native_layer_norm.default: _layer_norm,
+    torch.ops.aten.index_select.default: _index_select,
     torch.ops.aten.mm.default: _mm,
     torch.ops.aten.addmm.default: _addmm,
     torch.ops.aten.baddbmm.default: _baddbmm,
