@@ -524,6 +524,26 @@ def test_the_first_step_prepares_what_was_not(compiler):
     assert_same_state(update, eager)
 
 
+@pytest.mark.parametrize("name", ["OMNet", "DroQ", "single critic"])
+def test_what_the_compiler_is_given_has_the_same_numbers(name, monkeypatch):
+    graphs, kwargs = [], ROWS[name]
+
+    def keep(graph, inputs):
+        graphs.append(compiled_module.decomposed(graph, inputs))
+        return graphs[-1]
+
+    monkeypatch.setattr(compiled_module, "translate", keep)
+    torch.set_default_dtype(torch.float64)
+    try:
+        update, eager = SACUpdate(*make_parts(**kwargs)), make_update(**kwargs)
+        train(update, 20, every=2), train(eager, 20, every=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_state(update, eager, **CLOSE_DOUBLE)
+    left = {node.target for graph in graphs for node in graph.graph.nodes} & compiled_module.DECOMPOSITIONS.keys()
+    assert left <= {torch.ops.aten.mm.default, torch.ops.aten.index_select.default}  # those that are large
+
+
 def test_an_eager_update_compiles_nothing(compiler):
     update = make_update()
     update.prepare(make_batch(BATCH))

@@ -4,6 +4,7 @@ A block does what one frame of the main job does: sample 20 batches, draw, 20 cr
 returns the block, ready and warm; calling it returns when the device is done.
 """
 
+import types
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -206,7 +207,9 @@ def torchrl_block(
         updater.step()
         return losses.detach()
 
-    step = torch.compile(update) if compile else update
+    # Dynamo keeps what it compiled by code object, up to eight: each block has its own.
+    own = types.FunctionType(update.__code__.replace(), globals(), closure=update.__closure__)
+    step = torch.compile(own) if compile else update
 
     def block() -> None:
         for _ in range(UPDATES):
