@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> float:
     env.append_transform(SubnetPrimer(actor.num_subnets, generator=config.seed))
 
     # Train one random critic subnetwork against the minimum of two, the actor against the mean of all (equations 4 and 5).
-    loss = OMNetSACLoss(actor, qvalue, **loss_options(config, env.action_spec.shape[-1]))
+    loss = OMNetSACLoss(actor, qvalue, **loss_options(config, env.action_spec))
     loss.make_value_estimator(gamma=config.loss.gamma)
     critic_optim = Adam(qvalue.parameters(), lr=config.optim.lr)
     actor_optim = Adam([*actor.parameters(), loss.log_alpha], lr=config.optim.lr)

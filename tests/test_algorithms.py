@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_batch
+from conftest import ACT, OBS, make_batch
 from test_resume import Crash, Stopping, differing, leaves, result, untimed
 from torch import nn
 from torch.nn import functional as F
@@ -394,6 +394,19 @@ def _tensors(state):
 def test_the_target_entropy_is_redqs_for_the_papers_tasks_and_minus_the_actions_elsewhere(env, expected):
     assert target_entropy(TrainConfig(env=env), 3) == expected
     assert target_entropy(TrainConfig(env=env, loss=LossConfig(target_entropy=0.0)), 3) == 0
+
+
+@pytest.mark.parametrize("env", ["Hopper-v4", "Pendulum-v1"])
+def test_the_temperature_learns_the_same_whatever_the_range_of_the_actions(env):
+    config, losses = to_config({"env": env, "compile": False}), []
+    for limit in (1.0, 0.4):
+        torch.manual_seed(0)
+        parts = build(config, Unbounded((OBS,)), Bounded(-limit, limit, (ACT,)))
+        batch = make_batch(8)
+        draws = parts.loss.draw(batch, torch.Generator().manual_seed(0))
+        log_prob = parts.loss.actor_loss(batch, draws=draws)[1]["log_prob"]
+        losses.append((log_prob + parts.loss.target_entropy).mean())  # what moves the temperature
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize(

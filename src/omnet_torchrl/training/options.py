@@ -36,7 +36,8 @@ class LossConfig:
     num_target_subnets: int | None = 2  # M, target subnetworks of which the minimum is taken; None: all
     replacement: bool = False  # draw subnetworks with replacement
     gamma: float = 0.99  # discount per frame
-    target_entropy: float | None = None  # nats; None: the row's: REDQ's values for the paper's tasks, -dim(action) elsewhere
+    # nats, of the action rescaled to [-1, 1]; None: the row's: REDQ's values for the paper's tasks, -dim(action) elsewhere
+    target_entropy: float | None = None
     alpha_init: float = 1.0  # temperature at the start
 
 
