@@ -36,8 +36,7 @@ class LossConfig:
     num_target_subnets: int | None = 2  # M, target subnetworks of which the minimum is taken; None: all
     replacement: bool = False  # draw subnetworks with replacement
     gamma: float = 0.99  # discount per frame
-    # nats, of the action rescaled to [-1, 1]; None: the row's: REDQ's values for the paper's tasks, -dim(action) elsewhere
-    target_entropy: float | None = None
+    target_entropy: float | None = None  # nats, of the action in [-1, 1]; None: the row's: REDQ's for its tasks, or -dim(A)
     alpha_init: float = 1.0  # temperature at the start
 
 
