@@ -78,8 +78,12 @@ def draw(medians: dict[str, float], results: dict[str, Any], path: Path) -> None
         panel.bar_label(bars, fmt="%.0f", padding=2, fontsize="small")
         panel.set(xscale="log", xlabel="ms for 20 updates with sampling", title=f"sizes of {task.capitalize()}-v4")
         panel.margins(x=0.12)
+        panel.tick_params(axis="x", which="minor", labelbottom=False)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{results['machine']['cpu']}, {results['machine']['cores']} cores; medians of one run", fontsize="medium")
+    figure.suptitle(
+        f"{results['machine']['cpu']}, {results['machine']['cores']} cores; medians of one run; compiled where not eager",
+        fontsize="medium",
+    )
     figure.savefig(path)
 
 
