@@ -187,7 +187,9 @@ def _index_select(tensor: Tensor, dim: int, index: Tensor) -> Any:
     """A few numbers are gathered once, rather than anew for each row that they serve."""
     if tensor.numel() // tensor.shape[dim] * index.numel() > FEW:
         return NotImplemented
-    return materialised(tensor[(*(slice(None) for _ in range(dim % tensor.ndim)), index)])
+    where: list[Any] = [slice(None)] * tensor.ndim
+    where[dim] = index
+    return materialised(tensor[tuple(where)])
 
 
 # What Inductor computes slowly on a CPU as it stands: a product with a bias copies the bias over its whole output before,
