@@ -57,3 +57,18 @@ def make_batch(*batch, seed=0, done=0.0):
         },
         batch_size=batch,
     )
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were drawn."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+
+    def spy(figure, *args, save=Figure.savefig, **kwargs):
+        drawn.append(figure)
+        return save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    return drawn

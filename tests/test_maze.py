@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch import nn
 from torchrl.envs import Compose, DoubleToFloat, InitTracker, RewardSum, StepCounter, TransformedEnv, check_env_specs
@@ -27,19 +26,6 @@ class Compass(nn.Module):
 
     def forward(self, observation, subnet):
         return torch.cat([self.ways[subnet], torch.zeros(*observation.shape[:-1], 2)], -1)
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that were drawn."""
-    drawn = []
-
-    def spy(figure, *args, save=Figure.savefig, **kwargs):
-        drawn.append(figure)
-        return save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", spy)
-    return drawn
 
 
 def actor_of_the_maze(**kwargs):

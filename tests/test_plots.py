@@ -29,19 +29,6 @@ def folder(tmp_path):
     return folder
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that were drawn."""
-    drawn = []
-
-    def spy(figure, *args, save=Figure.savefig, **kwargs):
-        drawn.append(figure)
-        return save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", spy)
-    return drawn
-
-
 def test_the_picture_shows_what_was_logged(folder, figures):
     assert learning_curve(folder) == folder.curve_path
     assert imread(folder.curve_path).std() > 0

@@ -40,7 +40,6 @@ import rates
 import torch
 from experiments import EXPERIMENTS, Cell, select
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "omnet_sac.py"
 RESULTS = Path(__file__).resolve().parent / "results"
 # What every cell measures beside its returns, and how.
 WATCHED = ("eval.bias_episodes=10", "progress=false")
@@ -68,7 +67,7 @@ def command(cell: Cell, root: Path, *options: str) -> list[str]:
     else:
         # A run that was begun with more frames keeps them: it may only become longer.
         arguments = [f"resume={folder}", f"total_frames={max(cell.frames, _total_frames(folder))}"]
-    return [sys.executable, str(EXAMPLE), *arguments, *options]
+    return [sys.executable, str(rates.EXAMPLE), *arguments, *options]
 
 
 def _total_frames(folder: Path) -> int:

@@ -7,7 +7,10 @@ seed, a buffer, which whoever calls the network sets: :class:`~omnet_torchrl.OMN
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from tensordict import TensorDictParams
 from torch import Tensor, nn
 
 from omnet_torchrl.layers import IndexedLayer
@@ -63,3 +66,14 @@ def seed_dropout(network: nn.Module) -> None:
     for stream, (parent, name) in enumerate(found):
         old = getattr(parent, name)
         setattr(parent, name, SeededDropout(old.p, stream, device).train(old.training))
+
+
+def with_seed(params: Any, seed: Tensor | None) -> Any:
+    """The parameters of a network, a TensorDict, with this seed in all of its dropout; ``None``: as they are."""
+    keys = () if seed is None else [key for key in params.keys(True, True) if key[-1] == SEED]
+    if not keys:
+        return params
+    params = (params._param_td if isinstance(params, TensorDictParams) else params).copy()
+    for key in keys:
+        params.set(key, seed)
+    return params

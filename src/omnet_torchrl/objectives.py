@@ -33,7 +33,7 @@ from torchrl.objectives import SACLoss
 from torchrl.objectives.sac import compute_rsample_log_prob
 from torchrl.objectives.utils import distance_loss
 
-from omnet_torchrl.dropout import SEED, seed_dropout
+from omnet_torchrl.dropout import SEED, seed_dropout, with_seed
 
 # Who asks a network in an update; each has a seed of its own for the noise of dropout.
 PASSES = ("critic", "target", "value", "next_actor", "actor")
@@ -391,7 +391,7 @@ class OMNetSACLoss(SACLoss):
     ) -> tuple[Tensor, Tensor]:
         """A reparametrised action of one actor subnetwork, and its log-probability."""
         inputs = self._inputs(self.actor_network, tensordict, subnet)
-        params = _with_seed(params, seed)
+        params = with_seed(params, seed)
         with set_exploration_type(ExplorationType.RANDOM), params.to_module(self.actor_network, preserve_module_state=False):
             return _sample(self.actor_network.get_dist(inputs), noise)
 
@@ -400,7 +400,7 @@ class OMNetSACLoss(SACLoss):
     ) -> Tensor:
         """Values of the asked critic subnetworks, ``(K, *batch)``."""
         batch = tensordict.batch_size
-        params = _with_seed(params, seed)
+        params = with_seed(params, seed)
         if subnet.ndim <= 1:
             subnet = subnet.reshape(-1, *(1 for _ in batch))
         inputs = self._inputs(self.qvalue_network, tensordict, subnet).set(self.tensor_keys.action, action)
@@ -463,17 +463,6 @@ def _seed(draws: TensorDictBase, name: str) -> Tensor | None:
     """The seed of dropout's noise in a pass, one of ``PASSES``; ``None`` where there is no dropout."""
     seeds = draws.get("dropout", None)
     return None if seeds is None else seeds[..., PASSES.index(name)]
-
-
-def _with_seed(params: Any, seed: Tensor | None) -> Any:
-    """The parameters of a network, with the seed of its dropout."""
-    keys = () if seed is None else [key for key in params.keys(True, True) if key[-1] == SEED]
-    if not keys:
-        return params
-    params = (params._param_td if isinstance(params, TensorDictParams) else params).copy()
-    for key in keys:
-        params.set(key, seed)
-    return params
 
 
 def _sample(distribution: Distribution, noise: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -69,10 +69,7 @@ class UnitLinear(IndexedLinear, nn.Linear):  # type: ignore[misc]
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.num_subnets = num_subnets
         for name, units, size in (("in_units", in_units, in_features), ("out_units", out_units, out_features)):
-            if units is not None:
-                _check_units(units, num_subnets, size, name)
-                units = units.to(self.weight.device, copy=True)
-            self.register_buffer(name, units)
+            self.register_buffer(name, _checked_units(units, num_subnets, size, name, self.weight.device))
 
     def reset_parameters(self) -> None:
         """Draw the weights anew; the units stay."""
@@ -122,10 +119,7 @@ class UnitLayerNorm(IndexedLayerNorm):
         self.num_subnets, self.eps = num_subnets, eps
         self.weight = nn.Parameter(torch.empty(normalized_shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty_like(self.weight))
-        if units is not None:
-            _check_units(units, num_subnets, normalized_shape, "units")
-            units = units.to(self.weight.device, copy=True)
-        self.register_buffer("units", units)
+        self.register_buffer("units", _checked_units(units, num_subnets, normalized_shape, "units", self.weight.device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -262,7 +256,10 @@ class _Slice(torch.autograd.Function):
         return zeros.index_put((rows.unsqueeze(2), columns.unsqueeze(1)), gradient, accumulate=several), None, None
 
 
-def _check_units(units: Tensor, num_subnets: int, size: int, name: str) -> None:
+def _checked_units(units: Tensor | None, num_subnets: int, size: int, name: str, device: torch.device) -> Tensor | None:
+    """A copy of the kept units, on ``device``; raise unless they are units of a layer of this size."""
+    if units is None:
+        return None
     if not isinstance(units, Tensor) or units.dtype != torch.int64:
         got = units.dtype if isinstance(units, Tensor) else type(units).__name__
         raise TypeError(f"{name} must be an int64 tensor of the kept units, got {got}; see Tensor.nonzero for a boolean mask.")
@@ -270,3 +267,4 @@ def _check_units(units: Tensor, num_subnets: int, size: int, name: str) -> None:
         raise ValueError(f"{name} must have shape (num_subnets={num_subnets}, 1 to {size} units), got {tuple(units.shape)}.")
     if units.min() < 0 or units.max() >= size or (units.diff(dim=1) <= 0).any():
         raise ValueError(f"{name} must be in [0, {size}), ascending and none twice in each row, got {units.tolist()}.")
+    return units.to(device, copy=True)

@@ -132,13 +132,14 @@ def run(steps: Mapping[str, Callable], schedule: Schedule, leaves: Sequence[Tens
 def translate(graph: GraphModule, inputs: list[Tensor]) -> Callable:
     """The compiled form of a graph of tensor operations."""
     with _quiet():
-        graph = decomposed(graph, inputs)
+        if not any(tensor.is_cuda for tensor in inputs):
+            graph = decomposed(graph, inputs)
         # Inputs have been checked, and what is in between is as it was traced.
         return torch._inductor.compile(graph, inputs, options={"size_asserts": False})  # type: ignore[arg-type]
 
 
 def decomposed(graph: GraphModule, inputs: list[Tensor]) -> GraphModule:
-    """The same numbers, to rounding, in operations that Inductor is good at."""
+    """The same numbers, to rounding, in operations that Inductor is good at on a CPU."""
     return make_fx(graph, decomposition_table=DECOMPOSITIONS)(*inputs)
 
 
