@@ -251,6 +251,26 @@ def test_a_reference_is_drawn_dashed_and_stays_out_of_the_numbers(results, tmp_p
         written(results, "fig2a", "--reference", str(reference))
 
 
+def test_each_published_seed_is_drawn_beside_each_run(figures, results):
+    published = {"REDQ (theirs)": {"Hopper-v4": [([0, 20_000, 40_000], [0.0, k, 2.0 * k]) for k in (1000, 2000, 3000)]}}
+    records = find([results])
+    runs = report.group(EXPERIMENTS["fig2a"], assign(records, EXPERIMENTS["fig2a"].cells()))
+    variants = [variant for variant in EXPERIMENTS["fig2a"].variants if variant.name in runs]
+    path = results / "returns.png"
+    report.figures.curves(path, "title", variants, ["Hopper-v4"], runs, 30_000, references=published)
+    lines = figures[-1].axes[0].lines
+    assert len(figures) == 1
+    dashed = [line for line in lines if line.get_linestyle() == "--"]
+    assert sorted(line.get_ydata()[-1] for line in dashed) == [2000, 4000, 4000, 6000]  # three seeds and their mean
+    assert next(line.get_label() for line in dashed if not line.get_label().startswith("_")) == "REDQ (theirs), 3 seeds"
+    ours = sum(len(runs[variant.name]["Hopper-v4"]) for variant in variants)
+    assert len(lines) - len(dashed) >= ours
+    legend = figures[-1].legends[0]
+    figures[-1].canvas.draw()
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= figures[-1].bbox.width
+
+
 def test_an_unknown_experiment_lists_the_known_ones(results):
     with pytest.raises(ValueError, match=r"unknown experiment 'fig99'; known are fig2a, .*, all"):
         written(results, "fig99")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from omnet_torchrl.training.terminal import count
 Runs = Mapping[str, Mapping[str, Sequence[Record]]]  # variant's name, task: a run for each seed
 References = Mapping[str, Mapping[str, Sequence[tuple[Sequence[int], Sequence[float]]]]]  # label, task: curves
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f")
+SEED = {"linewidth": 0.7, "alpha": 0.55}  # of the line of one seed
 AXES = {"frames": "frames", "hours": "wall-clock hours", "flops": "training PFLOPs (exact count)"}
 
 
@@ -43,8 +45,9 @@ def curves(
 ) -> Path:
     """A metric of each row: a column per task, and below each other against frames, wall-clock and FLOPs.
 
-    Lines are means over the seeds, up to the last frame that every run has; shaded is Student's 95 % interval, cut where it
-    leaves the panel. A cross ends a run that has diverged. Reference curves are dashed means, against frames alone.
+    Thick lines are means over the seeds, up to the last frame that every run has; thin ones are the seeds; shaded, from
+    three seeds on, is Student's 95 % interval, cut where it leaves the panel. A cross ends a run that has diverged. Reference curves are dashed, means and
+    seeds, against frames alone.
     """
     figure = Figure(figsize=(4.2 * len(tasks) + 0.4, 3.1 * len(axes) + 1.2), dpi=120, layout="constrained")
     grid = figure.subplots(len(axes), len(tasks), squeeze=False)
@@ -134,11 +137,15 @@ def _line(panel: Axes, records: Sequence[Record], metric: str, axis: str, end: i
     frames, values = common_curve([record.curve(metric, end) for record in going])
     if not len(frames):
         return
+    for record in records if len(records) > 1 else ():
+        steps, curve = record.curve(metric, end)
+        panel.plot(_place([record], np.asarray(steps), axis), curve, color=colour, **SEED)
     intervals = np.asarray([mean_interval(column) for column in values.T])
     at = _place(going, frames, axis)
     seeds = f"{len(records)} seed" + "s" * (len(records) > 1)
     panel.plot(at, intervals[:, 0], color=colour, linewidth=1.8, label=label.format(seeds))
-    panel.fill_between(at, intervals[:, 1], intervals[:, 2], color=colour, alpha=0.15, linewidth=0)
+    if len(going) > 2:  # of two it is 13 standard errors wide: their lines say more
+        panel.fill_between(at, intervals[:, 1], intervals[:, 2], color=colour, alpha=0.12, linewidth=0)
 
 
 def _place(records: Sequence[Record], frames: np.ndarray, axis: str) -> np.ndarray:
@@ -149,14 +156,21 @@ def _place(records: Sequence[Record], frames: np.ndarray, axis: str) -> np.ndarr
 
 def _reference(panel: Axes, references: References, task: str, end: int) -> None:
     for i, (label, tasks) in enumerate(references.items()):
-        frames, values = common_curve([_until(curve, end) for curve in tasks.get(task, [])])
-        if len(frames):
-            panel.plot(frames, values.mean(0), "--", color=f"{0.15 + 0.18 * (i % 4)}", linewidth=1.2, label=label)
+        published = [_until(curve, end) for curve in tasks.get(task, [])]
+        frames, values = common_curve(published)
+        if not len(frames):
+            continue
+        grey = f"{0.15 + 0.18 * (i % 4)}"
+        for curve in published:
+            panel.plot(*curve, "--", color=grey, **SEED)
+        panel.plot(frames, values.mean(0), "--", color=grey, linewidth=1.6, label=f"{label}, {len(published)} seeds")
 
 
 def _until(curve: tuple[Sequence[int], Sequence[float]], end: int) -> tuple[list[int], list[float]]:
-    pairs = [(frame, value) for frame, value in zip(*curve, strict=True) if frame <= end]
-    return [frame for frame, _ in pairs], [value for _, value in pairs]
+    """The points up to ``end``, and the first one after it, to which a line leads out of the panel."""
+    frames, values = curve
+    last = sum(frame < end for frame in frames) + 1
+    return list(frames[:last]), list(values[:last])
 
 
 def _limit(panel: Axes) -> None:
@@ -181,7 +195,9 @@ def _legend(figure: Figure, grid: Any) -> None:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if found:
-        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+        labels = [textwrap.fill(label, 64) for label in found]
+        columns = min(4, grid.shape[1])
+        figure.legend(found.values(), labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _save(figure: Figure, path: Path) -> Path:
