@@ -20,11 +20,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch.optim import Adam
 from torchrl.collectors import Collector
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.objectives import SoftUpdate
 
 from omnet_torchrl import OMNetSACLoss, SubnetPrimer, make_actor, make_qvalue
-from omnet_torchrl.training import Run, SACUpdate, Trainer, describe, make_env, make_evaluation, schedule
+from omnet_torchrl.training import CompiledPolicy, Run, SACUpdate, Trainer, describe, make_env, make_evaluation, schedule
 from omnet_torchrl.training.algorithms import loss_options, network_options
 from omnet_torchrl.training.config import check_overrides, register
 
@@ -54,7 +54,7 @@ def main(cfg: DictConfig) -> float:
 
     collector = Collector(
         env,
-        actor,
+        CompiledPolicy(actor, update),
         frames_per_batch=config.num_envs,
         init_random_frames=config.init_random_frames,
         policy_device=device,
@@ -65,7 +65,7 @@ def main(cfg: DictConfig) -> float:
         return_same_td=True,  # each frame is stored before the next one
     )
     capacity = min(config.buffer_size, config.total_frames)
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(capacity, device=device))
+    buffer = ReplayBuffer(storage=LazyTensorStorage(capacity, device=device))
     trainer = Trainer(
         collector,
         buffer,

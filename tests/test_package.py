@@ -56,9 +56,10 @@ TRAINING = {
     "compiled": set(),
     "adam": {"compiled"},
     "update": {"adam", "compiled"},
+    "acting": {"compiled", "update"},
     "checkpoint": set(),
     "global_numbers": set(),
-    "trainer": {"environments", "update", "checkpoint", "global_numbers"},
+    "trainer": {"acting", "environments", "update", "checkpoint", "global_numbers"},
     "policy": {"algorithms", "config", "options", "run_folder", "environments", "checkpoint"},
     "run": {
         "algorithms",
@@ -72,7 +73,7 @@ TRAINING = {
         "checkpoint",
         "trainer",
     },
-    "__init__": {"environments", "evaluation", "policy", "run", "trainer", "update"},
+    "__init__": {"acting", "environments", "evaluation", "policy", "run", "trainer", "update"},
 }
 
 

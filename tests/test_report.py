@@ -268,7 +268,8 @@ def test_each_published_seed_is_drawn_beside_each_run(figures, results):
     legend = figures[-1].legends[0]
     figures[-1].canvas.draw()
     box = legend.get_window_extent()
-    assert 0 <= box.x0 and box.x1 <= figures[-1].bbox.width
+    assert box.x0 >= 0
+    assert box.x1 <= figures[-1].bbox.width
 
 
 def test_an_unknown_experiment_lists_the_known_ones(results):

@@ -50,8 +50,10 @@ class Diary:
         return [(frames, name, repr(value)) for frames, name, value in self.rows if not name.startswith("time/")]
 
 
-def make_trainer(path, env=PENDULUM, *, num_envs=1, seed=0, evaluation=None, diary=None, capacity=None, **schedule):
-    """A trainer of small networks."""
+def make_trainer(
+    path, env=PENDULUM, *, num_envs=1, seed=0, evaluation=None, diary=None, capacity=None, policy=None, **schedule
+):
+    """A trainer of small networks; ``policy(actor, update)`` acts in the place of the actor."""
     schedule = {
         **{"total_frames": 60, "init_random_frames": 20, "utd_ratio": 1, "policy_update_delay": 2, "batch_size": 8},
         **{"log_interval": 10, "eval_interval": 30, "checkpoint_interval": 0, "seed": seed},
@@ -70,7 +72,7 @@ def make_trainer(path, env=PENDULUM, *, num_envs=1, seed=0, evaluation=None, dia
     update = SACUpdate(loss, critic_optim, actor_optim, SoftUpdate(loss, tau=0.01), compile=False)
     collector = Collector(
         env,
-        actor,
+        actor if policy is None else policy(actor, update),
         frames_per_batch=num_envs,
         init_random_frames=schedule["init_random_frames"],
         policy_device="cpu",

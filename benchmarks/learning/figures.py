@@ -45,9 +45,9 @@ def curves(
 ) -> Path:
     """A metric of each row: a column per task, and below each other against frames, wall-clock and FLOPs.
 
-    Thick lines are means over the seeds, up to the last frame that every run has; thin ones are the seeds; shaded, from
-    three seeds on, is Student's 95 % interval, cut where it leaves the panel. A cross ends a run that has diverged. Reference curves are dashed, means and
-    seeds, against frames alone.
+    Thick lines are means over the seeds, up to the last frame that every run has; thin ones are the seeds; shaded, from three
+    seeds on, is Student's 95 % interval, cut where it leaves the panel. A cross ends a run that has diverged. Reference curves
+    are dashed, means and seeds, against frames alone.
     """
     figure = Figure(figsize=(4.2 * len(tasks) + 0.4, 3.1 * len(axes) + 1.2), dpi=120, layout="constrained")
     grid = figure.subplots(len(axes), len(tasks), squeeze=False)

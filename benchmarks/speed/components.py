@@ -18,7 +18,7 @@ from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
 from torch.optim import Adam
-from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
+from torchrl.data import Bounded, LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer, Unbounded
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import REDQLoss, SACLoss, SoftUpdate, group_optimizers
 
@@ -74,9 +74,9 @@ def transitions(task: Task, count: int, device: str = "cpu") -> TensorDict:
     return TensorDict(data, batch_size=[count], device=device)
 
 
-def replay(task: Task, device: str = "cpu", **kwargs: Any) -> TensorDictReplayBuffer:
-    """A buffer full of :func:`transitions`."""
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(STORED, device=device), **kwargs)
+def replay(task: Task, device: str = "cpu", cls: type[ReplayBuffer] = ReplayBuffer, **kwargs: Any) -> ReplayBuffer:
+    """A buffer full of :func:`transitions`; the default is the main job's."""
+    buffer = cls(storage=LazyTensorStorage(STORED, device=device), **kwargs)
     buffer.extend(transitions(task, STORED, device))
     return buffer
 
@@ -197,7 +197,7 @@ def torchrl_block(
     updater = SoftUpdate(loss, tau=0.005)
     groups = (loss.actor_network_params.parameters(), loss.qvalue_network_params.parameters(), [loss.log_alpha])
     optim = group_optimizers(*(Adam(list(params), lr=3e-4) for params in groups))
-    buffer = replay(task, device, batch_size=BATCH)
+    buffer = replay(task, device, TensorDictReplayBuffer, batch_size=BATCH)
 
     def update(batch: TensorDict) -> TensorDict:
         losses = loss(batch)

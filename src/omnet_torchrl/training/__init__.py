@@ -3,6 +3,7 @@
 Needs the extra ``train``: ``pip install "omnet-torchrl[train]"``.
 """
 
+from omnet_torchrl.training.acting import CompiledPolicy
 from omnet_torchrl.training.environments import make_env
 from omnet_torchrl.training.evaluation import evaluate, make_evaluation
 from omnet_torchrl.training.policy import load_policy
@@ -10,4 +11,15 @@ from omnet_torchrl.training.run import Run, describe, schedule
 from omnet_torchrl.training.trainer import Trainer
 from omnet_torchrl.training.update import SACUpdate
 
-__all__ = ["Run", "SACUpdate", "Trainer", "describe", "evaluate", "load_policy", "make_env", "make_evaluation", "schedule"]
+__all__ = [
+    "CompiledPolicy",
+    "Run",
+    "SACUpdate",
+    "Trainer",
+    "describe",
+    "evaluate",
+    "load_policy",
+    "make_env",
+    "make_evaluation",
+    "schedule",
+]

@@ -20,7 +20,6 @@ from torchrl.envs import (
     DoubleToFloat,
     EnvBase,
     GymWrapper,
-    InitTracker,
     RewardSum,
     StepCounter,
     Transform,
@@ -140,7 +139,7 @@ def make_env(
     """
     base = Maze2DEnv(() if num_envs is None else num_envs) if name == MAZE else GymWrapper(_make_gymnasium(name, num_envs))
     offset = [ObservationOffset(observation_offset, generator=seed)] if observation_offset else []
-    common = (DoubleToFloat(), *offset, InitTracker(), RewardSum(), StepCounter())
+    common = (DoubleToFloat(), *offset, RewardSum(), StepCounter())
     env = TransformedEnv(base, Compose(*common, *transforms))
     if seed is not None:
         env.set_seed(seed)

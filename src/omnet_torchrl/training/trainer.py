@@ -19,8 +19,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.collectors import Collector
-from torchrl.data import TensorDictReplayBuffer
+from torchrl.data import ReplayBuffer
 
+from omnet_torchrl.training.acting import CompiledPolicy
 from omnet_torchrl.training.checkpoint import Checkpointer, load_replay
 from omnet_torchrl.training.environments import ReplayError, recorders
 from omnet_torchrl.training.global_numbers import GlobalNumbers
@@ -56,7 +57,7 @@ class Trainer:
     Args:
         collector (Collector): whose environment is of :func:`~omnet_torchrl.training.environments.make_env`, which gives one
             step of each environment at a time (``frames_per_batch`` equal to the number of environments).
-        buffer (TensorDictReplayBuffer): gets a generator of its own here.
+        buffer (ReplayBuffer): gets a generator of its own here.
         update (SACUpdate): the update.
         evaluate (callable): takes the number of frames, returns metrics.
         checkpointer (Checkpointer): where the state is kept.
@@ -74,7 +75,7 @@ class Trainer:
     def __init__(
         self,
         collector: Collector,
-        buffer: TensorDictReplayBuffer,
+        buffer: ReplayBuffer,
         update: SACUpdate,
         evaluate: Callable[[int], Mapping[str, float]],
         checkpointer: Checkpointer,
@@ -132,8 +133,11 @@ class Trainer:
         return True
 
     def prepare(self) -> None:
-        """Compile the update, on made-up data."""
-        row = self.collector.env.fake_tensordict().select(*self.update.loss.in_keys).reshape(-1)[:1]
+        """Compile the update and the policy, on made-up data."""
+        made_up = self.collector.env.fake_tensordict()
+        if isinstance(self.collector.policy, CompiledPolicy):
+            self.collector.policy.prepare(made_up)
+        row = made_up.select(*self.update.loss.in_keys).reshape(-1)[:1]
         self.update.prepare(row.expand(self.batch_size).clone().to(self.update.device))
 
     def _load_collection(self, state: dict[str, Any]) -> None:

@@ -82,6 +82,11 @@ class SACUpdate:
         self._steps: dict[str, CompiledStep] = {}
         self._graphs: dict[Schedule, CUDAGraph] = {}
 
+    @property
+    def actor_params(self) -> Leaves:
+        """The tensors of the actor that the steps read and change; masks are numbers among them."""
+        return self._params["actor_network_params"]
+
     def block(self, batches: TensorDictBase, draws: TensorDictBase, actor: Sequence[bool]) -> dict[str, Tensor]:
         """Several updates, one after the other: a critic step for each, and an actor step after those that ``actor`` names.
 

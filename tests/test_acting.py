@@ -1,0 +1,139 @@
+"""CompiledPolicy: the actor's own actions, from the parameters of the update, and the actor where it can't be compiled."""
+
+import pytest
+import torch
+from conftest import OBS, small_actor, specs
+from tensordict import TensorDict
+from test_training import make_trainer, transitions
+from test_update import make_parts
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from omnet_torchrl import make_actor
+from omnet_torchrl.training import CompiledPolicy, SACUpdate
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def make_policy(build=small_actor, compile=True, device=None):
+    """A policy that is not prepared; the update's own steps are never made here."""
+    actor = build(device=device)
+    return CompiledPolicy(actor, SACUpdate(*make_parts(lambda device: actor, device=device), compile=compile))
+
+
+def frame(num_envs=1, seed=0, device=None, size=OBS):
+    generator = torch.Generator().manual_seed(seed)
+    observation = torch.randn(num_envs, size, generator=generator)
+    subnet = torch.randint(3, (num_envs,), generator=generator)
+    return TensorDict(observation=observation, subnet=subnet, batch_size=[num_envs]).to(device)
+
+
+def act(policy, tensordict, seed=0):
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        return policy(tensordict.copy())["action"].clone()
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    """A policy, compiled for one environment and for four."""
+    policies = {}
+    for num_envs in (1, 4):
+        policies[num_envs] = make_policy()
+        policies[num_envs].prepare(frame(num_envs))
+    return policies
+
+
+@pytest.mark.parametrize("num_envs", [1, 4])
+def test_it_acts_as_the_actor_does(prepared, num_envs):
+    policy = prepared[num_envs]
+    for seed in range(20):
+        state = frame(num_envs, seed)
+        assert policy(state.copy()).keys() == {"observation", "subnet", "action"}  # not by the actor, which writes more
+        torch.testing.assert_close(act(policy, state, seed), act(policy.actor, state, seed), **CLOSE)
+
+
+def test_it_follows_the_parameters_of_the_update(prepared):
+    policy, state = prepared[1], frame(1)
+    before = act(policy, state)
+    with torch.no_grad():
+        for parameter in policy.actor.parameters():
+            parameter.mul_(1.5)
+    changed = act(policy, state)
+    assert not torch.allclose(before, changed)
+    torch.testing.assert_close(changed, act(policy.actor, state), **CLOSE)
+
+
+def test_it_follows_a_state_that_is_loaded_masks_included(prepared):
+    policy, state = prepared[4], frame(4)
+    other = make_policy(lambda device: make_actor(*specs(), num_subnets=3, sparsity=0.4, num_cells=(16, 16), generator=3))
+    policy.update.load_state_dict(other.update.state_dict())
+    torch.testing.assert_close(act(policy, state), act(other.actor, state), **CLOSE)
+
+
+@pytest.mark.parametrize("num_envs", [2, 4])
+def test_the_actor_answers_what_it_was_not_compiled_for(prepared, num_envs):
+    policy, state = prepared[1], frame(num_envs)
+    assert torch.equal(act(policy, state), act(policy.actor, state))
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        assert torch.equal(act(policy, frame()), act(policy.actor, frame()))
+
+
+def test_it_asks_for_the_index_as_the_actor_does(prepared):
+    with pytest.raises(KeyError, match="append SubnetPrimer"):
+        prepared[1](frame().exclude("subnet"))
+
+
+@pytest.mark.parametrize("build", [small_actor, lambda device: small_actor(dropout=0.1)])
+def test_nothing_is_compiled_where_the_update_is_not_or_where_dropout_draws(build):
+    policy = make_policy(build, compile=build is not small_actor)
+    policy.prepare(frame())
+    assert "loc" in policy(frame())
+
+
+def test_preparing_changes_nothing(prepared):
+    policy = make_policy()
+    before, state = {key: value.clone() for key, value in policy.state_dict().items()}, torch.get_rng_state()
+    example = frame()
+    policy.prepare(example)
+    assert torch.equal(state, torch.get_rng_state())
+    assert example.keys() == {"observation", "subnet"}
+    assert all(torch.equal(value, before[key]) for key, value in policy.state_dict().items())
+
+
+def test_its_state_is_the_actors():
+    policy = make_policy()
+    assert policy.state_dict().keys() == policy.actor.state_dict().keys()
+    policy.load_state_dict({key: value * 0 for key, value in policy.actor.state_dict().items()})
+    assert all(not parameter.any() for parameter in policy.actor.parameters())
+    assert [id(parameter) for parameter in policy.parameters()] == [id(parameter) for parameter in policy.actor.parameters()]
+
+
+def compiled_policy(actor, update):
+    update.compiled = True  # of the policy alone: its steps stay eager
+    policy = CompiledPolicy(actor, update)
+    policy.prepare(frame(2, size=4))
+    update.compiled = False
+    return policy
+
+
+def test_a_run_is_the_same_to_rounding(tmp_path):
+    plain, compiled = (make_trainer(tmp_path / str(p), num_envs=2, policy=p) for p in (None, compiled_policy))
+    assert compiled.collector.policy._step is not None
+    plain.run()
+    compiled.run()
+    torch.testing.assert_close(transitions(compiled), transitions(plain), rtol=1e-3, atol=1e-3)
+
+
+def test_a_trainer_prepares_it(tmp_path):
+    trainer = make_trainer(tmp_path, policy=CompiledPolicy)
+    trainer.update.compiled, trainer.update.prepare = True, lambda batch: None
+    trainer.prepare()
+    assert trainer.collector.policy._step is not None
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_acts_as_the_actor_does():
+    policy, state = make_policy(device="cuda"), frame(device="cuda")
+    policy.prepare(state)
+    assert policy(state.copy()).keys() == {"observation", "subnet", "action"}
+    torch.testing.assert_close(act(policy, state), act(policy.actor, state), rtol=1e-4, atol=1e-5)
