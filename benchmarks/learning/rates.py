@@ -1,7 +1,8 @@
 """How long cells take here: seconds per frame of each row and task, measured once and kept in ``rates.csv``.
 
-A frame before the first update costs less than one after it; both are measured, in a short run of the example, alone on the
-machine's share that a job gets. Several jobs at once share memory and caches too: what they take is longer, never shorter.
+A frame before the first update costs less than one after it; both are measured, in a short run of the example on the share of
+the cores that a job gets. Several jobs at once share memory and caches too: measured beside none, what they take is longer. The
+load of the machine meanwhile is in the file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from experiments import Cell
 from omnet_torchrl.training.logging import read_metrics
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "omnet_sac.py"
-COLUMNS = ("machine", "device", "threads", "row", "task", "random_seconds", "seconds", "update_seconds", "frames", "date")
+NUMBERS = ("random_seconds", "seconds", "update_seconds")
+COLUMNS = ("machine", "device", "threads", "row", "task", *NUMBERS, "frames", "date", "load")
 INIT, FRAMES = 500, 60  # of a measurement: random frames, then frames with updates
 
 
@@ -57,7 +59,7 @@ class Rates:
             with path.open() as file:
                 for line in csv.DictReader(file):
                     if (line["machine"], line["threads"]) == self.key:
-                        numbers = (float(line[name]) for name in ("random_seconds", "seconds", "update_seconds"))
+                        numbers = (float(line[name]) for name in NUMBERS)
                         self._known[line["row"], line["task"]] = Rate(*numbers)
 
     def get(self, cell: Cell) -> Rate | None:
@@ -76,7 +78,8 @@ class Rates:
             name, threads = self.key
             numbers = (f"{number:.6g}" for number in rate)
             when = datetime.now().astimezone().date().isoformat()
-            writer.writerow([name, self.device, threads, cell.variant.name, cell.task, *numbers, FRAMES, when])
+            load = f"{os.getloadavg()[0]:.2f}"  # processes that ran or waited in the last minute, this one among them
+            writer.writerow([name, self.device, threads, cell.variant.name, cell.task, *numbers, FRAMES, when, load])
 
 
 def machine(device: str) -> str:
@@ -152,6 +155,6 @@ def forecast(
     missing = f", and {unknown} cells whose rate is not known" if unknown else ""
     lines.append(
         f"\n{total:.1f} hours of runs, {total / jobs:.1f} hours with {jobs} at a time{missing}. Measured on {rates.key[0]}, "
-        f"{rates.threads} thread(s) each, one run at a time; evaluation, compiling and saving are left out."
+        f"{rates.threads} thread(s) each, beside what else ran there; evaluation, compiling and saving are left out."
     )
     return "\n".join(lines)
