@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._subclasses import FakeTensorMode
 from torch.distributions import Distribution
 from torch.fx import GraphModule
@@ -84,13 +85,18 @@ class CompiledStep:
             self.names = list(output)
             return list(output.values())
 
+        every = [*self.state, *inputs.examples]
         with _tracing():
-            graph = make_fx(flat)(*(tensor.clone() for tensor in (*self.state, *inputs.examples)))
-        self.function = translate(graph, [tensor.clone() for tensor in (*self.state, *inputs.examples)])
+            graph = make_fx(flat)(*(tensor.clone() for tensor in every))
+        used = _without_unused_inputs(graph)
+        self.function = translate(graph, [every[i].clone() for i in used])
+        self.state, self.leaves = [every[i] for i in used if i < count], [i - count for i in used if i >= count]
 
+    @torch.no_grad()
     def __call__(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
         """Make the step."""
-        return dict(zip(self.names, self.function(*self.state, *leaves), strict=True))
+        output = self.function(*self.state, *(leaves[i] for i in self.leaves))
+        return dict(zip(self.names, output, strict=True))
 
 
 class CUDAGraph:
@@ -131,14 +137,43 @@ def run(steps: Mapping[str, Callable], schedule: Schedule, leaves: Sequence[Tens
 
 
 def translate(graph: GraphModule, inputs: list[Tensor]) -> Callable:
-    """The compiled form of a graph of tensor operations."""
+    """The compiled form of a graph of tensor operations, that changes its inputs and needs no gradient."""
     # Inputs have been checked, and what is in between is as it was traced.
     options = {"size_asserts": False}
     with _quiet():
-        if not any(tensor.is_cuda for tensor in inputs):
-            graph = decomposed(graph, inputs)
-            options["cpp_wrapper"] = True  # calls the kernels from C++: a twentieth of an update less than from Python
-        return torch._inductor.compile(graph, inputs, options=options)  # type: ignore[arg-type]
+        if any(tensor.is_cuda for tensor in inputs):
+            return torch._inductor.compile(graph, inputs, options=options)  # type: ignore[arg-type]
+        graph = decomposed(graph, inputs)
+        # Constants come first among the inputs of the code, as AOTAutograd puts them there.
+        constants = [*graph.parameters(), *(buffer for _, buffer in graph.named_buffers(remove_duplicate=False))]
+        codes: list[Any] = []
+
+        def keep(module: GraphModule, examples: list[Tensor], **kwargs: Any) -> Any:
+            if [example.shape for example in examples] != [tensor.shape for tensor in (*constants, *inputs)]:
+                raise RuntimeError("AOTAutograd has changed the inputs of an update: this version of torch is not supported.")
+            codes.append(compile_fx_inner(module, examples, **kwargs))
+            return codes[-1]
+
+        # Kernels are called from C++, and that without AOTAutograd's layers, which nothing here needs: calls from Python would
+        # be a tenth of an update. (From a cache of its own the code would not come by.)
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            compile_fx(graph, inputs, inner_compile=keep, config_patches={**options, "cpp_wrapper": True})
+
+    def call(*tensors: Tensor) -> Sequence[Tensor]:
+        return codes[0].current_callable([*constants, *tensors])
+
+    return call
+
+
+def _without_unused_inputs(graph: GraphModule) -> list[int]:
+    """Remove the inputs that nothing reads; the places of those that stay."""
+    graph.graph.eliminate_dead_code()
+    inputs = graph.graph.find_nodes(op="placeholder")
+    for node in inputs:
+        if not node.users:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return [i for i, node in enumerate(inputs) if node.users]
 
 
 def decomposed(graph: GraphModule, inputs: list[Tensor]) -> GraphModule:
