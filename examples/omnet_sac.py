@@ -20,11 +20,21 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch.optim import Adam
 from torchrl.collectors import Collector
-from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.data import ReplayBuffer
 from torchrl.objectives import SoftUpdate
 
 from omnet_torchrl import OMNetSACLoss, SubnetPrimer, make_actor, make_qvalue
-from omnet_torchrl.training import CompiledPolicy, Run, SACUpdate, Trainer, describe, make_env, make_evaluation, schedule
+from omnet_torchrl.training import (
+    CompiledPolicy,
+    GatherStorage,
+    Run,
+    SACUpdate,
+    Trainer,
+    describe,
+    make_env,
+    make_evaluation,
+    schedule,
+)
 from omnet_torchrl.training.algorithms import loss_options, network_options
 from omnet_torchrl.training.config import check_overrides, register
 
@@ -65,7 +75,7 @@ def main(cfg: DictConfig) -> float:
         return_same_td=True,  # each frame is stored before the next one
     )
     capacity = min(config.buffer_size, config.total_frames)
-    buffer = ReplayBuffer(storage=LazyTensorStorage(capacity, device=device))
+    buffer = ReplayBuffer(storage=GatherStorage(capacity, device=device))
     trainer = Trainer(
         collector,
         buffer,

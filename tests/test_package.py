@@ -57,6 +57,7 @@ TRAINING = {
     "adam": {"compiled"},
     "update": {"adam", "compiled"},
     "acting": {"compiled", "update"},
+    "storage": set(),
     "checkpoint": set(),
     "global_numbers": set(),
     "trainer": {"acting", "environments", "update", "checkpoint", "global_numbers"},
@@ -73,7 +74,7 @@ TRAINING = {
         "checkpoint",
         "trainer",
     },
-    "__init__": {"acting", "environments", "evaluation", "policy", "run", "trainer", "update"},
+    "__init__": {"acting", "environments", "evaluation", "policy", "run", "storage", "trainer", "update"},
 }
 
 

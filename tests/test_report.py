@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import maze_pictures
 import numpy as np
@@ -270,6 +271,26 @@ def test_each_published_seed_is_drawn_beside_each_run(figures, results):
     box = legend.get_window_extent()
     assert box.x0 >= 0
     assert box.x1 <= figures[-1].bbox.width
+
+
+def test_a_mean_is_over_the_runs_that_have_all_frames(figures, results):
+    experiment = EXPERIMENTS["fig2a"]
+    runs = report.group(experiment, assign(find([results]), experiment.cells()))
+    first, *others = runs["omnet"]["Hopper-v4"]
+    assert others
+    end = 2 * first.frames
+    frames, values = first.metrics["eval/return"]
+    longer = replace(first, metrics={**first.metrics, "eval/return": ([*frames, end], [*values, 7.0])})
+    runs = {"omnet": {"Hopper-v4": [longer, *others]}}
+    variants = [variant for variant in experiment.variants if variant.name == "omnet"]
+    report.figures.curves(results / "returns.png", "title " * 30, variants, ["Hopper-v4"], runs, end)
+    (mean,) = (line for line in figures[0].axes[0].lines if not line.get_label().startswith("_"))
+    assert mean.get_label() == f"OMNet (1 of {1 + len(others)} seeds)"
+    assert mean.get_xdata()[-1] == end
+    figures[0].canvas.draw()
+    title = figures[0]._suptitle.get_window_extent()
+    assert title.x0 >= 0
+    assert title.x1 <= figures[0].bbox.width
 
 
 def test_an_unknown_experiment_lists_the_known_ones(results):

@@ -45,9 +45,9 @@ def curves(
 ) -> Path:
     """A metric of each row: a column per task, and below each other against frames, wall-clock and FLOPs.
 
-    Thick lines are means over the seeds, up to the last frame that every run has; thin ones are the seeds; shaded, from three
-    seeds on, is Student's 95 % interval, cut where it leaves the panel. A cross ends a run that has diverged. Reference curves
-    are dashed, means and seeds, against frames alone.
+    Thick lines are means over the seeds that have all frames, or, where none has, up to the last frame that every run has; thin
+    ones are the seeds; shaded, from three seeds on, is Student's 95 % interval, cut where it leaves the panel. A cross ends a
+    run that has diverged. Reference curves are dashed, means and seeds, against frames alone.
     """
     figure = Figure(figsize=(4.2 * len(tasks) + 0.4, 3.1 * len(axes) + 1.2), dpi=120, layout="constrained")
     grid = figure.subplots(len(axes), len(tasks), squeeze=False)
@@ -67,7 +67,7 @@ def curves(
             _limit(panel)
         row[0].set_ylabel(label)
     _legend(figure, grid)
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, 44 * len(tasks)))
     return _save(figure, path)
 
 
@@ -134,6 +134,7 @@ def _line(panel: Axes, records: Sequence[Record], metric: str, axis: str, end: i
             frames, values = record.curve(metric, end)
             panel.plot(_place([record], np.asarray(frames[-1:]), axis), values[-1:], "x", color=colour, markersize=8)
     going = [record for record in records if record.status != "diverged"] or records
+    going = [record for record in going if record.frames >= end] or going
     frames, values = common_curve([record.curve(metric, end) for record in going])
     if not len(frames):
         return
@@ -142,7 +143,8 @@ def _line(panel: Axes, records: Sequence[Record], metric: str, axis: str, end: i
         panel.plot(_place([record], np.asarray(steps), axis), curve, color=colour, **SEED)
     intervals = np.asarray([mean_interval(column) for column in values.T])
     at = _place(going, frames, axis)
-    seeds = f"{len(records)} seed" + "s" * (len(records) > 1)
+    shorter = f"{len(going)} of " * (len(going) < len(records))
+    seeds = f"{shorter}{len(records)} seed" + "s" * (len(records) > 1)
     panel.plot(at, intervals[:, 0], color=colour, linewidth=1.8, label=label.format(seeds))
     if len(going) > 2:  # of two it is 13 standard errors wide: their lines say more
         panel.fill_between(at, intervals[:, 1], intervals[:, 2], color=colour, alpha=0.12, linewidth=0)

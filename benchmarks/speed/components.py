@@ -23,7 +23,7 @@ from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import REDQLoss, SACLoss, SoftUpdate, group_optimizers
 
 from omnet_torchrl import make_actor
-from omnet_torchrl.training import SACUpdate, Trainer
+from omnet_torchrl.training import GatherStorage, SACUpdate, Trainer
 from omnet_torchrl.training.algorithms import build
 from omnet_torchrl.training.config import to_config
 
@@ -74,9 +74,13 @@ def transitions(task: Task, count: int, device: str = "cpu") -> TensorDict:
     return TensorDict(data, batch_size=[count], device=device)
 
 
-def replay(task: Task, device: str = "cpu", cls: type[ReplayBuffer] = ReplayBuffer, **kwargs: Any) -> ReplayBuffer:
-    """A buffer full of :func:`transitions`; the default is the main job's."""
-    buffer = cls(storage=LazyTensorStorage(STORED, device=device), **kwargs)
+def replay(task: Task, device: str = "cpu") -> ReplayBuffer:
+    """The main job's buffer, full of :func:`transitions`."""
+    return filled(ReplayBuffer(storage=GatherStorage(STORED, device=device)), task, device)
+
+
+def filled(buffer: ReplayBuffer, task: Task, device: str = "cpu") -> ReplayBuffer:
+    """The buffer, full of :func:`transitions`."""
     buffer.extend(transitions(task, STORED, device))
     return buffer
 
@@ -158,7 +162,7 @@ def bare_block(task: Task, *, width: int = 256, compile: bool = True, device: st
 
     def block() -> None:
         index = torch.randint(STORED, (UPDATES * BATCH,), device=device)
-        sampled = {key: value[index].unflatten(0, (UPDATES, BATCH)).unbind(0) for key, value in storage.items()}
+        sampled = {key: value.index_select(0, index).unflatten(0, (UPDATES, BATCH)).unbind(0) for key, value in storage.items()}
         order = torch.rand(2, UPDATES, subnets, device=device).argsort(-1)
         actor = torch.randint(subnets, (2, UPDATES), device=device)
         drawn = {"critic": order[0, :, :1], "target": order[1, :, :2], "next_actor": actor[0], "actor": actor[1]}
@@ -197,7 +201,8 @@ def torchrl_block(
     updater = SoftUpdate(loss, tau=0.005)
     groups = (loss.actor_network_params.parameters(), loss.qvalue_network_params.parameters(), [loss.log_alpha])
     optim = group_optimizers(*(Adam(list(params), lr=3e-4) for params in groups))
-    buffer = replay(task, device, TensorDictReplayBuffer, batch_size=BATCH)
+    storage = LazyTensorStorage(STORED, device=device)
+    buffer = filled(TensorDictReplayBuffer(storage=storage, batch_size=BATCH), task, device)
 
     def update(batch: TensorDict) -> TensorDict:
         losses = loss(batch)

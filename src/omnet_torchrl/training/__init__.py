@@ -8,11 +8,13 @@ from omnet_torchrl.training.environments import make_env
 from omnet_torchrl.training.evaluation import evaluate, make_evaluation
 from omnet_torchrl.training.policy import load_policy
 from omnet_torchrl.training.run import Run, describe, schedule
+from omnet_torchrl.training.storage import GatherStorage
 from omnet_torchrl.training.trainer import Trainer
 from omnet_torchrl.training.update import SACUpdate
 
 __all__ = [
     "CompiledPolicy",
+    "GatherStorage",
     "Run",
     "SACUpdate",
     "Trainer",
