@@ -52,6 +52,13 @@ def test_it_acts_as_the_actor_does(prepared, num_envs):
         torch.testing.assert_close(act(policy, state, seed), act(policy.actor, state, seed), **CLOSE)
 
 
+def test_it_reads_inputs_of_any_strides(prepared):
+    policy, state = prepared[4], frame(4)
+    columns = torch.stack([state["observation"], torch.ones(4, OBS)], -1).transpose(0, 1)[..., 0].t()
+    assert not columns.is_contiguous()
+    assert torch.equal(act(policy, state.copy().set("observation", columns)), act(policy, state))
+
+
 def test_it_follows_the_parameters_of_the_update(prepared):
     policy, state = prepared[1], frame(1)
     before = act(policy, state)

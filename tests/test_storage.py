@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import NonTensorStack, TensorDict
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 
 from omnet_torchrl.training import GatherStorage
@@ -82,6 +82,13 @@ def test_a_sample_is_the_same_and_the_buffers_own():
     ours.get(torch.arange(12)).zero_()
     assert ours.get(torch.tensor([11]))["observation"].any()
     assert samples[0]["observation"].is_contiguous()
+
+
+def test_what_is_no_tensor_stays():
+    data = TensorDict({"reward": torch.arange(3.0), "next": TensorDict({"name": NonTensorStack(*"abc")}, [3])}, [3])
+    storage = GatherStorage(5)
+    ReplayBuffer(storage=storage).extend(data)
+    assert list(storage.get(torch.tensor([2, 0]))["next", "name"]) == ["c", "a"]
 
 
 def test_rows_of_two_dimensions():

@@ -62,7 +62,7 @@ class CompiledPolicy(TensorDictModuleBase):
             return self.actor(tensordict)
         like = self._inputs.examples[-1]
         noise = torch.randn(like.shape, dtype=like.dtype, device=like.device)
-        return tensordict.set(self.actor.action_key, self._step([*inputs, noise])["action"])
+        return tensordict.set(self.actor.action_key, self._step([*(value.contiguous() for value in inputs), noise])["action"])
 
     def _fits(self, inputs: list[Tensor | None]) -> bool:
         examples = self._inputs.examples[:-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensordict import is_tensor_collection
+from tensordict import is_non_tensor, is_tensor_collection
 from torch import Tensor
 from torchrl.data import LazyTensorStorage
 
@@ -27,20 +27,17 @@ class GatherStorage(LazyTensorStorage):
 
     def get(self, index: Any) -> Any:
         """The elements at an index, of any kind that a tensor takes; an int64 vector of rows is the fast one."""
-        if self._is_rows(index):
-            return self._storage.apply(lambda rows: rows.index_select(0, index), batch_size=[*index.shape, *self._inner])
-        return super().get(index)
-
-    @property
-    def _inner(self) -> torch.Size:
-        return self._storage.batch_size[1:]
+        if not self._is_rows(index):
+            return super().get(index)
+        size = [*index.shape, *self._storage.batch_size[1:]]
+        return self._storage.apply(lambda rows: rows.index_select(0, index), batch_size=size)
 
     def _is_rows(self, index: Any) -> bool:
-        if not self.initialized or not is_tensor_collection(self._storage) or not isinstance(index, Tensor):
+        if not self.initialized or not is_tensor_collection(self._storage) or self.device.type != "cpu":
             return False
-        if index.dtype != torch.int64 or index.ndim != 1 or not index.numel() or index.device.type != "cpu":
+        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1 or not index.numel():
             return False
-        if self.device.type != "cpu":
+        if index.device.type != "cpu" or any(map(is_non_tensor, self._storage.values(True))):
             return False
         low, high = index.aminmax()
         return low.item() >= 0 and high.item() < self._len_along_dim0
