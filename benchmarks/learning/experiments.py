@@ -126,6 +126,18 @@ def _maze(title: str, seeds: int = 10) -> Experiment:
     return Experiment(title, variants, tasks=("Maze2D",), seeds=seeds, frames=31_000)
 
 
+def _masks(*options: tuple[str, Any]) -> tuple[Variant, ...]:
+    """Masks over weights and over units; at a sparsity of 0.29 as many weights are left as half of all."""
+    unit = ("network.masks", "unit")
+    return (
+        Variant("omnet", "OMNet, weight masks", "omnet", options),
+        Variant("omnet_unit", "OMNet, unit masks", "omnet", (unit, *options)),
+        Variant("omnet_unit_29", "OMNet, unit masks, 29 % of the units", "omnet", (unit, ("network.sparsity", 0.29), *options)),
+    )
+
+
+_QUICK_START = (("utd_ratio", 8), ("policy_update_delay", 4), ("init_random_frames", 1_000), ("eval.interval", 1_000))
+
 EXPERIMENTS = {
     "fig2a": Experiment("Return of the methods", _FIG2A),
     "fig2b": Experiment("Return of the methods with a single critic", _FIG2B),
@@ -154,6 +166,13 @@ EXPERIMENTS = {
     "fig10": Experiment("Dropout rates of DroQ", _DROQ),
     "fig11": Experiment("Dropout rates of Sin-DroQ", _SIN_DROQ),
     "table1": Experiment("The best dropout rate of each task", _DROQ + _SIN_DROQ),
+    "units": Experiment("Weight masks or unit masks?", _masks()),
+    "units_quick": Experiment(
+        "Weight masks or unit masks, as in the quick start",
+        _masks(*_QUICK_START),
+        tasks=("InvertedDoublePendulum-v4",),
+        frames=5_000,
+    ),
     "controls": Experiment("Masks or LayerNorm?", (*_rows("omnet", "redq", "sac_20", "sin_sac"), *_CONTROLS)),
 }
 
