@@ -26,13 +26,13 @@ from torchrl.objectives import SoftUpdate
 from omnet_torchrl import OMNetSACLoss, SubnetPrimer, make_actor, make_qvalue
 from omnet_torchrl.training import (
     CompiledPolicy,
+    Evaluation,
     GatherStorage,
     Run,
     SACUpdate,
     Trainer,
     describe,
     make_env,
-    make_evaluation,
     schedule,
 )
 from omnet_torchrl.training.algorithms import loss_options, network_options
@@ -62,9 +62,10 @@ def main(cfg: DictConfig) -> float:
     target_updater = SoftUpdate(loss, tau=config.optim.tau)
     update = SACUpdate(loss, critic_optim, actor_optim, target_updater, compile=config.compile)
 
+    policy = CompiledPolicy(actor, update)
     collector = Collector(
         env,
-        CompiledPolicy(actor, update),
+        policy,
         frames_per_batch=config.num_envs,
         init_random_frames=config.init_random_frames,
         policy_device=device,
@@ -75,12 +76,12 @@ def main(cfg: DictConfig) -> float:
         return_same_td=True,  # each frame is stored before the next one
     )
     capacity = min(config.buffer_size, config.total_frames)
-    buffer = ReplayBuffer(storage=GatherStorage(capacity, device=device))
+    buffer = ReplayBuffer(storage=GatherStorage(capacity, reuse=True, device=device))
     trainer = Trainer(
         collector,
         buffer,
         update,
-        make_evaluation(config, actor, loss),
+        Evaluation(config, policy, loss),
         run.checkpointer,
         run,
         **schedule(config),

@@ -35,11 +35,13 @@ def act(policy, tensordict, seed=0):
 
 @pytest.fixture(scope="module")
 def prepared():
-    """A policy, compiled for one environment and for four."""
+    """A policy, compiled for one environment and for four, there deterministic too."""
     policies = {}
     for num_envs in (1, 4):
         policies[num_envs] = make_policy()
         policies[num_envs].prepare(frame(num_envs))
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        policies[4].prepare(frame(4))
     return policies
 
 
@@ -50,6 +52,24 @@ def test_it_acts_as_the_actor_does(prepared, num_envs):
         state = frame(num_envs, seed)
         assert policy(state.copy()).keys() == {"observation", "subnet", "action"}  # not by the actor, which writes more
         torch.testing.assert_close(act(policy, state, seed), act(policy.actor, state, seed), **CLOSE)
+
+
+def test_it_acts_as_the_actor_does_deterministically(prepared):
+    policy, generator = prepared[4], torch.get_rng_state()
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        for seed in range(20):
+            state = frame(4, seed)
+            assert policy(state.copy()).keys() == {"observation", "subnet", "action"}
+            torch.testing.assert_close(act(policy, state, 0), act(policy.actor, state, 1), **CLOSE)
+            assert torch.equal(act(policy, state, 0), act(policy, state, 1))
+    assert torch.equal(generator, torch.get_rng_state())
+
+
+def test_what_it_is_prepared_for_is_not_compiled_again(prepared, monkeypatch):
+    monkeypatch.setattr("omnet_torchrl.training.acting.CompiledStep", lambda *_: pytest.fail("compiled again"))
+    prepared[4].prepare(frame(4, seed=3))
+    with set_exploration_type(ExplorationType.MEAN):  # the actor's own affair
+        prepared[4].prepare(frame(4))
 
 
 def test_it_reads_inputs_of_any_strides(prepared):
@@ -125,7 +145,7 @@ def compiled_policy(actor, update):
 
 def test_a_run_is_the_same_to_rounding(tmp_path):
     plain, compiled = (make_trainer(tmp_path / str(p), num_envs=2, policy=p) for p in (None, compiled_policy))
-    assert compiled.collector.policy._step is not None
+    assert compiled.collector.policy._steps
     plain.run()
     compiled.run()
     torch.testing.assert_close(transitions(compiled), transitions(plain), rtol=1e-3, atol=1e-3)
@@ -135,7 +155,7 @@ def test_a_trainer_prepares_it(tmp_path):
     trainer = make_trainer(tmp_path, policy=CompiledPolicy)
     trainer.update.compiled, trainer.update.prepare = True, lambda batch: None
     trainer.prepare()
-    assert trainer.collector.policy._step is not None
+    assert trainer.collector.policy._steps
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ from omnet_torchrl.ensembles import EnsembleLinear
 from omnet_torchrl.layers import MaskedLinear
 from omnet_torchrl.masks import random_bits
 from omnet_torchrl.redrawn import RedrawnLinear
-from omnet_torchrl.training import Trainer, make_env, make_evaluation, schedule
+from omnet_torchrl.training import Evaluation, Trainer, make_env, schedule
 from omnet_torchrl.training import evaluation as evaluation_module
 from omnet_torchrl.training.algorithms import (
     ROWS,
@@ -279,7 +279,7 @@ def compose(path, options, diary):
         track_traj_ids=False,
     )
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames))
-    evaluation = make_evaluation(config, algorithm.actor, algorithm.loss)
+    evaluation = Evaluation(config, algorithm.actor, algorithm.loss)
     return Trainer(collector, buffer, algorithm.update, evaluation, Checkpointer(path), diary, **schedule(config))
 
 

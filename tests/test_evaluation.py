@@ -5,7 +5,9 @@ import torch
 from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 
 from omnet_torchrl import make_actor
-from omnet_torchrl.training import evaluate, make_env
+from omnet_torchrl.training import CompiledPolicy, Evaluation, evaluate, make_env
+from omnet_torchrl.training.algorithms import build
+from omnet_torchrl.training.config import to_config
 
 
 def make(name, episodes, num_subnets=3):
@@ -96,3 +98,19 @@ def test_the_newest_weights_play():
     with torch.no_grad():
         actor.module[0].network[-1].bias[0] += 2.0
     assert evaluate(actor, env, seed=0) != before
+
+
+def test_a_run_evaluates_the_compiled_policy(monkeypatch):
+    config = to_config(
+        {"env": "InvertedPendulum-v4", "network": {"num_cells": [16, 16], "sparsity": 0.2}, "eval": {"episodes": 4}}
+    )
+    env = make_env(config.env)
+    parts = build(config, env.observation_spec, env.action_spec)
+    policy = CompiledPolicy(parts.actor, parts.update)
+    plain, compiled = (Evaluation(config, each, parts.loss) for each in (parts.actor, policy))
+    assert compiled(1_000) == plain(1_000)  # not prepared: the actor's own actions
+    plain.prepare()
+    compiled.prepare()
+    expected = plain(1_000)
+    monkeypatch.setattr(parts.actor, "forward", lambda *_: pytest.fail("the actor was asked"))
+    assert compiled(1_000) == pytest.approx(expected, rel=1e-3)

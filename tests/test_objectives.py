@@ -237,6 +237,19 @@ def test_the_draws_of_several_updates_have_a_leading_dimension_and_are_those_of_
     assert not torch.equal(draws["noise"][0], draws["noise"][1])
 
 
+def test_the_noise_of_updates_without_an_actor_step_is_not_drawn():
+    loss, batch, generator = make_loss(), make_batch(7), torch.Generator().manual_seed(0)
+    every = loss.draw(batch, generator, num_updates=3)
+    some = loss.draw(batch, generator.manual_seed(0), num_updates=3, actor=[False, True, False])
+    assert {key for key in every.keys() if not torch.equal(every[key], some[key])} == {"noise"}
+    assert torch.equal(some["noise"].any(-1).any(-1), torch.tensor([False, True, False]))
+    assert some["noise"][1].std() > 0.5
+    assert (loss.draw(batch, generator.manual_seed(0), num_updates=3, actor=[True] * 3)["noise"].std((1, 2)) > 0.5).all()
+    for options in ({"num_updates": 3, "actor": [True]}, {"actor": [True]}):
+        with pytest.raises(ValueError, match="actor must have num_updates"):
+            loss.draw(batch, **options)
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_drawn_indices_are_uniform_and_without_replacement(together):
     loss, batch = make_loss(qvalue=small_qvalue(num_subnets=5), actor=small_actor(num_subnets=4)), make_batch(1)

@@ -84,6 +84,20 @@ def test_a_sample_is_the_same_and_the_buffers_own():
     assert samples[0]["observation"].is_contiguous()
 
 
+def test_a_batch_is_written_where_the_one_before_it_was_if_asked():
+    storage, expected = GatherStorage(20, reuse=True), storages()[1]
+    ReplayBuffer(storage=storage).extend(rows(12))
+    first = storage.get(torch.tensor([3, 0, 11]))
+    assert_same(first, expected.get(torch.tensor([3, 0, 11])))
+    first["extra"] = torch.zeros(3)
+    second = storage.get(torch.tensor([1, 1, 2]))
+    assert_same(second, expected.get(torch.tensor([1, 1, 2])))
+    for key in second.keys(True, True):
+        assert first[key].data_ptr() == second[key].data_ptr()
+    for index in (torch.tensor([4, 5]), torch.tensor([-1, 2]), slice(0, 3), torch.tensor([6, 7, 8])):
+        assert_same(storage.get(index), expected.get(index))
+
+
 def test_what_is_no_tensor_stays():
     data = TensorDict({"reward": torch.arange(3.0), "next": TensorDict({"name": NonTensorStack(*"abc")}, [3])}, [3])
     storage = GatherStorage(5)

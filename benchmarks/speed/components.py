@@ -76,7 +76,7 @@ def transitions(task: Task, count: int, device: str = "cpu") -> TensorDict:
 
 def replay(task: Task, device: str = "cpu") -> ReplayBuffer:
     """The main job's buffer, full of :func:`transitions`."""
-    return filled(ReplayBuffer(storage=GatherStorage(STORED, device=device)), task, device)
+    return filled(ReplayBuffer(storage=GatherStorage(STORED, reuse=True, device=device)), task, device)
 
 
 def filled(buffer: ReplayBuffer, task: Task, device: str = "cpu") -> ReplayBuffer:

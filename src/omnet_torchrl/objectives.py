@@ -17,6 +17,7 @@ modules; how many subnetworks are trained (K), minimised over (M) and averaged (
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -219,7 +220,12 @@ class OMNetSACLoss(SACLoss):
         return self
 
     def draw(
-        self, tensordict: TensorDictBase, generator: torch.Generator | None = None, *, num_updates: int | None = None
+        self,
+        tensordict: TensorDictBase,
+        generator: torch.Generator | None = None,
+        *,
+        num_updates: int | None = None,
+        actor: Sequence[bool] | None = None,
     ) -> TensorDict:
         """Draw everything random of one update, or of several at once.
 
@@ -233,6 +239,8 @@ class OMNetSACLoss(SACLoss):
         Keyword Args:
             num_updates (int or None): the draws of this many updates, along a leading dimension: ``unbind(0)`` gives those of
                 each, for a fraction of the time. ``None`` (default): of one, without that dimension.
+            actor (sequence of bool or None): ``num_updates`` of them, whether an actor update belongs to each: ``noise`` of
+                those without one is not drawn, and 0. ``None`` (default): to all.
 
         Returns:
             TensorDict: on the device of the parameters, without (further) batch size: the int64 indices ``critic (K,)``,
@@ -241,7 +249,12 @@ class OMNetSACLoss(SACLoss):
             has dropout, ``dropout (5,)``, int64 seeds of its noise in the passes ``critic, target, value, next_actor, actor``
             (:class:`~omnet_torchrl.SeededDropout`). Replace any of them before you pass it on: indices of shape ``batch`` for
             the actors or ``(K, *batch)`` for the critics choose per element.
+
+        Raises:
+            ValueError: ``actor`` has another length than ``num_updates``.
         """
+        if actor is not None and len(actor) != num_updates:
+            raise ValueError(f"actor must have num_updates={num_updates} elements, got {len(actor)}.")
         device = self.log_alpha.device
         num, num_actor = self.num_subnets, self.num_actor_subnets
         lead = () if num_updates is None else (num_updates,)
@@ -256,9 +269,14 @@ class OMNetSACLoss(SACLoss):
             draws["dropout"] = torch.randint(2**32, (*lead, len(PASSES)), generator=generator, device=device)
         action = tensordict.get(self.tensor_keys.action)
         if isinstance(action, Tensor):
-            for name in ("next_noise", "noise"):
-                shape = (*lead, *action.shape)
-                draws[name] = torch.randn(shape, generator=generator, device=device, dtype=self.log_alpha.dtype)
+            shape, dtype = (*lead, *action.shape), self.log_alpha.dtype
+            draws["next_noise"] = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+            if actor is None:
+                draws["noise"] = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+            else:
+                draws["noise"] = torch.zeros(shape, device=device, dtype=dtype)
+                for row in (row for row, follows in enumerate(actor) if follows):
+                    draws["noise"][row].normal_(generator=generator)
         return TensorDict(draws, batch_size=lead, device=device)
 
     def _indices(

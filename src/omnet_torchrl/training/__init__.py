@@ -5,7 +5,7 @@ Needs the extra ``train``: ``pip install "omnet-torchrl[train]"``.
 
 from omnet_torchrl.training.acting import CompiledPolicy
 from omnet_torchrl.training.environments import make_env
-from omnet_torchrl.training.evaluation import evaluate, make_evaluation
+from omnet_torchrl.training.evaluation import Evaluation, evaluate
 from omnet_torchrl.training.policy import load_policy
 from omnet_torchrl.training.run import Run, describe, schedule
 from omnet_torchrl.training.storage import GatherStorage
@@ -14,6 +14,7 @@ from omnet_torchrl.training.update import SACUpdate
 
 __all__ = [
     "CompiledPolicy",
+    "Evaluation",
     "GatherStorage",
     "Run",
     "SACUpdate",
@@ -22,6 +23,5 @@ __all__ = [
     "evaluate",
     "load_policy",
     "make_env",
-    "make_evaluation",
     "schedule",
 ]

@@ -19,9 +19,11 @@ from omnet_torchrl.modules import SubnetActor
 from omnet_torchrl.training.compiled import CompiledStep, Inputs, preserved
 from omnet_torchrl.training.update import SACUpdate
 
+Question = tuple[bool, tuple[tuple[torch.Size, torch.dtype, torch.device], ...]]
+
 
 class CompiledPolicy(TensorDictModuleBase):
-    """The actor of an update, with its current parameters; once prepared, its random actions are compiled.
+    """The actor of an update, with its current parameters; its actions are compiled for what it was prepared for.
 
     The actor itself answers whatever else it is asked: other exploration types, other batch sizes, before :meth:`prepare`, or
     where ``update`` is not compiled or the actor has dropout.
@@ -41,40 +43,45 @@ class CompiledPolicy(TensorDictModuleBase):
         super().__init__()
         self.actor, self.update = actor, update
         self.in_keys, self.out_keys = list(actor.in_keys), [actor.action_key]
-        self._step: CompiledStep | None = None
+        self._steps: dict[Question, CompiledStep] = {}
+        self._noise: dict[Question, Tensor] = {}  # like what a random action needs
 
     def prepare(self, tensordict: TensorDictBase) -> None:
-        """Compile for inputs like those of ``tensordict``, whose values don't matter; nothing else is changed."""
+        """Compile actions of the current exploration type, for inputs like those of ``tensordict``, whose values don't matter.
+
+        Nothing else is changed. What it is prepared for already is left as it is.
+        """
         dropout = any(isinstance(module, SeededDropout) and module.p for module in self.actor.modules())
         if not self.update.compiled or dropout:
             return
         device = self.update.device
         example = tensordict.select(*self.in_keys).to(device).apply(torch.zeros_like)
+        question = _question([example.get(key) for key in self.in_keys])
+        if question is None or question in self._steps:
+            return
+        draws = TensorDict()
         with preserved([], device):
-            action = self.actor(example.copy()).get(self.actor.action_key)
-            self._inputs = Inputs(example, TensorDict({"noise": action.detach()}))
-            self._step = CompiledStep(self._act, self.update.actor_params, self._inputs)
+            if not question[0]:
+                draws["noise"] = self._noise[question] = self.actor(example.copy()).get(self.actor.action_key).detach()
+            self._steps[question] = CompiledStep(self._act, self.update.actor_params, Inputs(example, draws))
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write an action of the subnetwork that the index names."""
         inputs = [tensordict.get(key, None) for key in self.in_keys]
-        if self._step is None or exploration_type() not in (None, ExplorationType.RANDOM) or not self._fits(inputs):
+        question = _question(inputs)
+        if question not in self._steps:
             return self.actor(tensordict)
-        like = self._inputs.examples[-1]
-        noise = torch.randn(like.shape, dtype=like.dtype, device=like.device)
-        return tensordict.set(self.actor.action_key, self._step([*(value.contiguous() for value in inputs), noise])["action"])
-
-    def _fits(self, inputs: list[Tensor | None]) -> bool:
-        examples = self._inputs.examples[:-1]
-        return all(
-            value is not None and value.shape == like.shape and value.dtype == like.dtype and value.device == like.device
-            for value, like in zip(inputs, examples, strict=True)
-        )
+        leaves = [value.contiguous() for value in inputs]
+        if question in self._noise:
+            leaves.append(torch.randn_like(self._noise[question]))
+        return tensordict.set(self.actor.action_key, self._steps[question](leaves)["action"])
 
     def _act(self, params: Any, batch: TensorDictBase, draws: TensorDictBase) -> dict[str, Tensor]:
-        loss = self.update.loss
-        action, _ = loss._act(TensorDict(params), batch, batch.get(loss.tensor_keys.subnet), draws.get("noise"))
-        return {"action": action}
+        loss, params = self.update.loss, TensorDict(params)
+        if "noise" in draws.keys():
+            return {"action": loss._act(params, batch, batch.get(loss.tensor_keys.subnet), draws.get("noise"))[0]}
+        with params.to_module(loss.actor_network, preserve_module_state=False):
+            return {"action": loss.actor_network(batch.copy()).get(loss.tensor_keys.action)}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The actor's."""
@@ -83,3 +90,12 @@ class CompiledPolicy(TensorDictModuleBase):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The actor's."""
         return self.actor.load_state_dict(*args, **kwargs)
+
+
+def _question(inputs: list[Tensor | None]) -> Question | None:
+    """Whether the action is to be deterministic, and shape, dtype and device of each input; ``None`` where it is not ours."""
+    kind = exploration_type()
+    if kind not in (None, ExplorationType.RANDOM, ExplorationType.DETERMINISTIC):
+        return None
+    kinds = tuple((value.shape, value.dtype, value.device) for value in inputs if value is not None)
+    return (kind == ExplorationType.DETERMINISTIC, kinds) if len(kinds) == len(inputs) else None

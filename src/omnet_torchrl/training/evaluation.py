@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from omnet_torchrl.modules import SubnetActor
 from omnet_torchrl.objectives import OMNetSACLoss
+from omnet_torchrl.training.acting import CompiledPolicy
 from omnet_torchrl.training.bias import evaluate_bias
 from omnet_torchrl.training.environments import MAZE, make_env, seed_env
 from omnet_torchrl.training.maze import subnet_trajectories, write_trajectories
@@ -21,33 +21,50 @@ from omnet_torchrl.training.options import TrainConfig
 FIGURE_7 = (500, 4_800, 5_000, 6_000, 30_000)
 
 
-def make_evaluation(config: TrainConfig, actor: SubnetActor, loss: OMNetSACLoss) -> Callable[[int], dict[str, float]]:
+class Evaluation:
     """A run's evaluation, a function of the number of frames: returns and, where the options ask for it, the value bias.
 
     The same frames give the same start states, in every run of the seed. In the maze, ``trajectories.csv`` in the run's folder
     gets the ways of the actor's subnetworks at the frames of figure 7.
-    """
-    make = partial(make_env, config.env, observation_offset=config.observation_offset)
-    env = make(num_envs=config.eval.episodes)
-    bias_env = make(num_envs=config.eval.bias_episodes) if config.eval.bias_episodes else None
 
-    def evaluation(frames: int) -> dict[str, float]:
+    Args:
+        config (TrainConfig): the options of the run.
+        policy (SubnetActor or CompiledPolicy): who plays.
+        loss (OMNetSACLoss): whose critic has the bias.
+    """
+
+    def __init__(self, config: TrainConfig, policy: SubnetActor | CompiledPolicy, loss: OMNetSACLoss):
+        make = partial(make_env, config.env, observation_offset=config.observation_offset)
+        self.config, self.policy, self.loss = config, policy, loss
+        self.env = make(num_envs=config.eval.episodes)
+        self.bias_env = make(num_envs=config.eval.bias_episodes) if config.eval.bias_episodes else None
+
+    def prepare(self) -> None:
+        """Compile the policy for what is played here, where it is one that can be."""
+        if isinstance(self.policy, CompiledPolicy):
+            actor, made_up = self.policy.actor, self.env.fake_tensordict()
+            with set_exploration_type(ExplorationType.DETERMINISTIC):
+                self.policy.prepare(made_up.set(actor.subnet_key, torch.zeros(made_up.batch_size, dtype=torch.int64)))
+
+    def __call__(self, frames: int) -> dict[str, float]:
+        """Evaluate the policy as it is now."""
+        config = self.config
         seed, policy_updates = config.seed + 1_000_000 + frames, frames - config.init_random_frames
-        metrics = evaluate(actor, env, seed=seed)
+        metrics = evaluate(self.policy, self.env, seed=seed)
         if config.env == MAZE and policy_updates in FIGURE_7:
             ways = Path(config.folder) / "trajectories.csv"
-            write_trajectories(ways, config.seed, policy_updates, subnet_trajectories(actor))
-        return metrics if bias_env is None else metrics | evaluate_bias(loss, bias_env, gamma=config.loss.gamma, seed=seed)
-
-    return evaluation
+            write_trajectories(ways, config.seed, policy_updates, subnet_trajectories(_actor(self.policy)))
+        if self.bias_env is None:
+            return metrics
+        return metrics | evaluate_bias(self.loss, self.bias_env, gamma=config.loss.gamma, seed=seed)
 
 
 @torch.no_grad()
-def evaluate(actor: SubnetActor, env: EnvBase, *, seed: int | None = None) -> dict[str, float]:
+def evaluate(policy: SubnetActor | CompiledPolicy, env: EnvBase, *, seed: int | None = None) -> dict[str, float]:
     """Undiscounted returns of deterministic episodes, one per environment; they cycle through the subnetworks.
 
     Args:
-        actor (SubnetActor): its subnetwork ``e % N`` plays the episode of environment ``e``.
+        policy (SubnetActor or CompiledPolicy): its subnetwork ``e % N`` plays the episode of environment ``e``.
         env (EnvBase): of batch size ``(episodes,)``, see :func:`~omnet_torchrl.training.environments.make_env`.
 
     Keyword Args:
@@ -59,6 +76,7 @@ def evaluate(actor: SubnetActor, env: EnvBase, *, seed: int | None = None) -> di
     """
     if seed is not None:
         seed_env(env, seed)
+    actor = _actor(policy)
     device = next(actor.parameters()).device
     episodes = env.batch_size.numel()
     subnet = torch.arange(episodes) % actor.num_subnets
@@ -67,7 +85,7 @@ def evaluate(actor: SubnetActor, env: EnvBase, *, seed: int | None = None) -> di
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         while playing.any():
             inputs = state.select(*actor.in_keys, strict=False).set(actor.subnet_key, subnet).to(device)
-            state.set(actor.action_key, actor(inputs).get(actor.action_key).to(env.device))
+            state.set(actor.action_key, policy(inputs).get(actor.action_key).to(env.device))
             # Who is done begins another episode, which does not count.
             state, following = env.step_and_maybe_reset(state)
             step, state = state.get("next"), following
@@ -78,3 +96,7 @@ def evaluate(actor: SubnetActor, env: EnvBase, *, seed: int | None = None) -> di
     for k in range(min(episodes, actor.num_subnets)):
         metrics[f"eval/return_subnet_{k}"] = total[subnet == k].mean().item()
     return metrics
+
+
+def _actor(policy: SubnetActor | CompiledPolicy) -> SubnetActor:
+    return policy.actor if isinstance(policy, CompiledPolicy) else policy

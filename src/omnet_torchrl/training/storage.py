@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensordict import is_non_tensor, is_tensor_collection
+from tensordict import TensorDictBase, is_non_tensor, is_tensor_collection
 from torch import Tensor
 from torchrl.data import LazyTensorStorage
 
@@ -14,7 +14,16 @@ class GatherStorage(LazyTensorStorage):
     """A :class:`~torchrl.data.LazyTensorStorage` that reads a batch of rows with ``index_select`` on a CPU.
 
     The same rows as indexing gives: which computes the address of each number, where this copies whole rows, and takes five
-    times as long for the 376 numbers of an observation of Humanoid-v4. Arguments as there.
+    times as long for the 376 numbers of an observation of Humanoid-v4.
+
+    Args:
+        max_size (int): as there.
+
+    Keyword Args:
+        reuse (bool): a batch is written where the one before it was, if that had as many rows. It is then valid until the next
+            one is read; the pages of megabytes of new memory cost as much as their contents. Not for buffers that prefetch, and
+            without effect on a GPU. Defaults to ``False``.
+        **kwargs: as there.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -25,12 +34,23 @@ class GatherStorage(LazyTensorStorage):
         torch.Size([4, 17])
     """
 
+    def __init__(self, max_size: int, *, reuse: bool = False, **kwargs: Any):
+        super().__init__(max_size, **kwargs)
+        self.reuse = reuse
+        self._batch: TensorDictBase | None = None
+
     def get(self, index: Any) -> Any:
         """The elements at an index, of any kind that a tensor takes; an int64 vector of rows is the fast one."""
         if not self._is_rows(index):
             return super().get(index)
         size = [*index.shape, *self._storage.batch_size[1:]]
-        return self._storage.apply(lambda rows: rows.index_select(0, index), batch_size=size)
+        if self._batch is None or self._batch.batch_size != torch.Size(size):
+            batch = self._storage.apply(lambda rows: rows.index_select(0, index), batch_size=size)
+            self._batch = batch if self.reuse else None
+            return batch.copy()
+        for key, rows in self._storage.items(True, True):
+            torch.index_select(rows, 0, index, out=self._batch.get(key))
+        return self._batch.copy()
 
     def _is_rows(self, index: Any) -> bool:
         if not self.initialized or not is_tensor_collection(self._storage) or self.device.type != "cpu":

@@ -59,7 +59,7 @@ class Trainer:
             step of each environment at a time (``frames_per_batch`` equal to the number of environments).
         buffer (ReplayBuffer): gets a generator of its own here.
         update (SACUpdate): the update.
-        evaluate (callable): takes the number of frames, returns metrics.
+        evaluate (callable): takes the number of frames, returns metrics; an :class:`~omnet_torchrl.training.Evaluation`.
         checkpointer (Checkpointer): where the state is kept.
         reporter (Reporter): who is told.
 
@@ -133,10 +133,12 @@ class Trainer:
         return True
 
     def prepare(self) -> None:
-        """Compile the update and the policy, on made-up data."""
+        """Compile the update and the policy, on made-up data; so does ``evaluate``, where it has a ``prepare``."""
         made_up = self.collector.env.fake_tensordict()
         if isinstance(self.collector.policy, CompiledPolicy):
             self.collector.policy.prepare(made_up)
+        if hasattr(self.evaluate, "prepare"):
+            self.evaluate.prepare()
         row = made_up.select(*self.update.loss.in_keys).reshape(-1)[:1]
         self.update.prepare(row.expand(self.batch_size).clone().to(self.update.device))
 
@@ -241,9 +243,9 @@ class Trainer:
         with self._timed("sample"):
             batches = self.buffer.sample(count * self.batch_size).to(self.update.device).reshape(count, self.batch_size)
             self._batch = batches[-1]
-            draws = self.update.loss.draw(self._batch, self._draws, num_updates=count)
-        with self._timed("update"):
             actor = [(self.updates + i + 1) % self.policy_update_delay == 0 for i in range(count)]
+            draws = self.update.loss.draw(self._batch, self._draws, num_updates=count, actor=actor)
+        with self._timed("update"):
             metrics = self.update.block(batches, draws, actor)
             self.updates += count
         return metrics
