@@ -59,7 +59,8 @@ def test_replay_sampling(benchmark, task, batch):
 def test_draws(benchmark, task):
     update = components.make_update("omnet", TASKS[task], width=WIDTH, compile=False)
     batch = components.transitions(TASKS[task], BATCH)
-    benchmark(lambda: update.loss.draw(batch, num_updates=20))
+    actor = [False] * 19 + [True]
+    benchmark(lambda: update.loss.draw(batch, num_updates=20, actor=actor))
 
 
 @pytest.mark.gpu
