@@ -221,14 +221,14 @@ class Trainer:
         with self._timed("collect"), self._exploration:
             _check_finite("observation", self.collector._carrier.get("observation"), self.frames)
             try:
-                data = next(collected).reshape(-1)
+                data = next(collected)
             except Exception as error:  # a policy that is not finite may raise before its action is seen
                 if not self.update.is_finite():
                     raise DivergenceError(f"the networks are not finite at frame {self.frames} ({error}).") from error
                 raise
             for key in ("action", ("next", "observation"), ("next", "reward")):
                 _check_finite(key if isinstance(key, str) else key[-1], data.get(key), self.frames + data.numel())
-            self.buffer.extend(data.select(*self.update.loss.in_keys))
+            self.buffer.extend(data.select(*self.update.loss.in_keys).reshape(-1))
             self.frames += data.numel()
         return data
 
@@ -265,7 +265,7 @@ class Trainer:
 
     def _log_training(self, before: int, data: TensorDictBase, metrics: dict[str, Tensor]) -> None:
         for i in data.get(("next", "done")).view(-1).nonzero().flatten().tolist():
-            end = data.get("next")[i]
+            end = data.get("next").reshape(-1)[i]
             self._log({"train/episode_return": end["episode_reward"].item(), "train/episode_length": end["step_count"].item()})
         self._metrics |= metrics
         self._log_due |= self.updates > 0 and _crosses(self.log_interval, before, self.frames)
