@@ -13,6 +13,7 @@ import pytest
 import rates
 from experiments import EXPERIMENTS, TASKS, Cell, Variant, select
 from rates import Rate, Rates
+from records import SIZES
 
 from omnet_torchrl.training.config import check_overrides, to_config
 from omnet_torchrl.training.logging import read_metrics
@@ -239,6 +240,17 @@ def test_a_forecast_counts_what_is_left_and_names_what_it_does_not_know(tmp_path
     measured = rates.forecast([other], lambda _: 0, known, 1, lambda *_: Rate(0.0, 0.36, 0.018))
     assert "| Hopper-v4 | omnet | 1 | 0.3600 | 18.00 | 2.5 |" in measured
     assert known.get(other).training == 0.36
+
+
+def test_a_forecast_knows_a_rows_own_random_frames(tmp_path):
+    known = rates.Rates(tmp_path / "rates.csv", "cpu", 1)
+    (quick,) = select(["units_quick"], rows=["omnet"], seeds=[0])
+    text = rates.forecast([quick], lambda _: 0, known, 1, lambda *_: Rate(0.0, 3.6, 0.45))
+    assert "| 4.0 |" in text  # 4,000 of 5,000 frames
+
+
+def test_every_task_of_an_experiment_has_sizes():
+    assert {cell.task for cell in select(["all"])} <= set(SIZES)
 
 
 def test_the_rates_of_a_run_are_its_clocks(tmp_path):

@@ -6,7 +6,7 @@ from matplotlib.image import imread
 from torch import nn
 from torchrl.envs import Compose, DoubleToFloat, InitTracker, RewardSum, StepCounter, TransformedEnv, check_env_specs
 
-from omnet_torchrl import Maze2DEnv, make_actor
+from omnet_torchrl import Maze2DEnv, RedrawnMLP, make_actor
 from omnet_torchrl.envs import ENCLOSURE
 from omnet_torchrl.metrics import trajectory_diversity
 from omnet_torchrl.training import maze
@@ -81,6 +81,12 @@ def test_the_ways_are_those_of_the_extracted_subnetworks():
 def test_an_env_of_another_batch_size_raises():
     with pytest.raises(ValueError, match=r"batch size \(3,\), one per subnetwork, got \(2,\)"):
         maze.subnet_trajectories(compass(), Maze2DEnv(2))
+
+
+def test_of_very_many_subnetworks_the_first_go():
+    actor = make_actor(Maze2DEnv().observation_spec, Maze2DEnv().action_spec, num_cells=(4,), network_class=RedrawnMLP)
+    assert actor.num_subnets > 1_000
+    assert maze.subnet_trajectories(actor).shape[0] == 32
 
 
 def test_the_maze_takes_the_transforms_and_the_evaluation_of_a_run():

@@ -113,6 +113,12 @@ def test_rows_of_two_dimensions():
     assert_same(*(storage.get(torch.tensor([5, 1])) for storage in both))
 
 
+def test_a_device_that_the_data_decides():
+    storage = GatherStorage(20, device="auto")
+    ReplayBuffer(storage=storage).extend(rows(12).to_tensordict().clear_device_())
+    assert_same(storage.get(INDICES[0]), storages()[1].get(INDICES[0]))
+
+
 def test_an_empty_storage_says_so():
     with pytest.raises(RuntimeError, match="non-initialized"):
         GatherStorage(5).get(torch.tensor([0]))

@@ -432,6 +432,36 @@ def test_networks_that_diverge_are_never_saved(network, interval, tmp_path):
     assert resumed.run() == "finished"
 
 
+def test_a_checkpoint_of_another_device_is_gone_on_from_with_a_warning(tmp_path):
+    first = make_trainer(tmp_path, total_frames=40, checkpoint_interval=20)
+    first.run()
+    exact, moved = make_trainer(tmp_path, total_frames=60), make_trainer(tmp_path, total_frames=60)
+    load = moved.checkpointer.load
+
+    def elsewhere():
+        state, files = load()
+        state["random"] |= {"device": "cuda", "draws": torch.zeros(16, dtype=torch.uint8)}
+        return state, files
+
+    moved.checkpointer.load = elsewhere
+    exact.resume()
+    with pytest.warns(UserWarning, match="goes on, inexactly. With device=cuda"):
+        assert moved.resume()
+    assert_equal(weights(moved), weights(exact))
+    assert not torch.equal(moved._draws.get_state(), exact._draws.get_state())
+    assert moved.run() == "finished"
+
+
+def test_a_checkpoint_of_an_environment_with_other_transforms_is_refused(tmp_path):
+    make_trainer(tmp_path, total_frames=40, checkpoint_interval=20).run()
+    resumed = make_trainer(tmp_path, total_frames=60)
+    state, files = resumed.checkpointer.load()
+    state["transforms"] = {name.replace("transforms", "others"): value for name, value in state["transforms"].items()}
+    resumed.checkpointer.load = lambda: (state, files)
+    with pytest.raises(ValueError, match="the environment's transforms keep"):
+        resumed.resume()
+
+
 def test_a_policy_that_is_not_finite_ends_the_run_in_either_case(tmp_path):
     trainer = make_trainer(tmp_path, checkpoint_interval=10, stop_when_diverged=False)
     poison(trainer, 33, "actor_network_params")

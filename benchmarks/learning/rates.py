@@ -149,7 +149,8 @@ def forecast(
             unknown += len(group)
             lines.append(f"| {task} | {row} | {len(group)} | not measured | | |")
             continue
-        hours = sum(rate.seconds(cell, done(cell)) for cell in group) / 3600
+        init = int(dict(group[0].variant.options).get("init_random_frames", 5_000))
+        hours = sum(rate.seconds(cell, done(cell), init) for cell in group) / 3600
         total += hours
         lines.append(f"| {task} | {row} | {len(group)} | {rate.training:.4f} | {1000 * rate.update:.2f} | {hours:.1f} |")
     missing = f", and {unknown} cells whose rate is not known" if unknown else ""

@@ -19,7 +19,10 @@ from omnet_torchrl.training.logging import read_metrics
 from omnet_torchrl.training.options import TrainConfig
 from omnet_torchrl.training.run_folder import RunFolder
 
-SIZES = {"Hopper-v4": (11, 3), "Walker2d-v4": (17, 6), "Ant-v4": (27, 8), "Humanoid-v4": (376, 17), "Maze2D": (2, 2)}
+SIZES = {
+    **{"Hopper-v4": (11, 3), "Walker2d-v4": (17, 6), "Ant-v4": (27, 8), "Humanoid-v4": (376, 17)},
+    **{"InvertedDoublePendulum-v4": (11, 1), "Maze2D": (2, 2)},
+}
 Series = tuple[np.ndarray, np.ndarray]
 
 

@@ -158,16 +158,20 @@ def bare_block(task: Task, *, width: int = 256, compile: bool = True, device: st
     """The bare-torch reference of OMNet's block: replay and draws are plain tensors too."""
     update = bare_update(make_update("omnet", task, width=width, compile=False, device=device), task, compile=compile)
     storage = bare_batch(transitions(task, STORED, device))
+    rows = {key: value[: UPDATES * BATCH].clone() for key, value in storage.items()}
     subnets, shape = update.critic_masks[0].shape[0], (UPDATES, BATCH, task.action)
 
     def block() -> None:
         index = torch.randint(STORED, (UPDATES * BATCH,), device=device)
-        sampled = {key: value.index_select(0, index).unflatten(0, (UPDATES, BATCH)).unbind(0) for key, value in storage.items()}
+        for key, value in storage.items():
+            torch.index_select(value, 0, index, out=rows[key])
+        sampled = {key: value.unflatten(0, (UPDATES, BATCH)).unbind(0) for key, value in rows.items()}
         order = torch.rand(2, UPDATES, subnets, device=device).argsort(-1)
         actor = torch.randint(subnets, (2, UPDATES), device=device)
         drawn = {"critic": order[0, :, :1], "target": order[1, :, :2], "next_actor": actor[0], "actor": actor[1]}
         drawn["value"] = torch.arange(subnets, device=device).expand(UPDATES, -1)
-        drawn["next_noise"], drawn["noise"] = torch.randn(2, *shape, device=device)
+        drawn["next_noise"] = torch.randn(shape, device=device)
+        drawn["noise"] = torch.randn(shape[1:], device=device).expand(shape)  # one actor update reads it
         for i in range(UPDATES):
             batch, draws = ({key: value[i] for key, value in source.items()} for source in (sampled, drawn))
             update.critic_step(batch, draws)

@@ -158,7 +158,10 @@ def random_bits(seed: Tensor, size: int, key: Tensor | int = 0) -> Tensor:
     Returns:
         Tensor: int64 in :math:`[0, 2^{32})`, ``(*batch, size)``.
     """
+    # A view that changes nothing makes Inductor compute these few numbers once. Otherwise each ``x ^ (x >> k)`` doubles what it
+    # inlines in the place of x, and nine of them take it minutes.
     start = _lowbias32(_lowbias32(seed) ^ key)
+    start = start.as_strided(start.shape, start.stride())
     return _lowbias32((start.unsqueeze(-1) + torch.arange(size, device=seed.device)) & _UINT32)
 
 

@@ -148,16 +148,20 @@ def training_flops(
     Args:
         config (TrainConfig): the run's options.
         observation_dim, action_dim (int): sizes of observation and action.
-        num_cells (sequence of int or None): hidden units that a subnetwork computes with. ``None``: all.
+        num_cells (sequence of int or None): hidden units that a subnetwork computes with. ``None``: with unit masks those that
+            they keep, else all.
 
     Keyword Args:
         exact (bool): as PyTorch computes it, instead of the paper's convention. Defaults to ``False``.
     """
-    loss, number = config.loss, config.network.num_subnets
+    loss, network, number = config.loss, config.network, config.network.num_subnets
+    if num_cells is None:
+        kept = 1 - network.sparsity if network.masks == "unit" else 1
+        num_cells = [max(1, round(units * kept)) for units in network.num_cells]
     return sac_flops(
         observation_dim,
         action_dim,
-        config.network.num_cells if num_cells is None else num_cells,
+        num_cells,
         num_online=number if loss.num_trained_subnets is None else loss.num_trained_subnets,
         num_target=number if loss.num_target_subnets is None else loss.num_target_subnets,
         num_value=number,

@@ -22,7 +22,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import ReplayBuffer
 
-FORMAT = 1
+FORMAT = 2
 MANIFESTS = "checkpoint_*.json"
 FILES = re.compile(r"(state_\d+_|replay_\d+_\d+_)[0-9a-f]+\.pt(\.tmp)?|checkpoint_\d+\.json(\.tmp)?")
 
@@ -96,7 +96,10 @@ class Checkpointer:
     def _checked(self, path: Path, replay: bool) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
         if manifest["format"] != FORMAT:
-            raise CheckpointError(f"expected checkpoint format {FORMAT}, got {manifest['format']}.")
+            raise CheckpointError(
+                f"expected checkpoint format {FORMAT}, got {manifest['format']}: go on with the version that began the run, "
+                "which its run.json names."
+            )
         if not replay:
             manifest["replay"] = []
         for entry in (manifest["state"], *manifest["replay"]):

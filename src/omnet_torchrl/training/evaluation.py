@@ -17,7 +17,7 @@ from omnet_torchrl.training.environments import MAZE, make_env, seed_env
 from omnet_torchrl.training.maze import subnet_trajectories, write_trajectories
 from omnet_torchrl.training.options import TrainConfig
 
-# Frames after the random ones: with one policy update per frame, the paper's gradient steps of the policy.
+# Updates of the policy: the paper's gradient steps.
 FIGURE_7 = (500, 4_800, 5_000, 6_000, 30_000)
 
 
@@ -25,7 +25,7 @@ class Evaluation:
     """A run's evaluation, a function of the number of frames: returns and, where the options ask for it, the value bias.
 
     The same frames give the same start states, in every run of the seed. In the maze, ``trajectories.csv`` in the run's folder
-    gets the ways of the actor's subnetworks at the frames of figure 7.
+    gets the ways of the actor's subnetworks, at evaluations after just as many policy updates as figure 7 shows.
 
     Args:
         config (TrainConfig): the options of the run.
@@ -49,7 +49,8 @@ class Evaluation:
     def __call__(self, frames: int) -> dict[str, float]:
         """Evaluate the policy as it is now."""
         config = self.config
-        seed, policy_updates = config.seed + 1_000_000 + frames, frames - config.init_random_frames
+        seed = config.seed + 1_000_000 + frames
+        policy_updates = int(max(0, frames - config.init_random_frames) * config.utd_ratio) // config.policy_update_delay
         metrics = evaluate(self.policy, self.env, seed=seed)
         if config.env == MAZE and policy_updates in FIGURE_7:
             ways = Path(config.folder) / "trajectories.csv"

@@ -26,6 +26,7 @@ from omnet_torchrl.envs import ENCLOSURE, GOAL, GOAL_RADIUS, START, Maze2DEnv, W
 from omnet_torchrl.metrics import coverage, trajectory_diversity, visitation
 from omnet_torchrl.modules import SubnetActor
 from omnet_torchrl.training.plots import save
+from omnet_torchrl.training.update import MOST
 
 TRAJECTORIES = ("seed", "updates", "subnet", "step", "x", "y")
 VISITS = ("actor", "seed", "step", "x", "y")
@@ -36,7 +37,7 @@ def subnet_trajectories(actor: SubnetActor, env: EnvBase | None = None) -> Tenso
     """The way that each subnetwork of an actor goes from the start, its actions deterministic.
 
     Args:
-        actor (SubnetActor): of N subnetworks.
+        actor (SubnetActor): of N subnetworks; of more than 32, the first 32 go.
         env (EnvBase or None): of batch size ``(N,)``, one environment per subnetwork. ``None`` (default): a
             :class:`~omnet_torchrl.Maze2DEnv` on the actor's device.
 
@@ -45,10 +46,11 @@ def subnet_trajectories(actor: SubnetActor, env: EnvBase | None = None) -> Tenso
         the others stays there.
     """
     device = next(actor.parameters()).device
-    env = Maze2DEnv(actor.num_subnets, device=device) if env is None else env
-    if env.batch_size != (actor.num_subnets,):
-        raise ValueError(f"env must have batch size ({actor.num_subnets},), one per subnetwork, got {tuple(env.batch_size)}.")
-    subnet = torch.arange(actor.num_subnets, device=device)
+    count = min(actor.num_subnets, MOST)
+    env = Maze2DEnv(count, device=device) if env is None else env
+    if env.batch_size != (count,):
+        raise ValueError(f"env must have batch size ({count},), one per subnetwork, got {tuple(env.batch_size)}.")
+    subnet = torch.arange(count, device=device)
     state = env.reset()
     positions, playing = [state.get("observation")], ~state.get("done")
     with set_exploration_type(ExplorationType.DETERMINISTIC):

@@ -86,7 +86,7 @@ class TrainConfig:
     observation_offset: float = 0.0  # scale of the constant noise on the observations of an episode (section 4.4)
     seed: int = 0  # of everything random in the run
     device: str = "auto"  # cpu, cuda or cuda:1; auto: cuda where there is one
-    compile: bool = True  # compile the update (Inductor; on a GPU in a CUDA graph)
+    compile: bool = True  # compile update and policy (Inductor; on a GPU the update in a CUDA graph)
     num_threads: int | None = None  # CPU threads of torch; None: torch's own choice
     total_frames: int = 300_000  # environment steps, the random ones included
     init_random_frames: int = 5_000  # uniformly random actions at the start; no update before their end

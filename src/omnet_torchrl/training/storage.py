@@ -53,7 +53,9 @@ class GatherStorage(LazyTensorStorage):
         return self._batch.copy()
 
     def _is_rows(self, index: Any) -> bool:
-        if not self.initialized or not is_tensor_collection(self._storage) or self.device.type != "cpu":
+        if not self.initialized or not is_tensor_collection(self._storage):
+            return False
+        if self.device is None or self.device.type != "cpu":
             return False
         if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1 or not index.numel():
             return False

@@ -122,9 +122,7 @@ class Trainer:
         self.update.load_state_dict(state["update"])
         load_replay(self.buffer, files, state["writer"])
         self._load_collection(state)
-        self._exploration.load_state_dict(state["random"]["exploration"])
-        self._draws.set_state(state["random"]["draws"])
-        self._replay.set_state(state["random"]["replay"])
+        self._load_random(state["random"], state["frames"])
         self.frames, self.updates, self.last = state["frames"], state["updates"], state["last"]
         self._metrics, self._log_due = dict(state["metrics"]), state["log_due"]
         self.elapsed, self.times, self._saved = state["elapsed"], state["times"], self.frames
@@ -142,7 +140,26 @@ class Trainer:
         row = made_up.select(*self.update.loss.in_keys).reshape(-1)[:1]
         self.update.prepare(row.expand(self.batch_size).clone().to(self.update.device))
 
+    def _load_random(self, state: dict[str, Any], frames: int) -> None:
+        if state["device"] == self.update.device.type:
+            self._exploration.load_state_dict(state["exploration"])
+            self._draws.set_state(state["draws"])
+            self._replay.set_state(state["replay"])
+            return
+        seed = self.seed * 2**32 + frames
+        self._exploration = GlobalNumbers(seed + 3, self.update.device)
+        self._draws.manual_seed(seed + 1)
+        self._replay.manual_seed(seed + 2)
+        warnings.warn(
+            f"the run was on {state['device']}, whose random numbers can't go on on {self.update.device.type}: they start "
+            f"anew, and the run goes on, inexactly. With device={state['device']} it is exact.",
+            stacklevel=3,
+        )
+
     def _load_collection(self, state: dict[str, Any]) -> None:
+        known, stored = (set(each) for each in (self.collector.state_dict()["env_state_dict"], state["transforms"]))
+        if known != stored:
+            raise ValueError(f"the environment's transforms keep {sorted(known)}, the checkpoint has {sorted(stored)}.")
         carrier = self.collector._carrier
         stored = TensorDict(state["carrier"], batch_size=carrier.batch_size)
         fresh = carrier.clone()
@@ -178,6 +195,7 @@ class Trainer:
             "carrier": self.collector._carrier.cpu().to_dict(),
             "episodes": [dict(recorder.state_dict()) for recorder in recorders(self.collector.env)],
             "random": {
+                "device": self.update.device.type,
                 "exploration": self._exploration.state_dict(),
                 "draws": self._draws.get_state(),
                 "replay": self._replay.get_state(),
