@@ -233,10 +233,10 @@ def test_a_forecast_counts_what_is_left_and_names_what_it_does_not_know(tmp_path
     known.add(cell(), Rate(0.01, 3.6, 0.18))
     other = Cell(EXPERIMENTS["fig2a"].variants[-1], TASKS[0], 0, 30_000)
     text = rates.forecast([cell(0, 6_000), cell(1, 6_000), other], lambda each: 5_500 * (1 - each.seed), known, 2)
-    # 500 frames of the first one and 1,000 and 5,000 random ones of the second.
-    assert "| InvertedPendulum-v4 | sac | 2 | 3.6000 | 180.00 | 1.5 |" in text
+    # 500 frames of the first one; 20 random and 5,980 others of the second.
+    assert "| InvertedPendulum-v4 | sac | 2 | 3.6000 | 180.00 | 6.5 |" in text
     assert "| Hopper-v4 | omnet | 1 | not measured | | |" in text
-    assert "1.5 hours of runs, 0.8 hours with 2 at a time, and 1 cells whose rate is not known" in text
+    assert "6.5 hours of runs, 3.2 hours with 2 at a time, and 1 cells whose rate is not known" in text
     measured = rates.forecast([other], lambda _: 0, known, 1, lambda *_: Rate(0.0, 0.36, 0.018))
     assert "| Hopper-v4 | omnet | 1 | 0.3600 | 18.00 | 2.5 |" in measured
     assert known.get(other).training == 0.36

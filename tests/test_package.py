@@ -52,7 +52,7 @@ TRAINING = {
     "maze": {"plots"},
     "bias": {"environments"},
     "environments": set(),
-    "evaluation": {"bias", "environments", "maze", "options"},
+    "evaluation": {"acting", "bias", "environments", "maze", "options"},
     "compiled": set(),
     "adam": {"compiled"},
     "update": {"adam", "compiled"},

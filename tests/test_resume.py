@@ -237,12 +237,12 @@ def test_every_part_of_a_checkpoint_is_needed(part, wholes, tmp_path):
 
 
 def test_the_parts_are_all_there_are(tmp_path):
-    """What is not in the list above: the policy, for those who only play, and what the clock or a person sees."""
+    """What is not in the list above: the policy, for those who only play, and what the clock, a person or a warning says."""
     trainer = make_trainer(tmp_path, diary=Stopping([], 0), **SCHEDULE)
     trainer.save()
     state, _ = trainer.checkpointer.load()
     found = {f"{name}/{key}" for name in ("update", "random") for key in state[name]} | state.keys() - {"update", "random"}
-    assert found | {"replay"} == {*PARTS, "policy", "elapsed", "times", "last"}
+    assert found | {"replay"} == {*PARTS, "policy", "random/device", "elapsed", "times", "last"}
 
 
 @pytest.mark.parametrize(("num_envs", "stop", "start"), [(1, 43, 40), (3, 20, 18)])

@@ -26,10 +26,10 @@ from omnet_torchrl.envs import ENCLOSURE, GOAL, GOAL_RADIUS, START, Maze2DEnv, W
 from omnet_torchrl.metrics import coverage, trajectory_diversity, visitation
 from omnet_torchrl.modules import SubnetActor
 from omnet_torchrl.training.plots import save
-from omnet_torchrl.training.update import MOST
 
 TRAJECTORIES = ("seed", "updates", "subnet", "step", "x", "y")
 VISITS = ("actor", "seed", "step", "x", "y")
+MOST = 32  # subnetworks that go, where there are more
 
 
 @torch.no_grad()

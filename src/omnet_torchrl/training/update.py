@@ -27,7 +27,7 @@ from omnet_torchrl.training.compiled import CompiledStep, CUDAGraph, Inputs, Sch
 
 Leaves = dict[NestedKey, Tensor]
 State = dict[str, Any]
-MOST = 32  # subnetworks that are looked at one by one, where there are more
+MOST = 32  # subnetworks that a disagreement is over, where there are more
 NETWORKS = ("actor_network_params", "qvalue_network_params", "target_qvalue_network_params")
 
 
