@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import rates
 from experiments import EXPERIMENTS, TASKS, Cell, Variant, select
+from omegaconf import OmegaConf
 from rates import Rate, Rates
 from records import SIZES
 
@@ -247,6 +248,13 @@ def test_a_forecast_knows_a_rows_own_random_frames(tmp_path):
     (quick,) = select(["units_quick"], rows=["omnet"], seeds=[0])
     text = rates.forecast([quick], lambda _: 0, known, 1, lambda *_: Rate(0.0, 3.6, 0.45))
     assert "| 4.0 |" in text  # 4,000 of 5,000 frames
+
+
+def test_the_quick_start_is_the_examples():
+    preset = OmegaConf.load(rates.EXAMPLE.with_name("quick_start.yaml"))
+    (cell,) = select(["units_quick"], rows=["omnet"], seeds=[0])
+    own = OmegaConf.from_dotlist([f"{name}={value}" for name, value in cell.variant.options])
+    assert OmegaConf.merge(own, {"env": cell.task, "total_frames": cell.frames, "defaults": preset.defaults}) == preset
 
 
 def test_every_task_of_an_experiment_has_sizes():

@@ -299,14 +299,14 @@ def test_each_stream_of_random_numbers_is_of_its_own(stream, tmp_path):
     trainers = [make_trainer(tmp_path / name) for name in "ab"]
     other = trainers[1]
     if stream == "exploration":
-        other._exploration.load_state_dict([torch.Generator().manual_seed(99).get_state()])
+        other._random.exploration.load_state_dict([torch.Generator().manual_seed(99).get_state()])
     elif stream == "subnets":
         other.collector.env.transform[-1].generator.manual_seed(99)
     elif stream == "environment":
         other.collector.env.set_seed(99)
         other.collector._carrier = other.collector.env.reset()
     else:
-        getattr(other, f"_{stream}").manual_seed(99)
+        getattr(other._random, stream).manual_seed(99)
     drawn = []
     for trainer in trainers:
         sample, draw, indices, subnets = trainer.buffer.sample, trainer.update.loss.draw, [], []
@@ -448,7 +448,7 @@ def test_a_checkpoint_of_another_device_is_gone_on_from_with_a_warning(tmp_path)
     with pytest.warns(UserWarning, match="goes on, inexactly. With device=cuda"):
         assert moved.resume()
     assert_equal(weights(moved), weights(exact))
-    assert not torch.equal(moved._draws.get_state(), exact._draws.get_state())
+    assert not torch.equal(moved._random.draws.get_state(), exact._random.draws.get_state())
     assert moved.run() == "finished"
 
 

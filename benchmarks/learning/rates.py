@@ -23,6 +23,7 @@ import torch
 from experiments import Cell
 
 from omnet_torchrl.training.logging import read_metrics
+from omnet_torchrl.training.options import TrainConfig
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "omnet_sac.py"
 NUMBERS = ("random_seconds", "seconds", "update_seconds")
@@ -37,8 +38,9 @@ class Rate(NamedTuple):
     training: float
     update: float
 
-    def seconds(self, cell: Cell, done: int = 0, init: int = 5_000) -> float:
+    def seconds(self, cell: Cell, done: int = 0) -> float:
         """What is left of a cell."""
+        init = int(dict(cell.variant.options).get("init_random_frames", TrainConfig.init_random_frames))
         return self.random * max(0, init - done) + self.training * max(0, cell.frames - max(done, init))
 
 
@@ -149,8 +151,7 @@ def forecast(
             unknown += len(group)
             lines.append(f"| {task} | {row} | {len(group)} | not measured | | |")
             continue
-        init = int(dict(group[0].variant.options).get("init_random_frames", 5_000))
-        hours = sum(rate.seconds(cell, done(cell), init) for cell in group) / 3600
+        hours = sum(rate.seconds(cell, done(cell)) for cell in group) / 3600
         total += hours
         lines.append(f"| {task} | {row} | {len(group)} | {rate.training:.4f} | {1000 * rate.update:.2f} | {hours:.1f} |")
     missing = f", and {unknown} cells whose rate is not known" if unknown else ""

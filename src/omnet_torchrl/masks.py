@@ -118,9 +118,14 @@ def unit_masks(
     generator = torch.default_generator if generator is None else as_generator(generator)
     # The order of independent uniform numbers is a uniform permutation; ties of float64 are of no account.
     uniform = torch.rand(num_subnets, num_units, generator=generator, device=generator.device, dtype=torch.float64)
-    kept = uniform.argsort(-1)[:, : max(1, round(num_units * (1 - sparsity)))]
+    kept = uniform.argsort(-1)[:, : kept_units(num_units, sparsity)]
     masks = torch.zeros_like(uniform, dtype=torch.bool).scatter(1, kept, True)
     return masks.to(device if device is not None else torch.get_default_device())
+
+
+def kept_units(num_units: int, sparsity: float) -> int:
+    """Units that each mask of :func:`unit_masks` keeps: k."""
+    return max(1, round(num_units * (1 - sparsity)))
 
 
 def hashed_masks(index: Tensor, shape: Sequence[int], sparsity: float, key: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ LayerNorm that the paper lacks.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ from torchrl.objectives import SoftUpdate
 from omnet_torchrl.builders import make_actor, make_qvalue
 from omnet_torchrl.ensembles import EnsembleMLP
 from omnet_torchrl.layers import MaskedMLP
+from omnet_torchrl.masks import each_sparsity, kept_units
 from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator, check_action_spec
 from omnet_torchrl.objectives import OMNetSACLoss
@@ -135,33 +135,24 @@ def dropout(config: TrainConfig) -> float:
     return row(config.algorithm).dropout.get(config.env, DROPOUT) if given is None else given
 
 
-def training_flops(
-    config: TrainConfig,
-    observation_dim: int,
-    action_dim: int,
-    num_cells: Sequence[int] | None = None,
-    *,
-    exact: bool = False,
-) -> float:
+def training_flops(config: TrainConfig, observation_dim: int, action_dim: int, *, exact: bool = False) -> float:
     """Training FLOPs of one critic update and its share of the actor's, see :func:`~omnet_torchrl.metrics.sac_flops`.
 
     Args:
         config (TrainConfig): the run's options.
         observation_dim, action_dim (int): sizes of observation and action.
-        num_cells (sequence of int or None): hidden units that a subnetwork computes with. ``None``: with unit masks those that
-            they keep, else all.
 
     Keyword Args:
         exact (bool): as PyTorch computes it, instead of the paper's convention. Defaults to ``False``.
     """
     loss, network, number = config.loss, config.network, config.network.num_subnets
-    if num_cells is None:
-        kept = 1 - network.sparsity if network.masks == "unit" else 1
-        num_cells = [max(1, round(units * kept)) for units in network.num_cells]
+    # What a subnetwork computes with: masks over weights leave all units in the product.
+    sparsity = network.sparsity if network.masks == "unit" else 0.0
+    sparsities = each_sparsity(sparsity, len(network.num_cells), "hidden layer")
     return sac_flops(
         observation_dim,
         action_dim,
-        num_cells,
+        [kept_units(units, each) for units, each in zip(network.num_cells, sparsities, strict=True)],
         num_online=number if loss.num_trained_subnets is None else loss.num_trained_subnets,
         num_target=number if loss.num_target_subnets is None else loss.num_target_subnets,
         num_value=number,

@@ -1,8 +1,10 @@
-"""Torch's global random numbers, as a stream of one's own."""
+"""The random numbers of a run: a stream for each purpose, torch's global one among them."""
 
 from __future__ import annotations
 
 import contextlib
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,3 +52,50 @@ class GlobalNumbers:
     def load_state_dict(self, state: list[Tensor]) -> None:
         """Go on from a :meth:`state_dict`."""
         self._state = list(state)
+
+
+class Streams:
+    """What a run draws from, beside its environment.
+
+    Args:
+        seed (int): of all.
+        device (torch.device): of the update.
+        storage_device (torch.device): of the replay buffer.
+
+    Attributes:
+        exploration (GlobalNumbers): of the collector and its policy.
+        draws (torch.Generator): of the update's draws.
+        replay (torch.Generator): of the buffer's samples.
+    """
+
+    def __init__(self, seed: int, device: torch.device, storage_device: torch.device):
+        self.seed, self.device = seed, device
+        self.exploration = GlobalNumbers(seed, device)
+        self.draws = torch.Generator(device).manual_seed(seed + 1)
+        self.replay = torch.Generator(storage_device).manual_seed(seed + 2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where each stands, and on which kind of device."""
+        return {
+            "device": self.device.type,
+            "exploration": self.exploration.state_dict(),
+            "draws": self.draws.get_state(),
+            "replay": self.replay.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], frames: int) -> None:
+        """Go on from a :meth:`state_dict`; one of another kind of device starts anew from seed and frames, with a warning."""
+        if state["device"] == self.device.type:
+            self.exploration.load_state_dict(state["exploration"])
+            self.draws.set_state(state["draws"])
+            self.replay.set_state(state["replay"])
+            return
+        seed = self.seed * 2**32 + frames
+        self.exploration = GlobalNumbers(seed + 3, self.device)
+        self.draws.manual_seed(seed + 1)
+        self.replay.manual_seed(seed + 2)
+        warnings.warn(
+            f"the run was on {state['device']}, whose random numbers can't go on on {self.device.type}: they start anew, and "
+            f"the run goes on, inexactly. With device={state['device']} it is exact.",
+            stacklevel=3,
+        )

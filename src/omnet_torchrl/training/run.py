@@ -193,9 +193,7 @@ def describe(config: TrainConfig, actor: SubnetActor, qvalue: SubnetQValueOperat
         sizes[name] = f"{' - '.join(map(str, shape))}, {total:,} parameters"
     action_dim = actor.spec[actor.action_key].shape[-1]
     observation_dim = next(actor.parameters()).shape[-1]
-    # Hidden units that a subnetwork computes with: all, or with unit masks those that it keeps.
-    computed = qvalue.module.extract(0).num_cells
-    flops = training_flops(config, observation_dim, action_dim, computed)
+    flops = training_flops(config, observation_dim, action_dim)
     redq = sac_flops(
         observation_dim,
         action_dim,
@@ -205,7 +203,9 @@ def describe(config: TrainConfig, actor: SubnetActor, qvalue: SubnetQValueOperat
         policy_update_delay=config.policy_update_delay,
         batch_size=config.optim.batch_size,
     )
-    kept = f", {' - '.join(map(str, computed))} hidden units" if network.masks == "unit" else ""
+    kept = ""
+    if network.masks == "unit":
+        kept = f", {' - '.join(map(str, qvalue.module.extract(0).num_cells))} hidden units"
     if network.critic == "masked":
         number = "2^31, drawn at each call" if network.masks == "redrawn" else str(network.num_subnets)
         subnets = f"{number}, {network.masks} masks of sparsity {network.sparsity}{kept}, in the critic"

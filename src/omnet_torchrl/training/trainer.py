@@ -24,7 +24,7 @@ from torchrl.data import ReplayBuffer
 from omnet_torchrl.training.acting import CompiledPolicy
 from omnet_torchrl.training.checkpoint import Checkpointer, load_replay
 from omnet_torchrl.training.environments import ReplayError, recorders
-from omnet_torchrl.training.global_numbers import GlobalNumbers
+from omnet_torchrl.training.global_numbers import GlobalNumbers, Streams
 from omnet_torchrl.training.update import SACUpdate
 
 
@@ -107,11 +107,8 @@ class Trainer:
         self._saved, self._stop, self._diverged = -1, 0, False
         self._metrics: dict[str, Tensor] = {}  # the newest of the update
         self._log_due = False  # the interval of the log has passed, and no update since
-        device = update.device
-        self._exploration = GlobalNumbers(seed, device)
-        self._draws = torch.Generator(device).manual_seed(seed + 1)
-        self._replay = torch.Generator(buffer.storage.device).manual_seed(seed + 2)
-        buffer.set_rng(self._replay)
+        self._random = Streams(seed, update.device, buffer.storage.device)
+        buffer.set_rng(self._random.replay)
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint, if there is one."""
@@ -122,7 +119,7 @@ class Trainer:
         self.update.load_state_dict(state["update"])
         load_replay(self.buffer, files, state["writer"])
         self._load_collection(state)
-        self._load_random(state["random"], state["frames"])
+        self._random.load_state_dict(state["random"], state["frames"])
         self.frames, self.updates, self.last = state["frames"], state["updates"], state["last"]
         self._metrics, self._log_due = dict(state["metrics"]), state["log_due"]
         self.elapsed, self.times, self._saved = state["elapsed"], state["times"], self.frames
@@ -139,22 +136,6 @@ class Trainer:
             self.evaluate.prepare()
         row = made_up.select(*self.update.loss.in_keys).reshape(-1)[:1]
         self.update.prepare(row.expand(self.batch_size).clone().to(self.update.device))
-
-    def _load_random(self, state: dict[str, Any], frames: int) -> None:
-        if state["device"] == self.update.device.type:
-            self._exploration.load_state_dict(state["exploration"])
-            self._draws.set_state(state["draws"])
-            self._replay.set_state(state["replay"])
-            return
-        seed = self.seed * 2**32 + frames
-        self._exploration = GlobalNumbers(seed + 3, self.update.device)
-        self._draws.manual_seed(seed + 1)
-        self._replay.manual_seed(seed + 2)
-        warnings.warn(
-            f"the run was on {state['device']}, whose random numbers can't go on on {self.update.device.type}: they start "
-            f"anew, and the run goes on, inexactly. With device={state['device']} it is exact.",
-            stacklevel=3,
-        )
 
     def _load_collection(self, state: dict[str, Any]) -> None:
         known, stored = (set(each) for each in (self.collector.state_dict()["env_state_dict"], state["transforms"]))
@@ -194,12 +175,7 @@ class Trainer:
             "transforms": dict(collector["env_state_dict"]),
             "carrier": self.collector._carrier.cpu().to_dict(),
             "episodes": [dict(recorder.state_dict()) for recorder in recorders(self.collector.env)],
-            "random": {
-                "device": self.update.device.type,
-                "exploration": self._exploration.state_dict(),
-                "draws": self._draws.get_state(),
-                "replay": self._replay.get_state(),
-            },
+            "random": self._random.state_dict(),
         }
         self.checkpointer.save(self.frames, state, self.buffer)
         self._saved = self.frames
@@ -236,7 +212,7 @@ class Trainer:
             self._log({"train/reset": 1.0})
 
     def _collect(self, collected: Iterator[TensorDictBase]) -> TensorDictBase:
-        with self._timed("collect"), self._exploration:
+        with self._timed("collect"), self._random.exploration:
             _check_finite("observation", self.collector._carrier.get("observation"), self.frames)
             try:
                 data = next(collected)
@@ -262,7 +238,7 @@ class Trainer:
             batches = self.buffer.sample(count * self.batch_size).to(self.update.device).reshape(count, self.batch_size)
             self._batch = batches[-1]
             actor = [(self.updates + i + 1) % self.policy_update_delay == 0 for i in range(count)]
-            draws = self.update.loss.draw(self._batch, self._draws, num_updates=count, actor=actor)
+            draws = self.update.loss.draw(self._batch, self._random.draws, num_updates=count, actor=actor)
         with self._timed("update"):
             metrics = self.update.block(batches, draws, actor)
             self.updates += count
