@@ -45,7 +45,8 @@ def main(cfg: DictConfig) -> float:
     config, device = run.config, run.device
     torch.manual_seed(config.seed)
 
-    env = make_env(config.env, num_envs=config.num_envs, seed=config.seed, observation_offset=config.observation_offset)
+    num_envs = config.num_envs if config.num_envs > 1 else None  # a single one is stepped without a vector around it
+    env = make_env(config.env, num_envs=num_envs, seed=config.seed, observation_offset=config.observation_offset)
 
     # One network and N masks, for the critic and for the actor (section 3.1).
     actor = make_actor(env.observation_spec, env.action_spec, **network_options(config, "actor"), device=device)
@@ -76,7 +77,7 @@ def main(cfg: DictConfig) -> float:
         return_same_td=True,  # each frame is stored before the next one
     )
     capacity = min(config.buffer_size, config.total_frames)
-    buffer = ReplayBuffer(storage=GatherStorage(capacity, reuse=True, device=device))
+    buffer = ReplayBuffer(storage=GatherStorage(capacity, device=device))
     trainer = Trainer(
         collector,
         buffer,

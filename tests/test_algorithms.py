@@ -271,7 +271,8 @@ def compose(path, options, diary):
     """The trainer of some options, as examples/omnet_sac.py composes it."""
     config = to_config(options)
     torch.manual_seed(config.seed)
-    env = make_env(config.env, num_envs=config.num_envs, seed=config.seed, observation_offset=config.observation_offset)
+    num_envs = config.num_envs if config.num_envs > 1 else None
+    env = make_env(config.env, num_envs=num_envs, seed=config.seed, observation_offset=config.observation_offset)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         algorithm = build(config, env.observation_spec, env.action_spec)

@@ -60,7 +60,7 @@ TRAINING = {
     "storage": set(),
     "checkpoint": set(),
     "global_numbers": set(),
-    "trainer": {"acting", "environments", "update", "checkpoint", "global_numbers"},
+    "trainer": {"acting", "environments", "update", "checkpoint", "global_numbers", "storage"},
     "policy": {"algorithms", "config", "options", "run_folder", "environments", "checkpoint"},
     "run": {
         "algorithms",

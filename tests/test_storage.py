@@ -84,18 +84,41 @@ def test_a_sample_is_the_same_and_the_buffers_own():
     assert samples[0]["observation"].is_contiguous()
 
 
-def test_a_batch_is_written_where_the_one_before_it_was_if_asked():
-    storage, expected = GatherStorage(20, reuse=True), storages()[1]
+def test_its_rows_are_what_it_holds():
+    storage = GatherStorage(20)
+    with pytest.raises(RuntimeError, match=r"write one, or call allocate"):
+        _ = storage.rows
+    storage.allocate(rows(1)[0])
+    held = {key: value.data_ptr() for key, value in storage.rows.items(True, True)}
+    assert storage.rows.batch_size == (20,)
+    assert len(storage) == 0
     ReplayBuffer(storage=storage).extend(rows(12))
-    first = storage.get(torch.tensor([3, 0, 11]))
-    assert_same(first, expected.get(torch.tensor([3, 0, 11])))
-    first["extra"] = torch.zeros(3)
-    second = storage.get(torch.tensor([1, 1, 2]))
-    assert_same(second, expected.get(torch.tensor([1, 1, 2])))
-    for key in second.keys(True, True):
-        assert first[key].data_ptr() == second[key].data_ptr()
-    for index in (torch.tensor([4, 5]), torch.tensor([-1, 2]), slice(0, 3), torch.tensor([6, 7, 8])):
-        assert_same(storage.get(index), expected.get(index))
+    storage.allocate(rows(1, start=5)[0])
+    assert len(storage) == 12
+    assert_same(storage.rows[:12], rows(12))
+    assert {key: value.data_ptr() for key, value in storage.rows.items(True, True)} == held
+
+
+@pytest.mark.parametrize(
+    "index", [torch.tensor([3]), torch.tensor([-1]), torch.tensor([15]), torch.tensor([4, 3]), slice(2, 4)]
+)
+def test_it_writes_what_indexing_writes(index):
+    both = storages(capacity=20, filled=20)
+    count = index.stop - index.start if isinstance(index, slice) else len(index)
+    for storage in both:
+        storage.set(index, rows(count, start=100))
+    assert_same(*(storage.get(slice(0, 20)) for storage in both))
+    assert len(both[0]) == len(both[1])
+    assert both[0]._last_cursor_index == both[1]._last_cursor_index
+
+
+def test_frames_written_one_by_one_go_round():
+    both = storages(capacity=5, filled=3)
+    for storage in both:
+        buffer = ReplayBuffer(storage=storage)
+        for i in range(8):
+            buffer.extend(rows(1, start=50 + i))
+    assert_same(*(storage.get(slice(0, 5)) for storage in both))
 
 
 def test_what_is_no_tensor_stays():

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.optim import Adam
 from torchrl.collectors import Collector
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
 from torchrl.objectives import SoftUpdate
 
 from omnet_torchrl import OMNetSACLoss, SubnetPrimer, make_actor, make_qvalue
-from omnet_torchrl.training import SACUpdate, Trainer, evaluate, make_env
+from omnet_torchrl.training import GatherStorage, SACUpdate, Trainer, evaluate, make_env
 from omnet_torchrl.training.checkpoint import Checkpointer
 
 PENDULUM = "InvertedPendulum-v4"
@@ -51,7 +51,7 @@ class Diary:
 
 
 def make_trainer(
-    path, env=PENDULUM, *, num_envs=1, seed=0, evaluation=None, diary=None, capacity=None, policy=None, **schedule
+    path, env=PENDULUM, *, num_envs=1, seed=0, evaluation=None, diary=None, capacity=None, policy=None, buffer=None, **schedule
 ):
     """A trainer of small networks; ``policy(actor, update)`` acts in the place of the actor."""
     schedule = {
@@ -81,7 +81,8 @@ def make_trainer(
         auto_register_policy_transforms=False,
         track_traj_ids=False,
     )
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(capacity or schedule["total_frames"]))
+    if buffer is None:
+        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(capacity or schedule["total_frames"]))
     if evaluation is None:
         evaluation = lambda frames: {"eval/return": float(frames)}  # noqa: E731
     reporter = Diary() if diary is None else diary
@@ -284,6 +285,32 @@ def test_nothing_else_changes_the_training(disturb, tmp_path):
     disturbed.run()
     assert_equal(weights(plain), weights(disturbed))
     assert (transitions(plain) == transitions(disturbed)).all()
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_an_update_that_gathers_its_batches_makes_the_same_run(prepared, tmp_path, monkeypatch):
+    sampled = make_trainer(tmp_path / "a", num_envs=2, buffer=ReplayBuffer(storage=LazyTensorStorage(60)))
+    buffer = ReplayBuffer(storage=GatherStorage(60))
+    gathered = make_trainer(tmp_path / "b", num_envs=2, buffer=buffer)
+    monkeypatch.setattr(buffer, "sample", lambda *_: pytest.fail("sampled"))
+    if prepared:
+        gathered.prepare()
+    sampled.run()
+    gathered.run()
+    assert_equal(weights(sampled), weights(gathered))
+    assert sampled.reporter.untimed() == gathered.reporter.untimed()
+    assert "train/loss_qvalue" in {name for _, name, _ in gathered.reporter.rows}
+
+
+def test_a_buffer_with_transforms_samples_itself(tmp_path):
+    buffer = ReplayBuffer(storage=GatherStorage(60))
+    buffer.append_transform(lambda data: data.set(("next", "reward"), 0 * data["next", "reward"]))
+    trainer = make_trainer(tmp_path, buffer=buffer)
+    rewards, block = [], trainer.update.block
+    trainer.update.block = lambda batches, *args: rewards.append(batches["next", "reward"]) or block(batches, *args)
+    trainer.run()
+    assert len(rewards) == 40
+    assert all(reward.shape == (1, 8, 1) and not reward.any() for reward in rewards)
 
 
 def test_a_run_leaves_the_global_numbers_alone(tmp_path):

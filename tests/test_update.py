@@ -609,6 +609,48 @@ def test_a_block_is_its_steps_one_after_the_other(compile, compiler):
     assert all(torch.equal(output[name], value) for name, value in expected.items())
 
 
+def indexed(update, count, device=None):
+    """Batches, rows in which they lie, and draws that name these rows."""
+    batches, draws = stacked(update, count)
+    order = torch.randperm(count * BATCH, generator=torch.Generator().manual_seed(0))
+    rows = batches.reshape(-1)[order.argsort()].to(device or batches.device)
+    index = order.argsort().argsort().view(count, BATCH).to(rows.device)
+    assert (rows[index] == batches.to(rows.device)).all()
+    return batches, rows, draws.clone().set("index", index)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_batch_may_be_rows_that_an_index_among_the_draws_names(compile, compiler):
+    update, single = SACUpdate(*make_parts(), compile=compile), make_update()
+    batches, rows, draws = indexed(update, 4)
+    kept = rows.clone()
+    actor = [False, True, False, True]
+    output, expected = update.block(rows, draws, actor), single.block(batches, draws.exclude("index"), actor)
+    assert_same_state(update, single)
+    assert all(torch.equal(output[name], value) for name, value in expected.items())
+    update.critic_step(rows, draws[2]), single.critic_step(batches[2], draws[2].exclude("index"))
+    update.actor_step(rows, draws[2]), single.actor_step(batches[2], draws[2].exclude("index"))
+    assert_same_state(update, single)
+    assert (rows == kept).all()
+
+
+def test_it_is_compiled_for_rows_without_a_look_at_them(compiler):
+    update = SACUpdate(*make_parts())
+    _, rows, draws = indexed(update, 2)
+    made_up = rows.apply(lambda row: torch.full_like(row, torch.nan) if row.is_floating_point() else row.clone())
+    kept, before = made_up.clone(), snapshot(update)
+    update.prepare(made_up, batch_size=BATCH)
+    assert_unchanged(update, before)
+    for key, value in kept.items(True, True):
+        assert torch.equal(made_up[key].nan_to_num(7), value.nan_to_num(7))
+    update.block(rows, draws, [True, True])
+    assert update.is_finite()
+    with pytest.raises(ValueError, match=r"compiled for 'observation' of shape \(16, 5\), .*, got shape \(15, 5\)"):
+        update.block(rows[:-1], draws, [True, True])
+    with pytest.raises(ValueError, match=r"compiled for 'index' of shape \(8,\), .*, got None"):
+        update.block(rows, draws.exclude("index"), [True, True])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -664,6 +706,18 @@ def test_compiling_leaves_the_state_and_the_global_generator_as_they_were(compil
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert torch.equal(state, state_after)
+
+
+def test_compiled_for_rows_it_agrees_with_eager_and_refuses_a_row_that_is_not_there():
+    update, eager = SACUpdate(*make_parts()), make_update()
+    batches, rows, draws = indexed(update, 20)
+    actor = [i % 2 == 1 for i in range(20)]
+    output = update.block(rows, draws, actor)
+    assert_outputs_close(output, eager.block(batches, draws.exclude("index"), actor))
+    assert_same_state(update, eager, **CLOSE)
+    for wrong in (len(rows), -len(rows) - 1):
+        with pytest.raises(RuntimeError, match="index out of bounds"):
+            update.critic_step(rows, draws[0].clone().set("index", torch.full((BATCH,), wrong)))
 
 
 def test_compiled_and_eager_agree_for_100_updates(compiled):
@@ -765,6 +819,20 @@ def test_a_captured_graph_writes_its_outputs_anew(captured):
     value = first.clone()
     assert update.critic_step(other, other_draws)["loss_qvalue"] is first
     assert first != value
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_gathers_rows_where_they_are():
+    update, eager = SACUpdate(*make_parts(device="cuda")), make_update(device="cuda")
+    batches, rows, draws = indexed(update, 4)
+    actor = [False, True, False, True]
+    for turn in range(3):
+        rows.set_("observation", rows["observation"] + turn)
+        batches.set_("observation", batches["observation"] + turn)
+        update.block(rows, draws, actor), eager.block(batches, draws.exclude("index"), actor)
+    assert_same_state(update, eager, **CLOSE)
+    with pytest.raises(ValueError, match="captured for the rows of one storage"):
+        update.block(rows.clone(), draws, actor)
 
 
 @pytest.mark.gpu

@@ -50,7 +50,7 @@ def test_growth(benchmark, row, what, value):
 @pytest.mark.parametrize("batch", [64, BATCH, 4096])
 @pytest.mark.parametrize("task", ["hopper", "humanoid"])
 def test_replay_sampling(benchmark, task, batch):
-    """The 20 batches of a frame at once, as the main job does."""
+    """The 20 batches of a frame at once; the main job only draws which rows they are."""
     buffer = components.replay(TASKS[task])
     benchmark(lambda: buffer.sample(20 * batch).reshape(20, batch))
 

@@ -76,7 +76,7 @@ def transitions(task: Task, count: int, device: str = "cpu") -> TensorDict:
 
 def replay(task: Task, device: str = "cpu") -> ReplayBuffer:
     """The main job's buffer, full of :func:`transitions`."""
-    return filled(ReplayBuffer(storage=GatherStorage(STORED, reuse=True, device=device)), task, device)
+    return filled(ReplayBuffer(storage=GatherStorage(STORED, device=device)), task, device)
 
 
 def filled(buffer: ReplayBuffer, task: Task, device: str = "cpu") -> ReplayBuffer:
@@ -102,13 +102,14 @@ def omnet_block(row: str, task: Task, *, batch: int = 256, device: str = "cpu", 
     update = make_update(row, task, device=device, **kwargs)
     schedule = {"total_frames": 2**62, "init_random_frames": 0, "utd_ratio": UPDATES, "policy_update_delay": UPDATES}
     none: Any = None
-    trainer = Trainer(none, replay(task, device), update, none, none, none, **schedule, batch_size=batch, seed=0)
+    buffer = replay(task, device)
+    trainer = Trainer(none, buffer, update, none, none, none, **schedule, batch_size=batch, seed=0)
 
     def block() -> None:
         trainer.frames += 1
         trainer._train(trainer.frames - 1)
 
-    update.prepare(transitions(task, batch, device))
+    update.prepare(buffer.storage.rows, batch_size=batch)
     return _warm(block, device)
 
 

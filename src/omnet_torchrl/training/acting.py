@@ -74,7 +74,8 @@ class CompiledPolicy(TensorDictModuleBase):
         leaves = [value.contiguous() for value in inputs]
         if question in self._noise:
             leaves.append(torch.randn_like(self._noise[question]))
-        return tensordict.set(self.actor.action_key, self._steps[question](leaves)["action"])
+        with torch.no_grad():
+            return tensordict.set(self.actor.action_key, self._steps[question](leaves)["action"])
 
     def _act(self, params: Any, batch: TensorDictBase, draws: TensorDictBase) -> dict[str, Tensor]:
         loss, params = self.update.loss, TensorDict(params)

@@ -22,7 +22,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import ReplayBuffer
 
-FORMAT = 2
+FORMAT = 3
 MANIFESTS = "checkpoint_*.json"
 FILES = re.compile(r"(state_\d+_|replay_\d+_\d+_)[0-9a-f]+\.pt(\.tmp)?|checkpoint_\d+\.json(\.tmp)?")
 

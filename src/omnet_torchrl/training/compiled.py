@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 Step = Callable[[Any, TensorDictBase, TensorDictBase], dict[str, Tensor]]
 Schedule = tuple[tuple[str, int], ...]
+Kind = tuple[torch.Size, torch.dtype, torch.device]
 FEW = 4096  # of the size of a layer's bias, not of its weights
 
 
@@ -34,27 +35,36 @@ class Inputs:
     Args:
         batch (TensorDictBase): ``(B,)``, one batch.
         draws (TensorDictBase): the draws of one update.
+
+    Keyword Args:
+        shared (bool): all updates read the same ``batch``, of any size; it is never copied. Defaults to ``False``.
     """
 
-    def __init__(self, batch: TensorDictBase, draws: TensorDictBase):
+    def __init__(self, batch: TensorDictBase, draws: TensorDictBase, *, shared: bool = False):
         self.keys = [list(each.keys(True, True)) for each in (batch, draws)]
         self.sizes = [batch.batch_size, draws.batch_size]
+        self.shared = len(self.keys[0]) if shared else 0  # so many of the leaves, the first ones
         self.examples = [each.get(key).contiguous() for each, keys in self._pairs(batch, draws) for key in keys]
-        self.kinds = [_kind(leaf, leaf.shape) for leaf in self.examples]
+        self.kinds = [(leaf.shape, leaf.dtype, leaf.device) for leaf in self.examples]
 
     def leaves(self, batches: TensorDictBase, draws: TensorDictBase) -> list[Tensor]:
-        """The leaves ``(U, ...)``, contiguous.
+        """The leaves ``(U, ...)``, contiguous; the shared ones as they are.
 
         Raises:
             ValueError: a leaf is missing or of another shape, dtype or device.
         """
         leaves = [each.get(key, None) for each, keys in self._pairs(batches, draws) for key in keys]
-        kinds = [None if leaf is None else _kind(leaf, leaf.shape[1:]) for leaf in leaves]
-        if kinds != self.kinds:
-            names = [key for keys in self.keys for key in keys]
-            i = next(i for i, kind in enumerate(kinds) if kind != self.kinds[i])
-            raise ValueError(f"the update is compiled for {names[i]!r} of {self.kinds[i]}, got {kinds[i]}: build another one.")
+        for i, (leaf, kind) in enumerate(zip(leaves, self.kinds, strict=True)):
+            got = None if leaf is None else (leaf.shape[int(i >= self.shared) :], leaf.dtype, leaf.device)
+            if got != kind:
+                name = [key for keys in self.keys for key in keys][i]
+                raise ValueError(f"the update is compiled for {name!r} of {_said(kind)}, got {_said(got)}: build another one.")
         return [leaf.contiguous() for leaf in leaves]
+
+    def rows(self, leaves: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """The leaves of each update, the shared ones first."""
+        own = zip(*(leaf.unbind(0) for leaf in leaves[self.shared :]), strict=True)
+        return [(*leaves[: self.shared], *row) for row in own]
 
     def tensordicts(self, leaves: Sequence[Tensor]) -> tuple[TensorDict, TensorDict]:
         """Batch and draws of one row's leaves."""
@@ -87,14 +97,13 @@ class CompiledStep:
 
         every = [*self.state, *inputs.examples]
         with _tracing():
-            graph = make_fx(flat)(*(tensor.clone() for tensor in every))
+            graph = make_fx(flat)(*(tensor.clone() for tensor in self.state), *inputs.examples)
         used = _without_unused_inputs(graph)
-        self.function = translate(graph, [every[i].clone() for i in used])
+        self.function = translate(graph, [every[i].clone() if i < count else every[i] for i in used])
         self.state, self.leaves = [every[i] for i in used if i < count], [i - count for i in used if i >= count]
 
-    @torch.no_grad()
     def __call__(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Make the step."""
+        """Make the step; with gradients disabled around it."""
         output = self.function(*self.state, *(leaves[i] for i in self.leaves))
         return dict(zip(self.names, output, strict=True))
 
@@ -105,31 +114,41 @@ class CUDAGraph:
     Args:
         steps (mapping): name to compiled step.
         schedule (tuple): ``(name, row)`` of each step to make.
-        leaves (list of Tensor): ``(U, ...)``, see :meth:`Inputs.leaves`.
+        inputs (Inputs): of the steps.
+        leaves (list of Tensor): see :meth:`Inputs.leaves`. The shared ones are read where they are.
     """
 
-    def __init__(self, steps: Mapping[str, Callable], schedule: Schedule, leaves: Sequence[Tensor]):
-        self.leaves = [leaf.clone() for leaf in leaves]
+    def __init__(self, steps: Mapping[str, Callable], schedule: Schedule, inputs: Inputs, leaves: Sequence[Tensor]):
+        self.shared = list(leaves[: inputs.shared])
+        self.own = [leaf.clone() for leaf in leaves[inputs.shared :]]
+        rows = inputs.rows([*self.shared, *self.own])
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                run(steps, schedule, self.leaves)
+                run(steps, schedule, rows)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.output = run(steps, schedule, self.leaves)
+            self.output = run(steps, schedule, rows)
 
     def __call__(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Make all steps; the output's tensors are the same ones each time."""
-        torch._foreach_copy_(self.leaves, list(leaves))
+        """Make all steps; the output's tensors are the same ones each time.
+
+        Raises:
+            ValueError: a shared leaf lies elsewhere than the one that was captured.
+        """
+        split = len(self.shared)
+        if any(a.data_ptr() != b.data_ptr() for a, b in zip(self.shared, leaves, strict=False)):
+            raise ValueError("the update is captured for the rows of one storage, got others: build another one.")
+        torch._foreach_copy_(self.own, list(leaves[split:]))
         self.graph.replay()
         return self.output
 
 
-def run(steps: Mapping[str, Callable], schedule: Schedule, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
+@torch.no_grad()
+def run(steps: Mapping[str, Callable], schedule: Schedule, rows: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
     """Make the steps ``(name, row)`` of a schedule, one after the other; the newest outputs."""
-    rows = list(zip(*(leaf.unbind(0) for leaf in leaves), strict=True))
     output: dict[str, Tensor] = {}
     for name, row in schedule:
         output |= steps[name](rows[row])
@@ -279,5 +298,5 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _kind(leaf: Tensor, shape: torch.Size) -> str:
-    return f"shape {tuple(shape)}, {leaf.dtype}, {leaf.device}"
+def _said(kind: Kind | None) -> str:
+    return "None" if kind is None else f"shape {tuple(kind[0])}, {kind[1]}, {kind[2]}"

@@ -1,4 +1,4 @@
-"""A storage whose random rows are gathered row by row."""
+"""A storage whose rows are gathered: row by row, or by the update itself."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from torchrl.data import LazyTensorStorage
 
 
 class GatherStorage(LazyTensorStorage):
-    """A :class:`~torchrl.data.LazyTensorStorage` that reads a batch of rows with ``index_select`` on a CPU.
+    """A :class:`~torchrl.data.LazyTensorStorage` for updates that gather their batches from its :attr:`rows`.
 
-    The same rows as indexing gives: which computes the address of each number, where this copies whole rows, and takes five
-    times as long for the 376 numbers of an observation of Humanoid-v4.
+    What is read from it and written to it is the same as there, and on a CPU faster: a batch of rows by ``index_select``, which
+    copies whole rows, where indexing computes the address of each number (five times as long for the 376 of an observation of
+    Humanoid-v4); a single row by its number.
 
     Args:
         max_size (int): as there.
 
     Keyword Args:
-        reuse (bool): a batch is written where the one before it was, if that had as many rows. It is then valid until the next
-            one is read; the pages of megabytes of new memory cost as much as their contents. Not for buffers that prefetch, and
-            without effect on a GPU. Defaults to ``False``.
         **kwargs: as there.
 
     Examples:
@@ -30,27 +28,38 @@ class GatherStorage(LazyTensorStorage):
         >>> from torchrl.data import ReplayBuffer
         >>> buffer = ReplayBuffer(storage=GatherStorage(100), batch_size=4)
         >>> _ = buffer.extend(TensorDict(observation=torch.zeros(10, 17), batch_size=[10]))
-        >>> buffer.sample()["observation"].shape
-        torch.Size([4, 17])
+        >>> buffer.sample()["observation"].shape, buffer.storage.rows["observation"].shape
+        (torch.Size([4, 17]), torch.Size([100, 17]))
     """
 
-    def __init__(self, max_size: int, *, reuse: bool = False, **kwargs: Any):
-        super().__init__(max_size, **kwargs)
-        self.reuse = reuse
-        self._batch: TensorDictBase | None = None
+    @property
+    def rows(self) -> TensorDictBase:
+        """``(max_size,)``: what it holds, not a copy; those that were not written yet are anything.
+
+        Raises:
+            RuntimeError: nothing was written, and :meth:`allocate` not called.
+        """
+        if not self.initialized:
+            raise RuntimeError("a GatherStorage has no rows before the first is written: write one, or call allocate(row).")
+        return self._storage
+
+    def allocate(self, row: TensorDictBase) -> None:
+        """Make the tensors for rows like this one now, unless they are there; it is not written."""
+        if not self.initialized:
+            self._init(row)
 
     def get(self, index: Any) -> Any:
         """The elements at an index, of any kind that a tensor takes; an int64 vector of rows is the fast one."""
         if not self._is_rows(index):
             return super().get(index)
         size = [*index.shape, *self._storage.batch_size[1:]]
-        if self._batch is None or self._batch.batch_size != torch.Size(size):
-            batch = self._storage.apply(lambda rows: rows.index_select(0, index), batch_size=size)
-            self._batch = batch if self.reuse else None
-            return batch.copy()
-        for key, rows in self._storage.items(True, True):
-            torch.index_select(rows, 0, index, out=self._batch.get(key))
-        return self._batch.copy()
+        return self._storage.apply(lambda rows: rows.index_select(0, index), batch_size=size)
+
+    def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
+        """Write elements at an index, of any kind that a tensor takes; a vector of one row is the fast one."""
+        if isinstance(cursor, Tensor) and cursor.shape == (1,) and is_tensor_collection(data):
+            cursor, data = int(cursor), data[0]
+        super().set(cursor, data, set_cursor=set_cursor)
 
     def _is_rows(self, index: Any) -> bool:
         if not self.initialized or not is_tensor_collection(self._storage):

@@ -27,6 +27,7 @@ from omnet_torchrl.training.compiled import CompiledStep, CUDAGraph, Inputs, Sch
 
 Leaves = dict[NestedKey, Tensor]
 State = dict[str, Any]
+INDEX = "index"  # among the draws: which of the rows make up the batch
 MOST = 32  # subnetworks that a disagreement is over, where there are more
 NETWORKS = ("actor_network_params", "qvalue_network_params", "target_qvalue_network_params")
 
@@ -45,12 +46,38 @@ class SACUpdate:
             one call makes in a CUDA graph too. The first call then takes a while, see :meth:`prepare`. Defaults to ``True``.
 
     Shape:
-        the batch is a TensorDict ``(B,)`` with ``loss.in_keys``, the draws are :meth:`~omnet_torchrl.OMNetSACLoss.draw`'s.
-        Once compiled, every batch has the first one's shape.
+        the batch is a TensorDict ``(B,)`` with ``loss.in_keys``, the draws are :meth:`~omnet_torchrl.OMNetSACLoss.draw`'s. With
+        an ``index (B,)`` of int64 among the draws it is what that names of ``(R,)`` rows, which are passed in place of a batch
+        (:attr:`GatherStorage.rows`): nothing else of them is read, and no batch is written before an update reads it.
+        Once compiled, every batch has the first one's shape, every set of rows too; on a CUDA device it is always the same.
 
     Raises:
         ValueError: an optimiser that is not over just these parameters, or is no plain Adam; a target updater that is no
             SoftUpdate of ``loss``; a loss that is not reduced to one number; compiled, a batch of another shape than the first.
+
+    Examples:
+        >>> from torchrl.data import Bounded, ReplayBuffer, Unbounded
+        >>> from omnet_torchrl import make_actor, make_qvalue
+        >>> from omnet_torchrl.training import GatherStorage
+        >>> specs = Unbounded(11), Bounded(-1, 1, (3,))
+        >>> loss = OMNetSACLoss(make_actor(*specs), make_qvalue(*specs))
+        >>> optims = [Adam(params, lr=3e-4) for params in (
+        ...     loss.qvalue_network_params.parameters(), [*loss.actor_network_params.parameters(), loss.log_alpha])]
+        >>> update = SACUpdate(loss, *optims, SoftUpdate(loss, tau=0.005), compile=False)
+        >>> observation, end = torch.randn(500, 11), torch.zeros(500, 1, dtype=torch.bool)
+        >>> following = {"observation": observation, "reward": torch.randn(500, 1), "done": end, "terminated": end}
+        >>> frames = TensorDict({"observation": observation, "action": torch.rand(500, 3), "next": following}, [500])
+        >>> buffer = ReplayBuffer(storage=GatherStorage(1_000))
+        >>> _ = buffer.extend(frames)
+        >>> batches = buffer.sample(20 * 256).reshape(20, 256)  # 20 updates, the actor's after the last one
+        >>> draws = loss.draw(batches[0], num_updates=20)
+        >>> sorted(update.block(batches, draws, [False] * 19 + [True]))
+        ['alpha', 'entropy', 'loss_actor', 'loss_alpha', 'loss_qvalue', 'qvalue', 'td_error']
+
+        The same without copies of the batches:
+
+        >>> draws["index"] = torch.randint(len(buffer), (20, 256))
+        >>> output = update.block(buffer.storage.rows, draws, [False] * 19 + [True])
 
     .. note:: It is numerically the step of ``torch.optim.Adam`` and :class:`~torchrl.objectives.SoftUpdate`, whose own state it
         changes: their ``state_dict`` is the state of this update. Gradients never appear in ``.grad``.
@@ -91,7 +118,7 @@ class SACUpdate:
         """Several updates, one after the other: a critic step for each, and an actor step after those that ``actor`` names.
 
         Args:
-            batches (TensorDictBase): ``(U, B)``.
+            batches (TensorDictBase): ``(U, B)``; or ``(R,)``, the rows of all, with an ``index (U, B)`` among the draws.
             draws (TensorDictBase): ``(U,)``, see ``num_updates`` of :meth:`~omnet_torchrl.OMNetSACLoss.draw`.
             actor (sequence of bool): U of them.
 
@@ -110,7 +137,7 @@ class SACUpdate:
             dict: 0-dimensional ``loss_qvalue``, ``qvalue`` (mean of the trained subnetworks' values) and ``td_error``,
             detached; read before the next step, where a graph writes them anew.
         """
-        return self._run((("critic", 0),), batch.unsqueeze(0), draws.unsqueeze(0))
+        return self._run((("critic", 0),), batch if INDEX in draws.keys() else batch.unsqueeze(0), draws.unsqueeze(0))
 
     def actor_step(self, batch: TensorDictBase, draws: TensorDictBase) -> dict[str, Tensor]:
         """Train actor and temperature (equation 5).
@@ -118,18 +145,31 @@ class SACUpdate:
         Returns:
             dict: 0-dimensional ``loss_actor``, ``loss_alpha``, ``entropy`` and ``alpha`` (after the step), detached.
         """
-        return self._run((("actor", 0),), batch.unsqueeze(0), draws.unsqueeze(0))
+        return self._run((("actor", 0),), batch if INDEX in draws.keys() else batch.unsqueeze(0), draws.unsqueeze(0))
 
-    def prepare(self, batch: TensorDictBase) -> None:
+    def prepare(self, batch: TensorDictBase, *, batch_size: int | None = None) -> None:
         """Compile now, for batches like ``batch``, whose values don't matter; the state is left exactly as it was.
 
         So is torch's global generator. Without it, the first step compiles.
+
+        Args:
+            batch (TensorDictBase): ``(B,)``; or ``(R,)`` rows.
+
+        Keyword Args:
+            batch_size (int or None): B, of rows. ``None`` (default): ``batch`` is a batch.
         """
         if not self.compiled:
             return
-        batch = batch.apply(torch.zeros_like)
-        draws = self.loss.draw(batch, generator=torch.Generator(self.device).manual_seed(0))
-        self._inputs = Inputs(batch, draws)
+        generator = torch.Generator(self.device).manual_seed(0)
+        if batch_size is None:
+            batch = batch.apply(torch.zeros_like)
+            self._compile(batch, self.loss.draw(batch, generator))
+            return
+        draws = self.loss.draw(batch[:1].expand(batch_size), generator)
+        self._compile(batch, draws.set(INDEX, torch.zeros(batch_size, dtype=torch.int64, device=self.device)))
+
+    def _compile(self, batch: TensorDictBase, draws: TensorDictBase) -> None:
+        self._inputs = Inputs(batch, draws, shared=INDEX in draws.keys())
         with preserved([], self.device):
             steps = {"critic": self._critic_step, "actor": self._actor_step}
             self._steps = {name: CompiledStep(step, self._state, self._inputs) for name, step in steps.items()}
@@ -193,23 +233,25 @@ class SACUpdate:
     def _run(self, schedule: Schedule, batches: TensorDictBase, draws: TensorDictBase) -> dict[str, Tensor]:
         if not self.compiled:
             steps = {"critic": self._critic_step, "actor": self._actor_step}
-            rows = list(zip(batches.unbind(0), draws.unbind(0), strict=True))
+            each = [batches] * len(draws) if INDEX in draws.keys() else batches.unbind(0)
+            rows = list(zip(each, draws.unbind(0), strict=True))
             outputs: dict[str, Tensor] = {}
             for name, row in schedule:
                 outputs |= steps[name](self._state, *rows[row])
             return outputs
         if not self._steps:
-            self.prepare(batches[0])
+            rows_of_all = INDEX in draws.keys()
+            self.prepare(batches if rows_of_all else batches[0], batch_size=draws[INDEX].shape[1] if rows_of_all else None)
         leaves = self._inputs.leaves(batches, draws)
         if self.device.type != "cuda":
-            return run(self._steps, schedule, leaves)
+            return run(self._steps, schedule, self._inputs.rows(leaves))
         if schedule not in self._graphs:
             with preserved(pytree.tree_leaves(self._state), self.device):
-                self._graphs[schedule] = CUDAGraph(self._steps, schedule, leaves)
+                self._graphs[schedule] = CUDAGraph(self._steps, schedule, self._inputs, leaves)
         return self._graphs[schedule](leaves)
 
     def _critic_step(self, state: State, batch: TensorDictBase, draws: TensorDictBase) -> dict[str, Tensor]:
-        params = state["params"]
+        params, batch = state["params"], _batch(batch, draws)
         trained = {key: params["qvalue_network_params"][key] for key in self._critic_adam.names}
 
         def objective(weights: Leaves) -> tuple[Tensor, dict[str, Tensor]]:
@@ -224,6 +266,7 @@ class SACUpdate:
 
     def _actor_step(self, state: State, batch: TensorDictBase, draws: TensorDictBase) -> dict[str, Tensor]:
         params, log_alpha = state["params"], state["params"]["log_alpha"]["log_alpha"]
+        batch = _batch(batch, draws)
         every = {**params["actor_network_params"], "log_alpha": log_alpha}
         trained = {key: every[key] for key in self._actor_adam.names}
 
@@ -255,6 +298,12 @@ class SACUpdate:
                 weight = (*key[:-1], "weight")
                 leaves[key] = value.to(leaves[weight].dtype)
         return leaves
+
+
+def _batch(rows: TensorDictBase, draws: TensorDictBase) -> TensorDictBase:
+    """The batch of an update: what the index among its draws names, where there is one."""
+    index = draws.get(INDEX, None)
+    return rows if index is None else rows.apply(lambda leaf: leaf[index], batch_size=index.shape)
 
 
 def _as_params(params: dict[str, Leaves], **changed: Leaves) -> TensorDict:
