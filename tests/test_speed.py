@@ -8,6 +8,7 @@ import components
 import matmuls
 import pytest
 import report
+import run as speed_run
 import torch
 from components import ROWS, TASKS, bare_batch, bare_update, make_update, transitions
 from protocol import Worker
@@ -152,14 +153,49 @@ def test_a_worker_builds_a_case_once_and_times_it():
 
 @pytest.mark.parametrize(("others", "verdicts"), [(0.01, ["met", "not met"]), (0.5, ["disturbed", "disturbed"])])
 def test_the_report_judges_bars_unless_it_was_disturbed(tmp_path, others, verdicts):
-    seconds = {"omnet hopper": [[1.0, 9.0], [2.0]], "bare torch hopper": [[2.0]], "matmul floor hopper": [[0.5]]}
+    seconds = {"omnet hopper": [[1.0, 3.0], [2.0]], "bare torch hopper": [[2.0]], "matmul floor hopper": [[0.5, 0.5], [0.5]]}
     results = {"command": "run", "minutes": 1, "date": "now", "commit": "c", "others": others, "seconds": seconds}
     results |= {"machine": {"cpu": "a cpu", "cores": "2"}, "versions": {"torch": "2"}}
     text = report.write_report(results, tmp_path)
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
     for what, ratio, verdict in zip(("bare torch", "matmul floor"), ("1.000", "4.000"), verdicts, strict=True):
-        assert f"| {ratio} |" in lines[f"OMNet / {what}, Hopper"]
+        assert f"| {ratio} | {ratio}, {ratio} |" in lines[f"OMNet / {what}, Hopper"]
         assert lines[f"OMNet / {what}, Hopper"].endswith(f"| {verdict} |")
     assert "not measured" in lines["OMNet / SBX DroQ"]
     assert (tmp_path / "report.md").read_text() == text + "\n"
     assert (tmp_path / "report.png").stat().st_size > 1000
+
+
+def test_of_cases_that_took_turns_the_machines_pace_cancels():
+    pace = [1.0, 2.0, 4.0, 1.0, 3.0]
+    assert report.ratio([[1.5 * x, 1.5 * x] for x in pace], [[x] for x in pace]) == pytest.approx((1.5, 1.5, 1.5))
+    best, low, high = report.ratio([[1.5 * x] for x in pace], [[2.0], [1.0], [2.0], [3.0]])
+    assert low < best < high
+    assert best == pytest.approx(1.5)
+
+
+def test_close_cases_alternate_block_by_block_and_floors_turn_by_turn(monkeypatch):
+    order = []
+
+    class Fake:
+        def seconds(self, case):
+            order.append(case)
+            return 0.1 if case.startswith("omnet") else 0.05
+
+        def busy_s(self):
+            return 0.0
+
+    monkeypatch.setattr(speed_run, "busy_s", lambda: 0.0)
+    cases = ["omnet hopper", "unit hopper", "matmul floor hopper", "act plain", "act extracted"]
+    times, others = speed_run.measure(dict.fromkeys(cases, Fake()), 1, slow_s=0.3)
+    assert others == 0
+    assert {case: (len(turns), len(turns[0])) for case, turns in times.items()} == {
+        "omnet hopper": (4, 3),
+        "matmul floor hopper": (4, 6),
+        "act plain": (24, 1),
+        "act extracted": (24, 1),
+        "unit hopper": (1, 6),
+    }
+    timed = order[3 * len(cases) :]
+    assert timed[:4] == ["act extracted", "act plain", "act plain", "act extracted"]
+    assert timed[48:58] == ["matmul floor hopper"] * 6 + ["omnet hopper"] * 4

@@ -4,7 +4,7 @@
     python benchmarks/speed/run.py --peers .venv-peers           # everything; --quick: fewer rounds; --only hopper: some cases
 
 Each framework has a process of its own; the cases take turns, round by round, and only one computes at a time. What is compared
-are ratios of medians within this one run.
+are ratios within this one run.
 """
 
 import argparse
@@ -25,8 +25,10 @@ from report import BARS, write_report
 
 HERE = Path(__file__).parent
 REPEAT_S = 0.3  # a turn lasts about so long: the first block after the others finds caches cold and threads asleep
-# Cases that may differ by a few per cent: they alternate, block by block, and four times as often.
+# Cases that may differ by a few per cent alternate block by block, and four times as often.
 CLOSE = [(over, case) for _, case, over, limit in BARS if 0.9 < limit <= 1.1]
+# So do floors, turn by turn: a machine that others share changes its pace within seconds.
+FLOORS = [(case, over) for _, case, over, _ in BARS if over.startswith("matmul floor")]
 
 
 def install_peers(folder: Path) -> None:
@@ -45,9 +47,10 @@ def busy_s() -> float:
 
 
 def measure(workers: dict[str, Worker], rounds: int, slow_s: float) -> tuple[dict[str, list[list[float]]], float]:
-    """Seconds of each case, a list per round, and the share of the machine's cores that others had meanwhile.
+    """Seconds of each case, a list per turn, and the share of the machine's cores that others had meanwhile.
 
-    A case that takes longer than ``slow_s`` has a third of the rounds; those of ``CLOSE`` have their turns together.
+    A case that takes longer than ``slow_s`` has a third of the rounds. Those of ``CLOSE`` and ``FLOORS`` take turns with each
+    other, and have as many of them.
     """
     first: dict[str, float] = {}
     for case, worker in workers.items():
@@ -61,20 +64,20 @@ def measure(workers: dict[str, Worker], rounds: int, slow_s: float) -> tuple[dic
     times: dict[str, list[list[float]]] = {case: [] for case in workers}
     unique = set(workers.values())
     start, before = time.perf_counter(), busy_s() - sum(worker.busy_s() for worker in unique)
-    close = [pair for pair in CLOSE if set(pair) <= set(workers)]
-    groups = [*close, *((case,) for case in workers if not any(case in pair for pair in close))]
+    pairs = [pair for pair in (*CLOSE, *FLOORS) if set(pair) <= set(workers)]
+    groups = [*pairs, *((case,) for case in workers if not any(case in pair for pair in pairs))]
     for i in range(rounds):
         for group in groups:
             slowest = max(first[case] for case in group)
             if slowest > slow_s and i % 3:
                 continue
-            repeat = max(1, min(50, round(REPEAT_S / slowest))) * (1 if len(group) == 1 else 4)
-            turn: dict[str, list[float]] = {case: [] for case in group}
-            for k in range(repeat):
+            repeats = {case: max(1, min(50, round(REPEAT_S / first[case]))) for case in group}
+            turns = 4 if len(group) > 1 else 1
+            if group in CLOSE:
+                turns, repeats = turns * min(repeats.values()), dict.fromkeys(group, 1)
+            for k in range(turns):
                 for case in group if k % 2 else reversed(group):
-                    turn[case].append(workers[case].seconds(case))
-            for case, seconds in turn.items():
-                times[case].append(seconds)
+                    times[case].append([workers[case].seconds(case) for _ in range(repeats[case])])
         print(f"round {i + 1} of {rounds}", file=sys.stderr, flush=True)
     foreign = busy_s() - sum(worker.busy_s() for worker in unique) - before
     return times, foreign / (time.perf_counter() - start) / (os.cpu_count() or 1)
@@ -102,7 +105,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", type=Path, help="their virtual environment; without it they are left out")
     parser.add_argument("--install-peers", type=Path, metavar="FOLDER", help="make that environment, and stop")
-    parser.add_argument("--quick", action="store_true", help="three rounds instead of fifteen")
+    parser.add_argument("--rounds", type=int, default=15, help="more of them, narrower intervals")
+    parser.add_argument("--quick", action="store_true", help="three rounds")
     parser.add_argument("--only", default="", help="cases whose name holds one of these words, separated by commas")
     parser.add_argument("--device", default="cpu", help="of the torch cases; the peers are on the CPU")
     parser.add_argument("--threads", type=int, help="of torch; the peers take what they find")
@@ -122,7 +126,7 @@ def main() -> None:
         workers = {
             case: worker for worker in found for case in worker.cases if not words or any(word in case for word in words)
         }
-        times, others = measure(workers, 3 if arguments.quick else 15, slow_s=0.3)
+        times, others = measure(workers, 3 if arguments.quick else arguments.rounds, slow_s=0.3)
         versions = {name: value for worker in found for name, value in worker.versions.items()}
     results = {
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),

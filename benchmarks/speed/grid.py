@@ -1,0 +1,110 @@
+"""Tables of what ``pytest benchmarks/speed --benchmark-json FILE`` measured.
+
+    pytest benchmarks/speed -k "growth or main_job" --benchmark-json grid.json
+    python benchmarks/speed/grid.py grid.json [more.json ...]      # writes results/grid.md
+
+A table per test: its last parameter across, the others down. Times are medians.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).parent
+Record = dict[str, Any]
+
+
+class Table(NamedTuple):
+    """How the results of a test are shown: its title, the parameters down and across, and what is in a cell."""
+
+    title: str
+    down: tuple[str, ...]
+    across: str
+    cell: Callable[[Record], str]
+
+
+def milliseconds(record: Record) -> str:
+    """The median time of a round."""
+    return f"{1e3 * record['stats']['median']:.3g}"
+
+
+def extra(name: str) -> Callable[[Record], str]:
+    """Something that a test noted beside its time."""
+    return lambda record: f"{record['extra_info'][name]:,.0f}" if name in record["extra_info"] else ""
+
+
+def job(record: Record) -> str:
+    """Frames per second, memory and where the time went."""
+    noted = record["extra_info"]
+    return f"{noted['frames_per_second']:.1f} frames/s, {noted['peak_mib']:,.0f} MiB; {noted['where_it_went']}"
+
+
+BLOCK = "ms for a block of 20 critic updates and one actor update, sampling included"
+TABLES = {
+    "test_main_job": Table("The main job, 3,000 frames of which 1,000 are random", ("env",), "num_envs", job),
+    "test_rows": Table(BLOCK, ("row", "mode"), "task", milliseconds),
+    "test_growth": Table(
+        f"How it grows (width 256, N 5, batch 256 but for what is named): {BLOCK}", ("what", "value"), "row", milliseconds
+    ),
+    "test_torchrls_own_losses": Table(f"TorchRL's own losses: {BLOCK}", ("loss",), "compile", milliseconds),
+    "test_bare_torch": Table(f"Bare torch: {BLOCK}", (), "", milliseconds),
+    "test_one_subnetwork": Table(
+        "Layers, one subnetwork: ms for 14 - width - width - 1", ("width", "subnets", "batch", "way"), "kind", milliseconds
+    ),
+    "test_all_subnetworks": Table(
+        "Layers, all subnetworks, width 256, batch 256: ms", ("subnets", "way"), "kind", milliseconds
+    ),
+    "test_acting_in_one_environment": Table("200 actions in one environment, ms", (), "kind", milliseconds),
+    "test_acting_in_many": Table("Actions in several environments, ms", ("kind",), "num_envs", milliseconds),
+    "test_collecting": Table(
+        "Collectors, frames per second", ("collector", "env", "placement", "indexed"), "num_envs", extra("frames_per_second")
+    ),
+    "test_replay_sampling": Table("20 batches from the replay buffer, ms", ("batch",), "task", milliseconds),
+    "test_draws": Table("The draws of 20 updates, ms", (), "task", milliseconds),
+}
+
+
+def tables(files: list[dict[str, Any]]) -> str:
+    """Markdown of all results; of a test with the same parameters twice, the newer one."""
+    lines = []
+    for file in files:
+        machine, commit = file["machine_info"], file["commit_info"]
+        cpu = f"{machine['cpu']['brand_raw']}, {machine['cpu']['count']} cores"
+        dirty = "+" if commit["dirty"] else ""
+        lines.append(f"{file['datetime'][:16]}, commit {commit['id'][:7]}{dirty}; {cpu}, Python {machine['python_version']}.")
+    records: dict[str, dict[str, Record]] = {name: {} for name in TABLES}
+    for file in files:
+        for record in file["benchmarks"]:
+            name = record["name"].partition("[")[0]
+            if name in records:
+                records[name][record["name"]] = record
+    for name, table in TABLES.items():
+        if records[name]:
+            lines += ["", f"## {table.title}", "", *_rows(table, list(records[name].values()))]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(table: Table, records: list[Record]) -> list[str]:
+    def value(record: Record, name: str) -> str:
+        shown = (record["params"] or {}).get(name, "")
+        return shown.rpartition(".")[2].rstrip("'>") if isinstance(shown, str) else str(shown)
+
+    columns = list(dict.fromkeys(value(record, table.across) for record in records))
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for record in records:
+        place = tuple(value(record, name) for name in table.down)
+        cells.setdefault(place, {})[value(record, table.across)] = table.cell(record)
+    heads = [f"{table.across} {column}".strip() if column.isdigit() else column for column in columns]
+    lines = ["| " + " | ".join([*table.down, *heads]) + " |", "|" + "---|" * (len(table.down) + len(columns))]
+    for place, row in cells.items():
+        lines.append("| " + " | ".join([*place, *(row.get(column, "") for column in columns)]) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    loaded = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
+    text = tables(sorted(loaded, key=lambda file: file["datetime"]))
+    (HERE / "results" / "grid.md").write_text(text)
+    print(text)
