@@ -196,6 +196,6 @@ def test_close_cases_alternate_block_by_block_and_floors_turn_by_turn(monkeypatc
         "act extracted": (24, 1),
         "unit hopper": (1, 6),
     }
-    timed = order[3 * len(cases) :]
+    timed = order[5 * len(cases) :]
     assert timed[:4] == ["act extracted", "act plain", "act plain", "act extracted"]
     assert timed[48:58] == ["matmul floor hopper"] * 6 + ["omnet hopper"] * 4

@@ -1,13 +1,13 @@
-"""A storage whose rows are gathered: row by row, or by the update itself."""
+"""Where the batches of updates come from: any replay buffer, or the rows of a storage that the update gathers itself."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase, is_non_tensor, is_tensor_collection
+from tensordict import TensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
 from torch import Tensor
-from torchrl.data import LazyTensorStorage
+from torchrl.data import LazyTensorStorage, ReplayBuffer
 
 
 class GatherStorage(LazyTensorStorage):
@@ -72,3 +72,54 @@ class GatherStorage(LazyTensorStorage):
             return False
         low, high = index.aminmax()
         return low.item() >= 0 and high.item() < self._len_along_dim0
+
+
+class Batches:
+    """What blocks of updates read from a replay buffer.
+
+    Of a plain :class:`~torchrl.data.ReplayBuffer` without transforms over a :class:`GatherStorage` on the updates' device these
+    are its rows and an index of them. Any other buffer samples, as only itself can.
+
+    Args:
+        buffer (ReplayBuffer): where transitions are written.
+        batch_size (int): B, of one update.
+        device (torch.device): of the updates.
+    """
+
+    def __init__(self, buffer: ReplayBuffer, batch_size: int, device: torch.device):
+        self.buffer, self.batch_size, self.device = buffer, batch_size, device
+        plain = type(buffer) is ReplayBuffer and isinstance(buffer.storage, GatherStorage) and not len(buffer.transform)
+        self.gathered = plain and buffer.storage.device.type == device.type
+        self.example: TensorDictBase = TensorDict()  # from the first sample on a batch, whose shapes decide the draws
+        self._newest: tuple[TensorDictBase, Tensor | None] | None = None
+
+    def like(self, row: TensorDictBase) -> tuple[TensorDictBase, int | None]:
+        """What :meth:`SACUpdate.prepare` takes, for a buffer of rows like this one; their values don't matter."""
+        if not self.gathered:
+            return row.expand(self.batch_size, *row.batch_size).clone(), None
+        self.buffer.storage.allocate(row)
+        return self.buffer.storage.rows, self.batch_size
+
+    def sample(self, count: int) -> tuple[TensorDictBase, Tensor | None]:
+        """Batches ``(count, B)``; or all rows, and an index ``(count, B)`` of them."""
+        size, index = count * self.batch_size, None
+        if self.gathered:
+            index = self.buffer.sampler.sample(self.buffer.storage, size)[0].view(count, self.batch_size)
+            batches = self.buffer.storage.rows
+        else:
+            batches = self.buffer.sample(size).to(self.device).reshape(count, self.batch_size)
+        if self.example.is_empty():
+            self.example = batches[:1].expand(self.batch_size) if self.gathered else batches[0].clone()
+        self._newest = batches, index
+        return batches, index
+
+    def newest(self) -> TensorDictBase:
+        """The last batch of the newest sample.
+
+        Raises:
+            RuntimeError: there is none yet.
+        """
+        if self._newest is None:
+            raise RuntimeError("there is no newest batch before the first sample.")
+        batches, index = self._newest
+        return batches[-1] if index is None else batches[index[-1]]

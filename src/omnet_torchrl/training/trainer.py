@@ -13,7 +13,6 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +25,7 @@ from omnet_torchrl.training.acting import CompiledPolicy
 from omnet_torchrl.training.checkpoint import Checkpointer, load_replay
 from omnet_torchrl.training.environments import ReplayError, recorders
 from omnet_torchrl.training.global_numbers import GlobalNumbers, Streams
-from omnet_torchrl.training.storage import GatherStorage
+from omnet_torchrl.training.storage import Batches
 from omnet_torchrl.training.update import INDEX, SACUpdate
 
 
@@ -112,9 +111,7 @@ class Trainer:
         self._log_due = False  # the interval of the log has passed, and no update since
         self._random = Streams(seed, update.device, buffer.storage.device)
         buffer.set_rng(self._random.replay)
-        # What else a buffer does with a sample, only itself can do.
-        plain = type(buffer) is ReplayBuffer and isinstance(buffer.storage, GatherStorage) and not len(buffer.transform)
-        self._gathers = plain and buffer.storage.device.type == update.device.type
+        self._batches = Batches(buffer, batch_size, update.device)
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint, if there is one."""
@@ -140,12 +137,8 @@ class Trainer:
             self.collector.policy.prepare(made_up)
         if hasattr(self.evaluate, "prepare"):
             self.evaluate.prepare()
-        row = made_up.select(*self.update.loss.in_keys).reshape(-1)[0].to(self.update.device)
-        if self._gathers:
-            self.buffer.storage.allocate(row)
-            self.update.prepare(self.buffer.storage.rows, batch_size=self.batch_size)
-        else:
-            self.update.prepare(row.expand(self.batch_size).clone())
+        row = made_up.select(*self.update.loss.in_keys).reshape(-1)[0]
+        self.update.prepare(*self._batches.like(row.to(self.update.device)))
 
     def _load_collection(self, state: dict[str, Any]) -> None:
         known, stored = (set(each) for each in (self.collector.state_dict()["env_state_dict"], state["transforms"]))
@@ -245,30 +238,15 @@ class Trainer:
         if not count:
             return {}
         with self._timed("sample"):
-            batches, index = self._sample(count)
+            batches, index = self._batches.sample(count)
             actor = [(self.updates + i + 1) % self.policy_update_delay == 0 for i in range(count)]
-            example = batches[0] if index is None else self._example
-            draws = self.update.loss.draw(example, self._random.draws, num_updates=count, actor=actor)
+            draws = self.update.loss.draw(self._batches.example, self._random.draws, num_updates=count, actor=actor)
             if index is not None:
                 draws.set(INDEX, index)
-            self._newest = batches, index
         with self._timed("update"):
             metrics = self.update.block(batches, draws, actor)
             self.updates += count
         return metrics
-
-    @cached_property
-    def _example(self) -> TensorDictBase:
-        rows = self.buffer.storage.rows
-        return rows.select(self.update.loss.tensor_keys.action)[:1].expand(self.batch_size)
-
-    def _sample(self, count: int) -> tuple[TensorDictBase, Tensor | None]:
-        """Batches ``(count, batch_size)``; or rows, and which of them make up each batch, for the update to gather them."""
-        size = count * self.batch_size
-        if self._gathers:
-            index, _ = self.buffer.sampler.sample(self.buffer.storage, size)
-            return self.buffer.storage.rows, index.view(count, self.batch_size)
-        return self.buffer.sample(size).to(self.update.device).reshape(count, self.batch_size), None
 
     def _report(self, before: int, data: TensorDictBase, metrics: dict[str, Tensor]) -> None:
         frames = self.frames
@@ -292,9 +270,7 @@ class Trainer:
         if metrics and self._log_due:
             self._log_due = False
             values = {f"train/{name}": value.item() for name, value in self._metrics.items()}
-            batches, index = self._newest
-            batch = batches[-1] if index is None else batches[index[-1]]
-            values |= {name: value.item() for name, value in self.update.disagreement(batch).items()}
+            values |= {name: value.item() for name, value in self.update.disagreement(self._batches.newest()).items()}
             rates = {"frames": self.frames / self.elapsed, "updates": self.updates / self.elapsed}
             self._log({**values, **{f"time/{name}_per_second": rate for name, rate in rates.items()}})
             self._check_loss(values)

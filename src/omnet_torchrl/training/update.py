@@ -147,15 +147,13 @@ class SACUpdate:
         """
         return self._run((("actor", 0),), batch if INDEX in draws.keys() else batch.unsqueeze(0), draws.unsqueeze(0))
 
-    def prepare(self, batch: TensorDictBase, *, batch_size: int | None = None) -> None:
+    def prepare(self, batch: TensorDictBase, batch_size: int | None = None) -> None:
         """Compile now, for batches like ``batch``, whose values don't matter; the state is left exactly as it was.
 
         So is torch's global generator. Without it, the first step compiles.
 
         Args:
             batch (TensorDictBase): ``(B,)``; or ``(R,)`` rows.
-
-        Keyword Args:
             batch_size (int or None): B, of rows. ``None`` (default): ``batch`` is a batch.
         """
         if not self.compiled:
