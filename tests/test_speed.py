@@ -5,6 +5,7 @@ import sys
 import bare
 import collecting
 import components
+import grid
 import matmuls
 import pytest
 import report
@@ -199,3 +200,30 @@ def test_close_cases_alternate_block_by_block_and_floors_turn_by_turn(monkeypatc
     timed = order[5 * len(cases) :]
     assert timed[:4] == ["act extracted", "act plain", "act plain", "act extracted"]
     assert timed[48:58] == ["matmul floor hopper"] * 6 + ["omnet hopper"] * 4
+
+
+def test_the_grids_tables_pivot_on_the_last_parameter_and_keep_the_newer_result():
+    def result(date, *benchmarks):
+        machine = {"cpu": {"brand_raw": "a cpu", "count": 2}, "python_version": "3.11"}
+        return {
+            "datetime": date,
+            "machine_info": machine,
+            "commit_info": {"id": "abcdef012", "dirty": True},
+            "benchmarks": benchmarks,
+        }
+
+    def growth(row, what, value, median, name="test_growth"):
+        params = {"row": row, "what": what, "value": value}
+        return {"name": f"{name}[{row}-{what}-{value}]", "params": params, "stats": {"median": median}, "extra_info": {}}
+
+    older = result("2026-01-01T00:00", growth("omnet", "width", 1024, 9.0), growth("omnet", "width", 256, 0.0352))
+    newer = result("2026-01-02T00:00", growth("omnet", "width", 1024, 0.367), growth("unit", "width", 1024, 0.132))
+    lines = grid.tables([older, newer]).splitlines()
+    assert lines[0] == "2026-01-01T00:00, commit abcdef0+; a cpu, 2 cores, Python 3.11."
+    table = [line for line in lines if line.startswith("|")]
+    assert table == [
+        "| what | value | omnet | unit |",
+        "|---|---|---|---|",
+        "| width | 256 | 35.2 |  |",
+        "| width | 1024 | 367 | 132 |",
+    ]

@@ -7,7 +7,7 @@ from components import BATCH, ROWS, TASKS, WIDTH
 from torchrl.objectives import REDQLoss, SACLoss
 
 GROWTH = {
-    "width": (512, 1024, 2048),
+    "width": (WIDTH, 512, 1024, 2048),
     "num_subnets": (2, 8, 16, 32),
     "batch": (64, 1024, 4096),
 }

@@ -92,13 +92,15 @@ def _rows(table: Table, records: list[Record]) -> list[str]:
         return shown.rpartition(".")[2].rstrip("'>") if isinstance(shown, str) else str(shown)
 
     columns = list(dict.fromkeys(value(record, table.across) for record in records))
+    if all(column.isdigit() for column in columns):
+        columns.sort(key=int)
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for record in records:
         place = tuple(value(record, name) for name in table.down)
         cells.setdefault(place, {})[value(record, table.across)] = table.cell(record)
     heads = [f"{table.across} {column}".strip() if column.isdigit() else column for column in columns]
     lines = ["| " + " | ".join([*table.down, *heads]) + " |", "|" + "---|" * (len(table.down) + len(columns))]
-    for place, row in cells.items():
+    for place, row in sorted(cells.items(), key=lambda item: [(int(x), "") if x.isdigit() else (-1, x) for x in item[0]]):
         lines.append("| " + " | ".join([*place, *(row.get(column, "") for column in columns)]) + " |")
     return lines
 
