@@ -24,7 +24,8 @@ def test_main_job(benchmark, tmp_path, env, num_envs):
     output, usage = [], []
 
     def job():
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        wide = {**os.environ, "COLUMNS": "200"}
+        with subprocess.Popen(command, env=wide, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             output.append(process.stdout.read())
             _, status, used = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
