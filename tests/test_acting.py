@@ -153,9 +153,12 @@ def test_a_run_is_the_same_to_rounding(tmp_path):
 
 def test_a_trainer_prepares_it(tmp_path):
     trainer = make_trainer(tmp_path, policy=CompiledPolicy)
-    trainer.update.compiled, trainer.update.prepare = True, lambda batch: None
+    prepared = []
+    trainer.update.compiled, trainer.update.prepare = True, lambda *args: prepared.append(args)
     trainer.prepare()
     assert trainer.collector.policy._steps
+    ((batch, batch_size),) = prepared
+    assert (batch.batch_size, batch_size) == ((8,), None)
 
 
 @pytest.mark.gpu

@@ -267,6 +267,20 @@ def test_a_torn_manifest_falls_back(content, tmp_path):
         assert load(tmp_path)[0]["frames"] == 10
 
 
+@pytest.mark.parametrize(("number", "readable"), [(1, False), (2, True), (3, True), (4, False)])
+def test_networks_of_a_format_that_kept_them_alike_can_be_read(number, readable, tmp_path):
+    series(tmp_path, 10)
+    manifest = newest(tmp_path, "checkpoint")
+    manifest.write_text(manifest.read_text().replace('"format": 3', f'"format": {number}'))
+    checkpointer = Checkpointer(tmp_path)
+    for replay, works in ((True, number == 3), (False, readable)):
+        if works:
+            assert checkpointer.load(replay=replay)[0]["frames"] == 10
+        else:
+            with pytest.raises(CheckpointError, match=f"expected checkpoint format 3, got {number}"):
+                checkpointer.load(replay=replay)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_where_none_is_whole_it_is_an_error_that_names_the_files(damage, tmp_path):
     series(tmp_path, 10, 20)

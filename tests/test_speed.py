@@ -169,8 +169,8 @@ def test_the_report_judges_bars_unless_it_was_disturbed(tmp_path, others, verdic
 
 def test_of_cases_that_took_turns_the_machines_pace_cancels():
     pace = [1.0, 2.0, 4.0, 1.0, 3.0]
-    assert report.ratio([[1.5 * x, 1.5 * x] for x in pace], [[x] for x in pace]) == pytest.approx((1.5, 1.5, 1.5))
-    best, low, high = report.ratio([[1.5 * x] for x in pace], [[2.0], [1.0], [2.0], [3.0]])
+    assert report.ratio([[1.5 * x, 1.5 * x] for x in pace], [[x] for x in pace], True) == pytest.approx((1.5, 1.5, 1.5))
+    best, low, high = report.ratio([[1.5 * x] for x in pace], [[2.0], [1.0], [2.0], [3.0]], False)
     assert low < best < high
     assert best == pytest.approx(1.5)
 

@@ -173,6 +173,13 @@ EXPERIMENTS = {
         tasks=("InvertedDoublePendulum-v4",),
         frames=5_000,
     ),
+    "hopper_30k": Experiment(
+        "A first equal budget",
+        _rows("omnet", "redq", "sac_20", "droq", "sin_sac", "sin_sac_layer_norm"),
+        tasks=("Hopper-v4",),
+        seeds=2,
+        frames=30_000,
+    ),
     "controls": Experiment("Masks or LayerNorm?", (*_rows("omnet", "redq", "sac_20", "sin_sac"), *_CONTROLS)),
 }
 

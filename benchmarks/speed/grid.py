@@ -3,7 +3,8 @@
     pytest benchmarks/speed -k "growth or main_job" --benchmark-json grid.json
     python benchmarks/speed/grid.py grid.json [more.json ...]      # writes results/grid.md
 
-A table per test: its last parameter across, the others down. Times are medians.
+A table per test, one of its parameters across and the others down. Times are medians. Put together only files of one machine;
+tests of a GPU are in no table.
 """
 
 import json

@@ -21,14 +21,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from protocol import Worker
-from report import BARS, write_report
+from report import CLOSE, FLOORS, write_report
 
 HERE = Path(__file__).parent
 REPEAT_S = 0.3  # a turn lasts about so long: the first block after the others finds caches cold and threads asleep
-# Cases that may differ by a few per cent alternate block by block, and four times as often.
-CLOSE = [(over, case) for _, case, over, limit in BARS if 0.9 < limit <= 1.1]
-# So do floors, turn by turn: a machine that others share changes its pace within seconds.
-FLOORS = [(case, over) for _, case, over, _ in BARS if over.startswith("matmul floor")]
 
 
 def install_peers(folder: Path) -> None:
@@ -107,7 +103,6 @@ def main() -> None:
     parser.add_argument("--install-peers", type=Path, metavar="FOLDER", help="make that environment, and stop")
     parser.add_argument("--rounds", type=int, default=15, help="more of them, narrower intervals")
     parser.add_argument("--quick", action="store_true", help="three rounds")
-    parser.add_argument("--processes", type=int, default=1, help="so many of each framework, one after the other")
     parser.add_argument("--only", default="", help="cases whose name holds one of these words, separated by commas")
     parser.add_argument("--device", default="cpu", help="of the torch cases; the peers are on the CPU")
     parser.add_argument("--threads", type=int, help="of torch; the peers take what they find")
@@ -122,27 +117,20 @@ def main() -> None:
     if arguments.peers:
         commands.append([str(arguments.peers / "bin" / "python"), str(HERE / "peers.py")])
     words = [word for word in arguments.only.split(",") if word]
-    rounds = 3 if arguments.quick else arguments.rounds
-    times: dict[str, list[list[float]]] = {}
-    shares = []
-    for _ in range(arguments.processes):
-        with ExitStack() as stack:
-            found = [stack.enter_context(Worker(command)) for command in commands]
-            chosen = {
-                case: worker for worker in found for case in worker.cases if not words or any(map(case.__contains__, words))
-            }
-            measured, share = measure(chosen, rounds, slow_s=0.3)
-            versions = {name: value for worker in found for name, value in worker.versions.items()}
-        shares.append(share)
-        for case, turns in measured.items():
-            times.setdefault(case, []).extend(turns)
+    with ExitStack() as stack:
+        found = [stack.enter_context(Worker(command)) for command in commands]
+        workers = {
+            case: worker for worker in found for case in worker.cases if not words or any(word in case for word in words)
+        }
+        times, others = measure(workers, 3 if arguments.quick else max(1, arguments.rounds), slow_s=0.3)
+        versions = {name: value for worker in found for name, value in worker.versions.items()}
     results = {
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
         "commit": commit(),
         "command": shlex.join(["python", "benchmarks/speed/run.py", *sys.argv[1:]]),
         "minutes": round((time.perf_counter() - start) / 60, 1),
         "machine": machine(),
-        "others": round(max(shares), 3),
+        "others": round(others, 3),
         "versions": versions,
         "seconds": {case: [[round(x, 7) for x in turn] for turn in turns] for case, turns in times.items()},
     }

@@ -23,6 +23,7 @@ from tensordict import TensorDict
 from torchrl.data import ReplayBuffer
 
 FORMAT = 3
+POLICIES = (2,)  # other formats whose networks can be read
 MANIFESTS = "checkpoint_*.json"
 FILES = re.compile(r"(state_\d+_|replay_\d+_\d+_)[0-9a-f]+\.pt(\.tmp)?|checkpoint_\d+\.json(\.tmp)?")
 
@@ -95,7 +96,7 @@ class Checkpointer:
 
     def _checked(self, path: Path, replay: bool) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
-        if manifest["format"] != FORMAT:
+        if manifest["format"] != FORMAT and (replay or manifest["format"] not in POLICIES):
             raise CheckpointError(
                 f"expected checkpoint format {FORMAT}, got {manifest['format']}: go on with the version that began the run, "
                 "which its run.json names."

@@ -38,13 +38,17 @@ class Inputs:
 
     Keyword Args:
         shared (bool): all updates read the same ``batch``, of any size; it is never copied. Defaults to ``False``.
+
+    Raises:
+        ValueError: a shared leaf is not contiguous.
     """
 
     def __init__(self, batch: TensorDictBase, draws: TensorDictBase, *, shared: bool = False):
         self.keys = [list(each.keys(True, True)) for each in (batch, draws)]
         self.sizes = [batch.batch_size, draws.batch_size]
         self.shared = len(self.keys[0]) if shared else 0  # so many of the leaves, the first ones
-        self.examples = [each.get(key).contiguous() for each, keys in self._pairs(batch, draws) for key in keys]
+        leaves = [each.get(key) for each, keys in self._pairs(batch, draws) for key in keys]
+        self.examples = self._contiguous(leaves)
         self.kinds = [(leaf.shape, leaf.dtype, leaf.device) for leaf in self.examples]
 
     def leaves(self, batches: TensorDictBase, draws: TensorDictBase) -> list[Tensor]:
@@ -59,7 +63,7 @@ class Inputs:
             if got != kind:
                 name = [key for keys in self.keys for key in keys][i]
                 raise ValueError(f"the update is compiled for {name!r} of {_said(kind)}, got {_said(got)}: build another one.")
-        return [leaf.contiguous() for leaf in leaves]
+        return self._contiguous(leaves)
 
     def rows(self, leaves: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         """The leaves of each update, the shared ones first."""
@@ -72,6 +76,13 @@ class Inputs:
         parts = zip(self.keys, (leaves[:split], leaves[split:]), self.sizes, strict=True)
         batch, draws = (TensorDict(dict(zip(keys, part, strict=True)), batch_size=size) for keys, part, size in parts)
         return batch, draws
+
+    def _contiguous(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        for i, leaf in enumerate(leaves[: self.shared]):
+            if not leaf.is_contiguous():
+                strides = f"strides {leaf.stride()} for shape {tuple(leaf.shape)}"
+                raise ValueError(f"rows must be contiguous, got {self.keys[0][i]!r} with {strides}: a GatherStorage's are.")
+        return [leaf.contiguous() for leaf in leaves]
 
     def _pairs(self, batch: TensorDictBase, draws: TensorDictBase) -> Iterator[tuple[TensorDictBase, list[NestedKey]]]:
         return zip((batch, draws), self.keys, strict=True)

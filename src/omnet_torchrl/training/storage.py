@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
 from torch import Tensor
-from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.data import LazyTensorStorage, RandomSampler, ReplayBuffer
 
 
 class GatherStorage(LazyTensorStorage):
@@ -57,9 +57,14 @@ class GatherStorage(LazyTensorStorage):
 
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
         """Write elements at an index, of any kind that a tensor takes; a vector of one row is the fast one."""
-        if isinstance(cursor, Tensor) and cursor.shape == (1,) and is_tensor_collection(data):
+        one = isinstance(cursor, Tensor) and cursor.shape == (1,) and cursor.dtype == torch.int64
+        if one and cursor.device.type == "cpu" and is_tensor_collection(data):
             cursor, data = int(cursor), data[0]
         super().set(cursor, data, set_cursor=set_cursor)
+
+    def _init(self, data: Any) -> None:
+        # Rows are whole in memory whatever the strides of the first one: an image may come with its channels last.
+        super()._init(data.contiguous() if is_tensor_collection(data) else data)
 
     def _is_rows(self, index: Any) -> bool:
         if not self.initialized or not is_tensor_collection(self._storage):
@@ -77,8 +82,9 @@ class GatherStorage(LazyTensorStorage):
 class Batches:
     """What blocks of updates read from a replay buffer.
 
-    Of a plain :class:`~torchrl.data.ReplayBuffer` without transforms over a :class:`GatherStorage` on the updates' device these
-    are its rows and an index of them. Any other buffer samples, as only itself can.
+    Of a :class:`~torchrl.data.ReplayBuffer` whose samples are rows at random, and no more, these are the rows and an index of
+    them: no subclass, a :class:`GatherStorage` on the updates' device, a :class:`~torchrl.data.RandomSampler` (the default),
+    neither transforms nor ``collate_fn``, ``prefetch`` or ``sample_unit``. Any other buffer samples, as only itself can.
 
     Args:
         buffer (ReplayBuffer): where transitions are written.
@@ -88,10 +94,19 @@ class Batches:
 
     def __init__(self, buffer: ReplayBuffer, batch_size: int, device: torch.device):
         self.buffer, self.batch_size, self.device = buffer, batch_size, device
-        plain = type(buffer) is ReplayBuffer and isinstance(buffer.storage, GatherStorage) and not len(buffer.transform)
-        self.gathered = plain and buffer.storage.device.type == device.type
         self.example: TensorDictBase = TensorDict()  # from the first sample on a batch, whose shapes decide the draws
         self._newest: tuple[TensorDictBase, Tensor | None] | None = None
+
+    @property
+    def gathered(self) -> bool:
+        """Whether it is the rows that updates read."""
+        buffer, storage = self.buffer, self.buffer.storage
+        if type(buffer) is not ReplayBuffer or type(buffer.sampler) is not RandomSampler or len(buffer.transform):
+            return False
+        if not isinstance(storage, GatherStorage) or storage.ndim != 1 or storage.device != self.device:
+            return False
+        collate = getattr(buffer._collate_fn, "__module__", "").startswith("torchrl.")
+        return collate and not getattr(buffer, "_prefetch", None) and getattr(buffer, "_sample_unit", None) is None
 
     def like(self, row: TensorDictBase) -> tuple[TensorDictBase, int | None]:
         """What :meth:`SACUpdate.prepare` takes, for a buffer of rows like this one; their values don't matter."""
@@ -102,14 +117,14 @@ class Batches:
 
     def sample(self, count: int) -> tuple[TensorDictBase, Tensor | None]:
         """Batches ``(count, B)``; or all rows, and an index ``(count, B)`` of them."""
-        size, index = count * self.batch_size, None
-        if self.gathered:
+        size, index, gathered = count * self.batch_size, None, self.gathered
+        if gathered:
             index = self.buffer.sampler.sample(self.buffer.storage, size)[0].view(count, self.batch_size)
             batches = self.buffer.storage.rows
         else:
             batches = self.buffer.sample(size).to(self.device).reshape(count, self.batch_size)
         if self.example.is_empty():
-            self.example = batches[:1].expand(self.batch_size) if self.gathered else batches[0].clone()
+            self.example = batches[:1].expand(self.batch_size) if gathered else batches[0].clone()
         self._newest = batches, index
         return batches, index
 

@@ -58,8 +58,9 @@ class Trainer:
     Args:
         collector (Collector): whose environment is of :func:`~omnet_torchrl.training.environments.make_env`, which gives one
             step of each environment at a time (``frames_per_batch`` equal to the number of environments).
-        buffer (ReplayBuffer): gets a generator of its own here. From a plain one, without transforms, whose storage is a
-            :class:`~omnet_torchrl.training.GatherStorage` on the update's device, the update itself gathers its batches.
+        buffer (ReplayBuffer): gets a generator of its own here. From the rows of a plain one with a
+            :class:`~omnet_torchrl.training.GatherStorage` on the update's device the update itself gathers its batches, see
+            :class:`~omnet_torchrl.training.storage.Batches`.
         update (SACUpdate): the update.
         evaluate (callable): takes the number of frames, returns metrics; an :class:`~omnet_torchrl.training.Evaluation`.
         checkpointer (Checkpointer): where the state is kept.
