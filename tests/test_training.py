@@ -16,6 +16,7 @@ from torchrl.objectives import SoftUpdate
 
 from omnet_torchrl import OMNetSACLoss, SubnetPrimer, make_actor, make_qvalue
 from omnet_torchrl.training import GatherStorage, SACUpdate, Trainer, evaluate, make_env
+from omnet_torchrl.training import compiled as compiled_module
 from omnet_torchrl.training.checkpoint import Checkpointer
 
 PENDULUM = "InvertedPendulum-v4"
@@ -73,7 +74,7 @@ def make_trainer(
     collector = Collector(
         env,
         actor if policy is None else policy(actor, update),
-        frames_per_batch=num_envs,
+        frames_per_batch=num_envs or 1,
         init_random_frames=schedule["init_random_frames"],
         policy_device="cpu",
         env_device="cpu",
@@ -300,6 +301,27 @@ def test_an_update_that_gathers_its_batches_makes_the_same_run(prepared, tmp_pat
     assert_equal(weights(sampled), weights(gathered))
     assert sampled.reporter.untimed() == gathered.reporter.untimed()
     assert "train/loss_qvalue" in {name for _, name, _ in gathered.reporter.rows}
+
+
+@pytest.mark.parametrize("num_envs", [None, 2])
+def test_a_traced_update_that_gathers_goes_on_where_it_stopped_as_an_eager_one(num_envs, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled_module, "translate", lambda graph, inputs: graph)
+
+    def run(folder, frames, traced):
+        buffer = ReplayBuffer(storage=GatherStorage(frames))
+        trainer = make_trainer(tmp_path / folder, num_envs=num_envs, buffer=buffer, total_frames=frames)
+        trainer.update.compiled = traced
+        trainer.resume()
+        trainer.prepare()
+        assert trainer.run() == "finished"
+        return trainer
+
+    eager = run("a", 60, False)
+    run("b", 40, True)
+    traced = run("b", 60, True)
+    assert traced.update._steps
+    assert_equal(weights(traced), weights(eager))
+    assert (transitions(traced) == transitions(eager)).all()
 
 
 def test_a_buffer_with_transforms_samples_itself(tmp_path):

@@ -173,6 +173,8 @@ EXPERIMENTS = {
         tasks=("InvertedDoublePendulum-v4",),
         frames=5_000,
     ),
+    "controls": Experiment("Masks or LayerNorm?", (*_rows("omnet", "redq", "sac_20", "sin_sac"), *_CONTROLS)),
+    # After those whose cells it shares: all of it has their frames.
     "hopper_30k": Experiment(
         "A first equal budget",
         _rows("omnet", "redq", "sac_20", "droq", "sin_sac", "sin_sac_layer_norm"),
@@ -180,7 +182,6 @@ EXPERIMENTS = {
         seeds=2,
         frames=30_000,
     ),
-    "controls": Experiment("Masks or LayerNorm?", (*_rows("omnet", "redq", "sac_20", "sin_sac"), *_CONTROLS)),
 }
 
 
