@@ -99,7 +99,7 @@ class Trainer:
         self.collector, self.buffer, self.update, self.evaluate = collector, buffer, update, evaluate
         self.checkpointer, self.reporter = checkpointer, reporter
         self.total_frames, self.init_random_frames = total_frames, init_random_frames
-        self.utd_ratio, self.policy_update_delay, self.batch_size = utd_ratio, policy_update_delay, batch_size
+        self.utd_ratio, self.policy_update_delay = utd_ratio, policy_update_delay
         self.reset_interval, self.seed = reset_interval, seed
         self.log_interval, self.eval_interval, self.checkpoint_interval = log_interval, eval_interval, checkpoint_interval
         self.stop_when_diverged = stop_when_diverged

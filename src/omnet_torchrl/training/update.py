@@ -139,7 +139,7 @@ class SACUpdate:
             dict: 0-dimensional ``loss_qvalue``, ``qvalue`` (mean of the trained subnetworks' values) and ``td_error``,
             detached; read before the next step, where a graph writes them anew.
         """
-        return self._run((("critic", 0),), batch if INDEX in draws.keys() else batch.unsqueeze(0), draws.unsqueeze(0))
+        return self._one("critic", batch, draws)
 
     def actor_step(self, batch: TensorDictBase, draws: TensorDictBase) -> dict[str, Tensor]:
         """Train actor and temperature (equation 5).
@@ -147,7 +147,7 @@ class SACUpdate:
         Returns:
             dict: 0-dimensional ``loss_actor``, ``loss_alpha``, ``entropy`` and ``alpha`` (after the step), detached.
         """
-        return self._run((("actor", 0),), batch if INDEX in draws.keys() else batch.unsqueeze(0), draws.unsqueeze(0))
+        return self._one("actor", batch, draws)
 
     def prepare(self, batch: TensorDictBase, batch_size: int | None = None) -> None:
         """Compile now, for batches like ``batch``, whose values don't matter; the state is left exactly as it was.
@@ -163,13 +163,11 @@ class SACUpdate:
         generator = torch.Generator(self.device).manual_seed(0)
         if batch_size is None:
             batch = batch.apply(torch.zeros_like)
-            self._compile(batch, self.loss.draw(batch, generator))
-            return
-        draws = self.loss.draw(batch[:1].expand(batch_size), generator)
-        self._compile(batch, draws.set(INDEX, torch.zeros(batch_size, dtype=torch.int64, device=self.device)))
-
-    def _compile(self, batch: TensorDictBase, draws: TensorDictBase) -> None:
-        self._inputs = Inputs(batch, draws, shared=INDEX in draws.keys())
+            draws = self.loss.draw(batch, generator)
+        else:
+            draws = self.loss.draw(batch[:1].expand(batch_size), generator)
+            draws.set(INDEX, torch.zeros(batch_size, dtype=torch.int64, device=self.device))
+        self._inputs = Inputs(batch, draws, shared=batch_size is not None)
         with preserved([], self.device):
             steps = {"critic": self._critic_step, "actor": self._actor_step}
             self._steps = {name: CompiledStep(step, self._state, self._inputs) for name, step in steps.items()}
@@ -231,20 +229,23 @@ class SACUpdate:
         """Whether parameters, target and temperature are all finite. Waits for the device."""
         return all(bool(tensor.isfinite().all()) for tensors in self._params.values() for tensor in tensors.values())
 
+    def _one(self, name: str, batch: TensorDictBase, draws: TensorDictBase) -> dict[str, Tensor]:
+        return self._run(((name, 0),), batch if INDEX in draws.keys() else batch.unsqueeze(0), draws.unsqueeze(0))
+
     def _run(self, schedule: Schedule, batches: TensorDictBase, draws: TensorDictBase) -> dict[str, Tensor]:
-        if INDEX in draws.keys():
-            _check_index(draws.get(INDEX), len(batches))
+        index = draws.get(INDEX, None)
+        if index is not None:
+            _check_index(index, len(batches))
         if not self.compiled:
             steps = {"critic": self._critic_step, "actor": self._actor_step}
-            each = [batches] * len(draws) if INDEX in draws.keys() else batches.unbind(0)
+            each = batches.unbind(0) if index is None else [batches] * len(draws)
             rows = list(zip(each, draws.unbind(0), strict=True))
             outputs: dict[str, Tensor] = {}
             for name, row in schedule:
                 outputs |= steps[name](self._state, *rows[row])
             return outputs
         if not self._steps:
-            rows_of_all = INDEX in draws.keys()
-            self.prepare(batches if rows_of_all else batches[0], batch_size=draws[INDEX].shape[1] if rows_of_all else None)
+            self.prepare(*((batches[0],) if index is None else (batches, index.shape[1])))
         leaves = self._inputs.leaves(batches, draws)
         if self.device.type != "cuda":
             return run(self._steps, schedule, self._inputs.rows(leaves))
