@@ -8,6 +8,7 @@ from omnet_torchrl import make_actor
 from omnet_torchrl.training import CompiledPolicy, Evaluation, evaluate, make_env
 from omnet_torchrl.training.algorithms import build
 from omnet_torchrl.training.config import to_config
+from omnet_torchrl.training.environments import recorders
 
 
 def make(name, episodes, num_subnets=3):
@@ -53,6 +54,22 @@ def test_the_episode_after_the_end_does_not_count():
     result = evaluate(actor, env, seed=0)
     assert result["eval/return"] == pytest.approx(result["eval/length"], abs=1.01)  # one per step
     assert result["eval/length"] < 30
+
+
+def test_who_has_finished_takes_no_more_steps_and_all_are_awake_afterwards(monkeypatch):
+    env, actor = make("Hopper-v4", 5)
+    simulated, simulator = [], type(recorders(env)[0].unwrapped)
+    step = simulator.step
+    monkeypatch.setattr(simulator, "step", lambda self, action: simulated.append(self) or step(self, action))
+    result = evaluate(actor, env, seed=11)
+    assert len(simulated) == round(5 * result["eval/length"])
+    state = env.reset()
+    assert (env.rand_step(state)["next", "observation"] != state["observation"]).all()
+    divisors = iter([1] * 30 + [0])
+    monkeypatch.setattr(actor, "forward", lambda state: state.set("action", torch.zeros(5, 3) / (1 // next(divisors))))
+    with pytest.raises(ZeroDivisionError):  # in the middle of an evaluation
+        evaluate(actor, env, seed=11)
+    assert not any(recorder.resting for recorder in recorders(env))
 
 
 def test_one_seed_repeats_itself_whatever_was_played_before():

@@ -9,7 +9,7 @@ from torchrl.envs import EnvBase
 
 from omnet_torchrl.metrics import soft_returns, value_bias
 from omnet_torchrl.objectives import OMNetSACLoss
-from omnet_torchrl.training.environments import seed_env
+from omnet_torchrl.training.environments import resting, seed_env
 
 
 @torch.no_grad()
@@ -46,20 +46,22 @@ def evaluate_bias(
     seed_env(env, seed)
     state, records = env.reset(), []
     playing = torch.ones(env.batch_size.numel(), dtype=torch.bool, device=device)
-    while playing.any():
-        action, value, log_prob = _act(loss, state, generator)
-        state.set(loss.tensor_keys.action, action.to(env.device))
-        # Who is done begins another episode, which does not count.
-        state, following = env.step_and_maybe_reset(state)
-        step, state = state.get("next"), following
-        reward, done, terminated = (step.get(key).view(-1).to(device) for key in ("reward", "done", "terminated"))
-        record = {"value": value, "log_prob": log_prob, "reward": reward, "terminated": terminated, "counted": playing}
-        record["truncated"], record["after"] = done & ~terminated, torch.zeros_like(log_prob)
-        if bootstrap and record["truncated"].any():
-            _, next_value, next_log_prob = _act(loss, step, generator)
-            record["after"] = next_value.mean(0) - loss.log_alpha.exp() * next_log_prob
-        records.append(record)
-        playing = playing & ~done
+    with resting(env) as rest:
+        while playing.any():
+            action, value, log_prob = _act(loss, state, generator)
+            state.set(loss.tensor_keys.action, action.to(env.device))
+            # Who is done begins another episode, which does not count, and rests.
+            state, following = env.step_and_maybe_reset(state)
+            step, state = state.get("next"), following
+            reward, done, terminated = (step.get(key).view(-1).to(device) for key in ("reward", "done", "terminated"))
+            record = {"value": value, "log_prob": log_prob, "reward": reward, "terminated": terminated, "counted": playing}
+            record["truncated"], record["after"] = done & ~terminated, torch.zeros_like(log_prob)
+            if bootstrap and record["truncated"].any():
+                _, next_value, next_log_prob = _act(loss, step, generator)
+                record["after"] = next_value.mean(0) - loss.log_alpha.exp() * next_log_prob
+            records.append(record)
+            playing = playing & ~done
+            rest(~playing)
     data = {name: torch.stack([record[name] for record in records], -1) for name in records[0]}
     value, counted, after = data.pop("value"), data.pop("counted"), data.pop("after")
     returns = soft_returns(**data, alpha=loss.log_alpha.exp(), gamma=gamma, bootstrap=after)

@@ -10,11 +10,14 @@ import difflib
 import hashlib
 import json
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
+from torch import Tensor
 from torchrl.envs import (
     Compose,
     DoubleToFloat,
@@ -41,6 +44,7 @@ class EpisodeRecorder(gymnasium.Wrapper):
 
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
+        self.resting = False  # steps do nothing and end nothing
         self._start: dict[str, Any] = {}
         self._actions: list[np.ndarray] = []
         self._observation: Any = None
@@ -56,6 +60,8 @@ class EpisodeRecorder(gymnasium.Wrapper):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
         """As the environment's; the action is kept."""
+        if self.resting:
+            return self._observation, 0.0, False, False, {}
         self._actions.append(np.array(action))
         self._observation, reward, terminated, truncated, info = self.env.step(action)
         self._seen.update(np.asarray(self._observation).tobytes())
@@ -173,5 +179,32 @@ def recorders(env: EnvBase) -> list[EpisodeRecorder | Maze2DEnv]:
         env = env.base_env
     if isinstance(env, Maze2DEnv):
         return [env]
-    base: Any = env._env
+    return _recorders(env)
+
+
+@contextmanager
+def resting(env: EnvBase) -> Iterator[Callable[[Tensor], None]]:
+    """Gives a function that says, for an environment of batch size ``(E,)``, which of its parts rest from now on.
+
+    A step of those does nothing and takes no time: an evaluation lasts as long as the longest of its episodes. At the end none
+    rests. Environments that are not of :func:`make_env` never do.
+    """
+    base = env
+    while isinstance(base, TransformedEnv):
+        base = base.base_env
+    players = [player for player in _recorders(base) if isinstance(player, EpisodeRecorder)]
+
+    def rest(which: Tensor) -> None:
+        for player, rests in zip(players, which.tolist(), strict=bool(players)):
+            player.resting = rests
+
+    try:
+        yield rest
+    finally:
+        for player in players:
+            player.resting = False
+
+
+def _recorders(env: EnvBase) -> list[Any]:
+    base: Any = getattr(env, "_env", None)
     return list(getattr(base, "envs", [base]))

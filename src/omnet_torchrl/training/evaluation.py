@@ -13,7 +13,7 @@ from omnet_torchrl.modules import SubnetActor
 from omnet_torchrl.objectives import OMNetSACLoss
 from omnet_torchrl.training.acting import CompiledPolicy
 from omnet_torchrl.training.bias import evaluate_bias
-from omnet_torchrl.training.environments import MAZE, make_env, seed_env
+from omnet_torchrl.training.environments import MAZE, make_env, resting, seed_env
 from omnet_torchrl.training.maze import subnet_trajectories, write_trajectories
 from omnet_torchrl.training.options import TrainConfig
 
@@ -83,16 +83,17 @@ def evaluate(policy: SubnetActor | CompiledPolicy, env: EnvBase, *, seed: int | 
     subnet = torch.arange(episodes) % actor.num_subnets
     total, length, playing = torch.zeros(episodes), torch.zeros(episodes), torch.ones(episodes, dtype=torch.bool)
     state = env.reset()
-    with set_exploration_type(ExplorationType.DETERMINISTIC):
+    with set_exploration_type(ExplorationType.DETERMINISTIC), resting(env) as rest:
         while playing.any():
             inputs = state.select(*actor.in_keys, strict=False).set(actor.subnet_key, subnet).to(device)
             state.set(actor.action_key, policy(inputs).get(actor.action_key).to(env.device))
-            # Who is done begins another episode, which does not count.
+            # Who is done begins another episode, which does not count, and rests.
             state, following = env.step_and_maybe_reset(state)
             step, state = state.get("next"), following
             total += step.get("reward").view(-1).cpu() * playing
             length += playing
             playing &= ~step.get("done").view(-1).cpu()
+            rest(~playing)
     metrics = {"eval/return": total.mean().item(), "eval/length": length.mean().item()}
     for k in range(min(episodes, actor.num_subnets)):
         metrics[f"eval/return_subnet_{k}"] = total[subnet == k].mean().item()
