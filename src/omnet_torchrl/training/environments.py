@@ -130,8 +130,9 @@ def make_env(
     num_envs: int | None = None,
     seed: int | None = None,
     observation_offset: float = 0.0,
+    sum_episodes: bool = True,
 ) -> EnvBase:
-    """An environment for training or evaluation, its episodes summed and counted.
+    """An environment for training or evaluation.
 
     Args:
         name (str): gymnasium id, or ``Maze2D`` for :class:`~omnet_torchrl.Maze2DEnv`.
@@ -142,10 +143,13 @@ def make_env(
             ``(num_envs,)``. ``None`` (default): a single one, without batch size.
         seed (int or None): of the environment's random numbers.
         observation_offset (float): scale of an :class:`~omnet_torchrl.ObservationOffset`; 0 (default): none.
+        sum_episodes (bool): write each episode's return and length so far, ``episode_reward`` and ``step_count``. Defaults to
+            ``True``.
     """
     base = Maze2DEnv(() if num_envs is None else num_envs) if name == MAZE else GymWrapper(_make_gymnasium(name, num_envs))
     offset = [ObservationOffset(observation_offset, generator=seed)] if observation_offset else []
-    common = (DoubleToFloat(), *offset, RewardSum(), StepCounter())
+    sums = [RewardSum(), StepCounter()] if sum_episodes else []
+    common = (DoubleToFloat(), *offset, *sums)
     env = TransformedEnv(base, Compose(*common, *transforms))
     if seed is not None:
         env.set_seed(seed)

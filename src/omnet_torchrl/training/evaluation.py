@@ -34,7 +34,7 @@ class Evaluation:
     """
 
     def __init__(self, config: TrainConfig, policy: SubnetActor | CompiledPolicy, loss: OMNetSACLoss):
-        make = partial(make_env, config.env, observation_offset=config.observation_offset)
+        make = partial(make_env, config.env, observation_offset=config.observation_offset, sum_episodes=False)
         self.config, self.policy, self.loss = config, policy, loss
         self.env = make(num_envs=config.eval.episodes)
         self.bias_env = make(num_envs=config.eval.bias_episodes) if config.eval.bias_episodes else None
