@@ -282,6 +282,14 @@ def test_indices_with_replacement_repeat():
     assert 60 < (target[:, 0] == target[:, 1]).sum() < 140  # 1 / 3 of them
 
 
+@pytest.mark.parametrize("num_updates", [None, 2])
+def test_all_are_all_with_replacement_too(num_updates):
+    loss = make_loss(replacement=True, num_trained_subnets=None)
+    draws = loss.draw(make_batch(1), num_updates=num_updates)
+    for name in ("critic", "value"):
+        assert (draws[name] == torch.arange(3)).all()
+
+
 def test_draws_come_from_the_generator_alone():
     loss, batch = make_loss(), make_batch(4)
     state = torch.get_rng_state()

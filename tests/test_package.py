@@ -23,7 +23,8 @@ ROOMS = {
     "builders": {"layers", "modules"},
     "transforms": set(),
     "envs": set(),
-    "objectives": {"dropout"},
+    "draws": set(),
+    "objectives": {"draws", "dropout"},
     "metrics": set(),
     "__init__": {
         "masks",

@@ -108,3 +108,17 @@ def test_a_loss_draws_new_masks_at_each_call_and_an_episode_keeps_its_own():
     indices = [env.rollout(5)["subnet"] for _ in range(3)]
     assert all(index.unique().numel() == 1 for index in indices)
     assert torch.stack(indices).unique().numel() == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_value_subnets": 5}, "num_target_subnets must not be 2 of 2147483648 different subnetworks: give a number, and"),
+        ({"num_target_subnets": 1}, "num_value_subnets must not be all of 2147483648"),
+        ({"replacement": True}, "num_value_subnets must not be all of 2147483648"),
+    ],
+)
+def test_a_loss_that_would_ask_or_order_all_of_them_is_refused(options, message):
+    kwargs = {"network_class": RedrawnMLP, "num_cells": (16, 16), "generator": 0}
+    with pytest.raises(ValueError, match=message):
+        OMNetSACLoss(make_actor(*specs(), **kwargs), make_qvalue(*specs(), **kwargs), **options)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.optim import Adam
 from torchrl.collectors import Collector
-from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
+from torchrl.data import LazyTensorStorage, PrioritizedSampler, ReplayBuffer, TensorDictReplayBuffer
 from torchrl.objectives import SoftUpdate
 
 from omnet_torchrl import OMNetSACLoss, SubnetPrimer, make_actor, make_qvalue
@@ -333,6 +333,31 @@ def test_a_buffer_with_transforms_samples_itself(tmp_path):
     trainer.run()
     assert len(rewards) == 40
     assert all(reward.shape == (1, 8, 1) and not reward.any() for reward in rewards)
+
+
+def test_what_a_transform_of_the_buffer_adds_for_the_loss_is_compiled_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled_module, "translate", lambda graph, inputs: graph)
+
+    def run(folder, traced, steps):
+        buffer = ReplayBuffer(storage=GatherStorage(60))
+        if steps:
+            buffer.append_transform(lambda data: data.set("steps_to_next_obs", torch.full((len(data), 1), 3)))
+        trainer = make_trainer(tmp_path / folder, buffer=buffer)
+        trainer.update.compiled = traced
+        trainer.prepare()
+        trainer.run()
+        return weights(trainer)
+
+    eager = run("a", False, True)
+    assert_equal(run("b", True, True), eager)
+    assert any(not torch.equal(value, eager[key]) for key, value in run("c", False, False).items())
+
+
+def test_a_prioritised_buffer_is_refused(tmp_path):
+    buffer = ReplayBuffer(storage=GatherStorage(60))
+    buffer._sampler = PrioritizedSampler.__new__(PrioritizedSampler)  # making one needs TorchRL's compiled extension
+    with pytest.raises(ValueError, match="must not have a PrioritizedSampler"):
+        make_trainer(tmp_path, buffer=buffer)
 
 
 def test_a_run_leaves_the_global_numbers_alone(tmp_path):

@@ -635,6 +635,34 @@ def test_a_batch_may_be_rows_that_an_index_among_the_draws_names(compile, compil
 
 
 @pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("steps_to_next_obs", torch.arange(1.0, 9.0).unsqueeze(-1)), ("priority_weight", torch.linspace(0, 2, 8))],
+)
+def test_what_a_loss_reads_where_it_is_there_counts_in_a_batch_and_in_rows(key, value, compile, compiler):
+    plain, batched, update = make_update(), make_update(), SACUpdate(*make_parts(), compile=compile)
+    batches, _, draws = indexed(update, 2)
+    batches[key] = value.expand(2, *value.shape).clone()
+    rows, own = batches.reshape(-1), draws.exclude("index")
+    batched.block(batches, own, [True, True])
+    plain.block(batches.exclude(key), own, [True, True])
+    assert any(not torch.equal(value, snapshot(plain)[name]) for name, value in snapshot(batched).items())
+    update.block(rows, own.set("index", torch.arange(16).view(2, 8)), [True, True])
+    assert_same_state(update, batched)
+
+
+@pytest.mark.parametrize("key", ["steps_to_next_obs", "priority_weight"])
+def test_compiled_without_it_an_update_refuses_what_its_loss_would_read(key, compiler):
+    update = SACUpdate(*make_parts())
+    batch, draws = next(updates(update.loss, 1))
+    update.critic_step(batch, draws)
+    before = snapshot(update)
+    with pytest.raises(ValueError, match=f"compiled for batches without '{key}', got one with it"):
+        update.critic_step(batch.set(key, torch.ones(BATCH, 1)), draws)
+    assert_unchanged(update, before)
+
+
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("wrong", [-1, 16])
 def test_an_index_of_no_row_is_refused(wrong, compile, compiler):
     update = SACUpdate(*make_parts(), compile=compile)
@@ -863,3 +891,14 @@ def test_an_optimiser_that_stepped_on_the_device_is_taken_over():
     update = SACUpdate(*parts, compile=False)
     train(update, 2, first=2), train(eager, 2, first=2)
     assert_same_state(update, eager, **CLOSE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_it_is_captured_on_the_device_of_its_loss_whatever_the_current_one():
+    update, eager = SACUpdate(*make_parts(device="cuda:1")), make_update(device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    for each in (update, eager):
+        each.block(*stacked(each, 4), actor=[False, True, False, True])
+    assert_same_state(update, eager, **CLOSE)
+    assert torch.cuda.current_device() == 0

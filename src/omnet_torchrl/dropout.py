@@ -2,7 +2,8 @@
 
 :class:`torch.nn.Dropout` draws from torch's global generator whenever it is called: an update with it is a function of
 more than its arguments, runs differently when compiled, and is not repeated by a resumed run. Here the noise is a function of a
-seed, a buffer, which whoever calls the network sets: :class:`~omnet_torchrl.OMNetSACLoss` draws one for each pass.
+seed, a buffer, which whoever calls the network sets: :class:`~omnet_torchrl.OMNetSACLoss` draws one for each pass. It is 0
+until somebody does, and one seed is one noise: to draw many (Monte-Carlo dropout), set ``layer.dropout_seed`` before each call.
 """
 
 from __future__ import annotations

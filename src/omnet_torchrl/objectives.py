@@ -26,18 +26,15 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictModuleBase, dispatch
 from tensordict.utils import expand_as_right, unravel_key
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal, TransformedDistribution
-from torch.distributions.utils import _sum_rightmost
 from torchrl.data import TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SACLoss
-from torchrl.objectives.sac import compute_rsample_log_prob
 from torchrl.objectives.utils import distance_loss
 
+from omnet_torchrl.draws import PASSES, draw_indices, dropout_seed, rsample_with_noise
 from omnet_torchrl.dropout import SEED, seed_dropout, with_seed
 
-# Who asks a network in an update; each has a seed of its own for the noise of dropout.
-PASSES = ("critic", "target", "value", "next_actor", "actor")
+MANY = 2**20  # subnetworks of which no update asks all, or orders all
 
 
 class OMNetSACLoss(SACLoss):
@@ -64,7 +61,8 @@ class OMNetSACLoss(SACLoss):
         num_target_subnets (int or None): M, target critics the minimum is taken over, drawn without replacement. ``None``: all.
             Defaults to 2.
         num_value_subnets (int or None): V, critics the actor is trained against. Defaults to ``None``, all.
-        replacement (bool): draw the K, M and V indices independently, so that some may be equal. Defaults to ``False``.
+        replacement (bool): draw the K, M and V indices independently, so that some may be equal; all (``None``) are all of
+            them. A :class:`~omnet_torchrl.RedrawnMLP` needs it. Defaults to ``False``.
         value_reduction (str): the actor ascends the ``"mean"`` (default, equation 5) or, as TorchRL's SAC, the ``"min"`` over
             V.
         loss_function (str): of the critic. Defaults to ``"l2"``, the squared error of equation 4.
@@ -83,13 +81,15 @@ class OMNetSACLoss(SACLoss):
         TensorDict: ``loss_qvalue``, ``loss_actor``, ``loss_alpha``, ``alpha``, ``entropy``.
 
     Raises:
-        ValueError: K, M or V outside [1, N]; a module that reads the index without ``num_subnets``.
+        ValueError: K, M or V outside [1, N]; of more than 2^20 subnetworks all, or several without replacement; a module that
+            reads the index without ``num_subnets``.
 
     .. note:: All randomness of an update is data, see :meth:`draw`. The parts, :meth:`qvalue_loss`, :meth:`actor_loss` and
         :meth:`alpha_loss`, are functions of (parameters, batch, draws): they trace with ``torch.compile(fullgraph=True)`` and
         run under ``torch.vmap``.
 
-    .. note:: Dropout in a network is replaced by :class:`~omnet_torchrl.SeededDropout`, whose noise the draws seed.
+    .. note:: Dropout in a network is replaced, in place, by :class:`~omnet_torchrl.SeededDropout`, whose noise the draws seed.
+        Called outside the loss in training mode, it repeats one noise until you set another ``dropout_seed``.
 
     .. note:: The target network has the online network's masks, always: its leaves that are not floating point are read from
         the online parameters at each call.
@@ -171,10 +171,12 @@ class OMNetSACLoss(SACLoss):
         )
         self.num_subnets = _num_subnets(qvalue_network, self.tensor_keys.subnet, "qvalue_network")
         self.num_actor_subnets = _num_subnets(actor_network, self.tensor_keys.subnet, "actor_network")
+        self.replacement, self.value_reduction = replacement, value_reduction
         self.num_trained_subnets = self._checked_count("num_trained_subnets", num_trained_subnets)
         self.num_target_subnets = self._checked_count("num_target_subnets", num_target_subnets)
         self.num_value_subnets = self._checked_count("num_value_subnets", num_value_subnets)
-        self.replacement, self.value_reduction = replacement, value_reduction
+        counts = {"critic": num_trained_subnets, "target": num_target_subnets, "value": num_value_subnets}
+        self._every = {name for name, count in counts.items() if count is None}
         self._mask_keys = [k for k, v in self.qvalue_network_params.items(True, True) if not v.is_floating_point()]
         networks = (self.actor_network_params, self.qvalue_network_params)
         self._seeded = any(key[-1] == SEED for params in networks for key in params.keys(True, True))
@@ -185,6 +187,9 @@ class OMNetSACLoss(SACLoss):
             self.target_entropy  # noqa: B018
 
     def _checked_count(self, name: str, count: int | None) -> int:
+        if self.num_subnets > MANY and (count is None or (count != 1 and not self.replacement)):
+            advice = "give a number, and replacement=True"
+            raise ValueError(f"{name} must not be {count or 'all'} of {self.num_subnets} different subnetworks: {advice}.")
         if count is None:
             return self.num_subnets
         if isinstance(count, bool) or not isinstance(count, int):
@@ -201,6 +206,12 @@ class OMNetSACLoss(SACLoss):
         ends = [keys.reward, keys.done, keys.terminated]
         following = [unravel_key(("next", key)) for key in [*ends, *states]]
         self._in_keys = list(dict.fromkeys([keys.action, *following, *states]))
+
+    @property
+    def optional_in_keys(self) -> list[NestedKey]:
+        """What changes the losses where a batch has it: steps to the next observation (n-step returns), priority weights."""
+        weight = [] if self.use_prioritized_weights is False else [self.tensor_keys.priority_weight]
+        return [self.value_estimator.tensor_keys.steps_to_next_obs, *weight]
 
     def set_keys(self, **kwargs: Any) -> None:
         """As :meth:`~torchrl.objectives.LossModule.set_keys`, and ``subnet``, the key of the index."""
@@ -256,40 +267,30 @@ class OMNetSACLoss(SACLoss):
         if actor is not None and len(actor) != num_updates:
             raise ValueError(f"actor must have num_updates={num_updates} elements, got {len(actor)}.")
         device = self.log_alpha.device
-        num, num_actor = self.num_subnets, self.num_actor_subnets
         lead = () if num_updates is None else (num_updates,)
+        source = {"generator": generator, "device": device}
+        counts = {"critic": self.num_trained_subnets, "target": self.num_target_subnets, "value": self.num_value_subnets}
         draws = {
-            "critic": self._indices(num, self.num_trained_subnets, lead, generator, device),
-            "target": self._indices(num, self.num_target_subnets, lead, generator, device),
-            "value": self._indices(num, self.num_value_subnets, lead, generator, device),
-            "next_actor": self._indices(num_actor, 1, lead, generator, device).squeeze(-1),
-            "actor": self._indices(num_actor, 1, lead, generator, device).squeeze(-1),
+            name: draw_indices(
+                self.num_subnets, count, lead=lead, replacement=self.replacement and name not in self._every, **source
+            )
+            for name, count in counts.items()
         }
+        for name in ("next_actor", "actor"):
+            draws[name] = draw_indices(self.num_actor_subnets, 1, lead=lead, **source).squeeze(-1)
         if self._seeded:
-            draws["dropout"] = torch.randint(2**32, (*lead, len(PASSES)), generator=generator, device=device)
+            draws["dropout"] = torch.randint(2**32, (*lead, len(PASSES)), **source)
         action = tensordict.get(self.tensor_keys.action)
         if isinstance(action, Tensor):
             shape, dtype = (*lead, *action.shape), self.log_alpha.dtype
-            draws["next_noise"] = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+            draws["next_noise"] = torch.randn(shape, **source, dtype=dtype)
             if actor is None:
-                draws["noise"] = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+                draws["noise"] = torch.randn(shape, **source, dtype=dtype)
             else:
                 draws["noise"] = torch.zeros(shape, device=device, dtype=dtype)
                 for row in (row for row, follows in enumerate(actor) if follows):
                     draws["noise"][row].normal_(generator=generator)
         return TensorDict(draws, batch_size=lead, device=device)
-
-    def _indices(
-        self, num: int, count: int, lead: tuple[int, ...], generator: torch.Generator | None, device: torch.device
-    ) -> Tensor:
-        if num == 1 or (count == num and not self.replacement):
-            return torch.arange(count, device=device).expand(*lead, count)
-        if count == 1 or self.replacement:
-            return torch.randint(num, (*lead, count), generator=generator, device=device)
-        if not lead:
-            return torch.randperm(num, generator=generator, device=device)[:count]
-        # The order of independent uniform numbers is a uniform permutation; ties of float64 are of no account.
-        return torch.rand(*lead, num, generator=generator, device=device, dtype=torch.float64).argsort(-1)[..., :count]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase, *, draws: TensorDictBase | None = None) -> TensorDictBase:
@@ -335,7 +336,7 @@ class OMNetSACLoss(SACLoss):
         target = self.compute_target(tensordict, draws=draws, params=params)
         critic_params = self._params("qvalue_network_params", params)
         action = tensordict.get(self.tensor_keys.action)
-        pred = self._qvalue(critic_params, tensordict, action, draws.get("critic"), _seed(draws, "critic"))
+        pred = self._qvalue(critic_params, tensordict, action, draws.get("critic"), dropout_seed(draws, "critic"))
         loss = distance_loss(pred, target.expand_as(pred), loss_function=self.loss_function).sum(0)
         pred = pred.detach()
         data = {"td_error": (pred - target).abs().amax(0), "target_value": target, "pred_value": pred}
@@ -351,11 +352,10 @@ class OMNetSACLoss(SACLoss):
         """
         draws = self.draw(tensordict) if draws is None else draws
         actor_params = self._params("actor_network_params", params)
-        action, log_prob = self._act(
-            actor_params, tensordict, draws.get("actor"), draws.get("noise", None), _seed(draws, "actor")
-        )
+        noise, seed = draws.get("noise", None), dropout_seed(draws, "actor")
+        action, log_prob = self._act(actor_params, tensordict, draws.get("actor"), noise, seed)
         critic_params = self._params("qvalue_network_params", params).detach()
-        qvalue = self._qvalue(critic_params, tensordict, action, draws.get("value"), _seed(draws, "value"))
+        qvalue = self._qvalue(critic_params, tensordict, action, draws.get("value"), dropout_seed(draws, "value"))
         qvalue = qvalue.mean(0) if self.value_reduction == "mean" else qvalue.amin(0)
         _check_log_prob(log_prob, qvalue)
         loss = self._temperature(params) * log_prob - qvalue
@@ -386,12 +386,10 @@ class OMNetSACLoss(SACLoss):
         if self.skip_done_states:
             following = self._without_terminal(following)
         actor_params = self._params("actor_network_params", params)
-        action, log_prob = self._act(
-            actor_params, following, draws.get("next_actor"), draws.get("next_noise", None), _seed(draws, "next_actor")
-        )
-        value = self._qvalue(self._target_params(params), following, action, draws.get("target"), _seed(draws, "target")).amin(
-            0
-        )
+        noise, seed = draws.get("next_noise", None), dropout_seed(draws, "next_actor")
+        action, log_prob = self._act(actor_params, following, draws.get("next_actor"), noise, seed)
+        target_params, seed = self._target_params(params), dropout_seed(draws, "target")
+        value = self._qvalue(target_params, following, action, draws.get("target"), seed).amin(0)
         _check_log_prob(log_prob, value)
         value = value - self._temperature(params) * log_prob
         tensordict.set("next", following.set(self.value_estimator.tensor_keys.value, value.unsqueeze(-1)))
@@ -411,7 +409,7 @@ class OMNetSACLoss(SACLoss):
         inputs = self._inputs(self.actor_network, tensordict, subnet)
         params = with_seed(params, seed)
         with set_exploration_type(ExplorationType.RANDOM), params.to_module(self.actor_network, preserve_module_state=False):
-            return _sample(self.actor_network.get_dist(inputs), noise)
+            return rsample_with_noise(self.actor_network.get_dist(inputs), noise)
 
     def _qvalue(
         self, params: TensorDictBase, tensordict: TensorDictBase, action: Any, subnet: Tensor, seed: Tensor | None = None
@@ -475,32 +473,6 @@ class OMNetSACLoss(SACLoss):
 
     def _reduced(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
         return self._reduce_loss(loss, tensordict=tensordict, weights=self._maybe_get_priority_weight(tensordict))
-
-
-def _seed(draws: TensorDictBase, name: str) -> Tensor | None:
-    """The seed of dropout's noise in a pass, one of ``PASSES``; ``None`` where there is no dropout."""
-    seeds = draws.get("dropout", None)
-    return None if seeds is None else seeds[..., PASSES.index(name)]
-
-
-def _sample(distribution: Distribution, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sample with the given standard-normal noise, and score that very draw.
-
-    Distributions that are no (transformed) diagonal Gaussian draw by themselves, from torch's global generator.
-    """
-    base, transforms = distribution, []
-    if isinstance(distribution, TransformedDistribution):
-        base, transforms = distribution.base_dist, distribution.transforms
-    if noise is None or not (isinstance(base, Independent) and isinstance(base.base_dist, Normal)):
-        return compute_rsample_log_prob(distribution)
-    values = [base.base_dist.loc + noise.to(base.base_dist.loc.dtype) * base.base_dist.scale]
-    for transform in transforms:
-        values.append(transform(values[-1]))
-    log_prob = base.log_prob(values[0])
-    for transform, before, after in zip(transforms, values, values[1:], strict=False):
-        jacobian = transform.log_abs_det_jacobian(before, after)
-        log_prob = log_prob - _sum_rightmost(jacobian, jacobian.ndim - log_prob.ndim)
-    return values[-1], log_prob
 
 
 def _check_log_prob(log_prob: Tensor, value: Tensor) -> None:

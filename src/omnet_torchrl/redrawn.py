@@ -2,7 +2,8 @@
 
 It is a mask family, not another network: there are 2^31 subnetworks, and the mask of each is computed from its index
 (:func:`~omnet_torchrl.masks.hashed_masks`). A loss that draws an index redraws the masks; an episode that keeps its index keeps
-its mask; nothing is stored. Where an equation says "all N", draw a few: ``num_value_subnets=5``.
+its mask; nothing is stored. Where an equation says "all N", draw a few: ``OMNetSACLoss(..., num_value_subnets=5,
+replacement=True)``.
 """
 
 from __future__ import annotations

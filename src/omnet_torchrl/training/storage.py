@@ -101,15 +101,26 @@ class Batches:
     def gathered(self) -> bool:
         """Whether it is the rows that updates read."""
         buffer, storage = self.buffer, self.buffer.storage
-        if type(buffer) is not ReplayBuffer or type(buffer.sampler) is not RandomSampler or len(buffer.transform):
+        if type(buffer) is not ReplayBuffer or not self._samples_are_rows:
             return False
         if not isinstance(storage, GatherStorage) or storage.ndim != 1 or storage.device != self.device:
             return False
-        collate = getattr(buffer._collate_fn, "__module__", "").startswith("torchrl.")
-        return collate and not getattr(buffer, "_prefetch", None) and getattr(buffer, "_sample_unit", None) is None
+        return not getattr(buffer, "_prefetch", None) and getattr(buffer, "_sample_unit", None) is None
 
-    def like(self, row: TensorDictBase) -> tuple[TensorDictBase, int | None]:
-        """What :meth:`SACUpdate.prepare` takes, for a buffer of rows like this one; their values don't matter."""
+    @property
+    def _samples_are_rows(self) -> bool:
+        """Whether a sample has what was written, and nothing else."""
+        buffer = self.buffer
+        collate = getattr(buffer._collate_fn, "__module__", "").startswith("torchrl.")
+        return type(buffer.sampler) is RandomSampler and not len(buffer.transform) and collate
+
+    def like(self, row: TensorDictBase) -> tuple[TensorDictBase, int | None] | None:
+        """What :meth:`SACUpdate.prepare` takes, for a buffer of rows like this one; their values don't matter.
+
+        ``None`` where only a sample tells: transforms, samplers and ``collate_fn`` may add what the loss reads.
+        """
+        if not self._samples_are_rows:
+            return None
         if not self.gathered:
             return row.expand(self.batch_size, *row.batch_size).clone(), None
         self.buffer.storage.allocate(row)

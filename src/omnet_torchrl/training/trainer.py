@@ -19,7 +19,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.collectors import Collector
-from torchrl.data import ReplayBuffer
+from torchrl.data import PrioritizedSampler, ReplayBuffer
 
 from omnet_torchrl.training.acting import CompiledPolicy
 from omnet_torchrl.training.checkpoint import Checkpointer, load_replay
@@ -96,6 +96,8 @@ class Trainer:
         checkpoint_interval: int = 10_000,
         stop_when_diverged: bool = True,
     ):
+        if isinstance(buffer.sampler, PrioritizedSampler):
+            raise ValueError("buffer must not have a PrioritizedSampler: the trainer updates no priorities.")
         self.collector, self.buffer, self.update, self.evaluate = collector, buffer, update, evaluate
         self.checkpointer, self.reporter = checkpointer, reporter
         self.total_frames, self.init_random_frames = total_frames, init_random_frames
@@ -139,7 +141,9 @@ class Trainer:
         if hasattr(self.evaluate, "prepare"):
             self.evaluate.prepare()
         row = made_up.select(*self.update.loss.in_keys).reshape(-1)[0]
-        self.update.prepare(*self._batches.like(row.to(self.update.device)))
+        like = self._batches.like(row.to(self.update.device))
+        if like is not None:
+            self.update.prepare(*like)
 
     def _load_collection(self, state: dict[str, Any]) -> None:
         known, stored = (set(each) for each in (self.collector.state_dict()["env_state_dict"], state["transforms"]))

@@ -46,16 +46,17 @@ class SACUpdate:
             one call makes in a CUDA graph too. The first call then takes a while, see :meth:`prepare`. Defaults to ``True``.
 
     Shape:
-        the batch is a TensorDict ``(B,)`` with ``loss.in_keys``, the draws are :meth:`~omnet_torchrl.OMNetSACLoss.draw`'s. With
-        an ``index (B,)`` of int64 among the draws it is what that names of ``(R,)`` rows, which are passed in place of a batch
-        (:attr:`GatherStorage.rows`): compiled, nothing else of them is read, and no batch is written before an update reads it.
+        the batch is a TensorDict ``(B,)`` with ``loss.in_keys`` and what there is of ``loss.optional_in_keys``, the draws are
+        :meth:`~omnet_torchrl.OMNetSACLoss.draw`'s. With an ``index (B,)`` of int64 among the draws it is what that names of
+        ``(R,)`` rows, which are passed in place of a batch (:attr:`GatherStorage.rows`): compiled, nothing else of them is
+        read, and no batch is written before an update reads it.
         Once compiled, every batch has the first one's shape, every set of rows too; on a CUDA device it is always the same.
 
     Raises:
         IndexError: on a CPU, an ``index`` that names no row.
         ValueError: an optimiser that is not over just these parameters, or is no plain Adam; a target updater that is no
-            SoftUpdate of ``loss``; a loss that is not reduced to one number; compiled, a batch of another shape than the first,
-            or rows that are not contiguous.
+            SoftUpdate of ``loss``; a loss that is not reduced to one number; compiled, a batch of another shape or with other
+            ``optional_in_keys`` than the first, or rows that are not contiguous.
 
     Examples:
         >>> from torchrl.data import Bounded, ReplayBuffer, Unbounded
@@ -246,13 +247,17 @@ class SACUpdate:
             return outputs
         if not self._steps:
             self.prepare(*((batches[0],) if index is None else (batches, index.shape[1])))
+        for key in self.loss.optional_in_keys:
+            if key in batches.keys(True, True) and key not in self._inputs.keys[0]:
+                raise ValueError(f"the update is compiled for batches without {key!r}, got one with it: build another one.")
         leaves = self._inputs.leaves(batches, draws)
         if self.device.type != "cuda":
             return run(self._steps, schedule, self._inputs.rows(leaves))
-        if schedule not in self._graphs:
-            with preserved(pytree.tree_leaves(self._state), self.device):
-                self._graphs[schedule] = CUDAGraph(self._steps, schedule, self._inputs, leaves)
-        return self._graphs[schedule](leaves)
+        with torch.cuda.device(self.device):  # graphs are captured on, and replayed by, the current one
+            if schedule not in self._graphs:
+                with preserved(pytree.tree_leaves(self._state), self.device):
+                    self._graphs[schedule] = CUDAGraph(self._steps, schedule, self._inputs, leaves)
+            return self._graphs[schedule](leaves)
 
     def _critic_step(self, state: State, batch: TensorDictBase, draws: TensorDictBase) -> dict[str, Tensor]:
         params, batch = state["params"], self._batch(batch, draws)
@@ -292,7 +297,7 @@ class SACUpdate:
         index = draws.get(INDEX, None)
         if index is None:
             return rows
-        batch = rows.select(*self.loss.in_keys, strict=False)
+        batch = rows.select(*self.loss.in_keys, *self.loss.optional_in_keys, strict=False)
         # Inductor fuses indexing with what reads it; as an operation of its own it takes four times as long as copying rows.
         gather = Tensor.__getitem__ if torch.compiler.is_compiling() else (lambda leaf, index: leaf.index_select(0, index))
         return batch.apply(lambda leaf: gather(leaf, index), batch_size=index.shape)
