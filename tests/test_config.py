@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -393,11 +394,32 @@ def test_a_run_of_a_gpu_is_read_without_one(tmp_path):
     assert load_config(tmp_path / "config.yaml").device == "cuda:7"
 
 
-@pytest.mark.parametrize(("text", "message"), [("sed: 1", "did you mean 'seed'"), ("- 1", "options: "), ("seed: x", "seed: ")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("sed: 1", "did you mean 'seed'"), ("- 1", "damaged"), ("", "damaged"), ("seed: [", "be read"), ("seed: x", "seed: ")],
+)
 def test_a_file_that_is_no_config_is_refused(tmp_path, text, message):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_config(tmp_path / "config.yaml")
+
+
+def test_a_config_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="can't be read"):
+        load_config(tmp_path / "config.yaml")
+
+
+def test_a_config_stays_whole_when_writing_fails(tmp_path, monkeypatch):
+    config = to_config({})
+    save_config(config, tmp_path / "config.yaml")
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_config(dataclasses.replace(config, seed=3), tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
 
 
 # Resuming

@@ -150,14 +150,14 @@ def test_a_run_stopped_while_it_saves_goes_on(n, wholes, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         written = []
 
-        def write(path, content, write=checkpoint._replace):
+        def write(path, content, write=checkpoint.replace_file):
             written.append(path)
             if len(written) == 4 * 3 + n:
                 path.with_name(path.name + ".tmp").write_bytes(content[: len(content) // 2])
                 raise Crash
             write(path, content)
 
-        patch.setattr(checkpoint, "_replace", write)
+        patch.setattr(checkpoint, "replace_file", write)
         session(tmp_path, rows)
     assert Checkpointer(tmp_path).load()[0]["frames"] == 32
     assert list(tmp_path.glob("*.tmp"))

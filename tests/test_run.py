@@ -145,6 +145,14 @@ def test_a_run_whose_evaluation_raises_has_failed_and_can_go_on(tmp_path, capsys
         assert [int(row["frames"]) for row in csv.DictReader(file) if row["name"] == "eval/return"] == [40, 80]
 
 
+def test_a_run_that_still_goes_on_is_not_resumed(tmp_path):
+    run = Run(options(tmp_path))
+    with pytest.raises(ValueError, match="still goes on: stop it first"):
+        Run({"resume": str(tmp_path / "run")})
+    train(run)
+    assert train(Run({"resume": str(tmp_path / "run")}, ["total_frames=90"])) == "finished"
+
+
 def test_a_resumed_run_keeps_its_own_options_but_those_that_are_given(tmp_path):
     train(Run(options(tmp_path)))
     resumed = Run({"resume": str(tmp_path / "run")}, ["resume=x", "total_frames=90", "eval.episodes=2"])

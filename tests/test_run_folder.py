@@ -1,6 +1,6 @@
 """The folder of a run: made once, found again, and its run.json always whole."""
 
-import json
+import os
 import subprocess
 import sys
 import threading
@@ -59,10 +59,31 @@ def test_run_json_stays_whole_when_writing_fails(tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(json, "dump", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         folder.write_info(status="finished")
     assert folder.info == before
+
+
+def test_what_a_run_must_have_is_there_before_it_is_one(tmp_path):
+    seen = []
+    folder = RunFolder.create(tmp_path / "run", lambda folder: seen.append(list(folder.path.iterdir())))
+    assert seen == [[folder.checkpoint_path]]
+    assert folder.info["status"] == "running"
+
+
+def test_a_locked_folder_is_nobody_elses(tmp_path):
+    folder, other = RunFolder.create(tmp_path / "run"), RunFolder.open(tmp_path / "run")
+    folder.lock()
+    folder.lock()
+    with pytest.raises(ValueError, match="still goes on"):
+        other.lock()
+    lock = f"from omnet_torchrl.training.run_folder import RunFolder; RunFolder({str(folder.path)!r}).lock()"
+    assert "still goes on" in subprocess.run([sys.executable, "-c", lock], capture_output=True, text=True).stderr
+    folder.unlock()
+    other.lock()
+    del other
+    folder.lock()
 
 
 def test_paths_lie_in_the_folder(tmp_path):

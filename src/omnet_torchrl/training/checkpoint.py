@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import re
 import warnings
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torchrl.data import ReplayBuffer
+
+from omnet_torchrl.training.files import replace_file
 
 FORMAT = 3
 POLICIES = (2,)  # other formats whose networks can be read
@@ -62,7 +63,7 @@ class Checkpointer:
         if buffer is not None:
             manifest["replay"] = self._save_replay(buffer)
         manifest["state"] = self._write(f"state_{frames:09d}", state)
-        _replace(self._manifest(frames), json.dumps(manifest, indent=1).encode())
+        replace_file(self._manifest(frames), json.dumps(manifest, indent=1).encode())
         self._segments = manifest["replay"]
         self._clean()
 
@@ -127,7 +128,7 @@ class Checkpointer:
         digest = _sha256(content)
         # Named after its content too: a file that an earlier manifest names is never written over.
         file = f"{name}_{digest[:8]}.pt"
-        _replace(self.path / file, content)
+        replace_file(self.path / file, content)
         return {"file": file, "sha256": digest}
 
     def _manifest(self, frames: int) -> Path:
@@ -179,17 +180,3 @@ def load_replay(buffer: ReplayBuffer, files: list[Path], writer: dict[str, Any])
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

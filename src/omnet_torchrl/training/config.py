@@ -22,8 +22,10 @@ from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from omnet_torchrl.training.algorithms import ROWS, network_sparsity, row
+from omnet_torchrl.training.files import replace_file
 from omnet_torchrl.training.options import NetworkConfig, TrainConfig
 
 # What a resumed run may change: how long it lasts (total_frames may only grow), how it is watched and kept, and where it is
@@ -132,13 +134,23 @@ def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def save_config(config: TrainConfig, path: str | Path) -> None:
-    """Write ``config`` as YAML, with its interpolations resolved."""
-    OmegaConf.save(_typed(config), path)
+    """Write ``config`` as YAML, with its interpolations resolved; a file that is there is replaced at once."""
+    replace_file(Path(path), OmegaConf.to_yaml(_typed(config)).encode())
 
 
 def load_config(path: str | Path) -> TrainConfig:
-    """Read what :func:`save_config` wrote. Only names and types are checked: the run may have had another machine's device."""
-    return _typed(OmegaConf.load(path))
+    """Read what :func:`save_config` wrote. Only names and types are checked: the run may have had another machine's device.
+
+    Raises:
+        ValueError: there is no such file, or it has no options.
+    """
+    try:
+        given = OmegaConf.load(path)
+    except (OSError, YAMLError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    if not given or not OmegaConf.is_dict(given):
+        raise ValueError(f"{path} must hold the options of a run, got nothing of the kind: is it damaged?")
+    return _typed(given)
 
 
 def register() -> None:

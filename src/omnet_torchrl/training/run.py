@@ -37,7 +37,7 @@ class Run:
         overrides (sequence of str): ``name=value``, what a resumed run changes of its options; the others must be the same.
 
     Raises:
-        ValueError: a wrong option, environment or folder to resume.
+        ValueError: a wrong option, environment or folder to resume, or one whose run still goes on.
     """
 
     def __init__(self, config: DictConfig | Mapping[str, Any] | TrainConfig, overrides: Sequence[str] = ()):
@@ -51,10 +51,12 @@ class Run:
         check_logger(self.config.logger)
         check_env(self.config.env)
         self.device = resolve_device(self.config.device)
-        if not self.resumed:
-            self.folder = RunFolder.create(self.config.folder)
-            self.config.folder = str(self.folder.path)
-        save_config(self.config, self.folder.config_path)
+        if self.resumed:
+            self.folder.lock()
+            self._save_config(self.folder)
+        else:
+            self.folder = RunFolder.create(self.config.folder, self._save_config)
+            self.folder.lock()
         if self.config.num_threads is not None:
             torch.set_num_threads(self.config.num_threads)
         logging.getLogger("torchrl").setLevel(logging.WARNING)
@@ -62,6 +64,10 @@ class Run:
         self.terminal = Terminal(self.config.total_frames, enabled=self.config.progress)
         self._csv: CSVLogger | None = None
         self._logger = BackgroundLogger()
+
+    def _save_config(self, folder: RunFolder) -> None:
+        self.config.folder = str(folder.path)
+        save_config(self.config, folder.config_path)
 
     @classmethod
     def start(cls, config: DictConfig | Mapping[str, Any] | TrainConfig, overrides: Sequence[str] = ()) -> Run:
@@ -170,6 +176,7 @@ class Run:
             script = shlex.join(["python", _relative(Path(sys.argv[0]).resolve())])
             self.say(f"to go on: {script} resume={shlex.quote(_relative(self.folder.path))}")
         self.terminal.close()
+        self.folder.unlock()
 
 
 def schedule(config: TrainConfig) -> dict[str, Any]:

@@ -8,12 +8,20 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from omnet_torchrl.training.files import replace_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 PACKAGES = ("omnet-torchrl", "torch", "tensordict", "torchrl", "gymnasium", "mujoco", "numpy")
 
@@ -68,10 +76,14 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._lock: weakref.finalize | None = None
 
     @classmethod
-    def create(cls, path: str | Path) -> RunFolder:
-        """Make the folder of a new run: ``path`` or, if it exists already, the first free one of ``path-1, path-2, ...``."""
+    def create(cls, path: str | Path, before: Callable[[RunFolder], None] = lambda folder: None) -> RunFolder:
+        """Make the folder of a new run: ``path`` or, if it exists already, the first free one of ``path-1, path-2, ...``.
+
+        ``before`` gets it while it is no run yet: what it writes is there wherever a ``run.json`` is.
+        """
         path = Path(path).expanduser().resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         for number in itertools.count():
@@ -81,6 +93,7 @@ class RunFolder:
                 folder.path.mkdir()
                 break
         folder.checkpoint_path.mkdir()
+        before(folder)
         folder._write({"status": "running", "started": now(), "ended": None, **_code(), "sessions": []})
         return folder
 
@@ -139,12 +152,31 @@ class RunFolder:
         self.write_info(status="running", ended=None, **fields, sessions=[*sessions, session])
 
     def _write(self, info: Mapping[str, Any]) -> None:
-        temporary = self.path / f".run.json.{os.getpid()}"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(info, file, indent=2, default=str)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path / "run.json")
+        replace_file(self.path / "run.json", json.dumps(info, indent=2, default=str).encode())
+
+    def lock(self) -> None:
+        """Keep everybody else out, other processes too, until :meth:`unlock` or the end of this one; where it can be done.
+
+        Raises:
+            ValueError: somebody else has it.
+        """
+        if fcntl is None or self._lock is not None:
+            return
+        lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise ValueError(f"the run in {self.path} still goes on: stop it first.") from None
+        except OSError:  # some network file systems lock no folders
+            pass
+        self._lock = weakref.finalize(self, os.close, lock)
+
+    def unlock(self) -> None:
+        """Let other processes go on with the run."""
+        if self._lock is not None:
+            self._lock()
+            self._lock = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r})"

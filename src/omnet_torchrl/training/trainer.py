@@ -122,15 +122,16 @@ class Trainer:
         if loaded is None:
             return False
         state, files = loaded
-        self.update.load_state_dict(state["update"])
+        self._check_transforms(state)
         load_replay(self.buffer, files, state["writer"])
+        self.update.load_state_dict(state["update"])
         self._load_collection(state)
         self._random.load_state_dict(state["random"], state["frames"])
         self.frames, self.updates, self.last = state["frames"], state["updates"], state["last"]
         self._metrics, self._log_due = dict(state["metrics"]), state["log_due"]
         self.elapsed, self.times, self._saved = state["elapsed"], state["times"], self.frames
-        self.checkpointer.discard_after(self.frames)
         self.reporter.restore(state["log"])
+        self.checkpointer.discard_after(self.frames)
         return True
 
     def prepare(self) -> None:
@@ -145,10 +146,12 @@ class Trainer:
         if like is not None:
             self.update.prepare(*like)
 
-    def _load_collection(self, state: dict[str, Any]) -> None:
+    def _check_transforms(self, state: dict[str, Any]) -> None:
         known, stored = (set(each) for each in (self.collector.state_dict()["env_state_dict"], state["transforms"]))
         if known != stored:
             raise ValueError(f"the environment's transforms keep {sorted(known)}, the checkpoint has {sorted(stored)}.")
+
+    def _load_collection(self, state: dict[str, Any]) -> None:
         carrier = self.collector._carrier
         stored = TensorDict(state["carrier"], batch_size=carrier.batch_size)
         fresh = carrier.clone()
