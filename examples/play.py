@@ -5,7 +5,8 @@
     python examples/play.py runs/Hopper-v4/omnet/seed0/... --video hopper.gif       # or .mp4: pip install "imageio[ffmpeg]"
     python examples/play.py runs/Hopper-v4/omnet/seed0/... --frames hopper          # PNG files
 
-Every subnetwork starts from the same states, those of the seeds ``--seed``, ``--seed`` + 1, ...
+Every subnetwork starts from the same states, those of the seeds ``--seed``, ``--seed`` + 1, ... Observations are off by as much
+as the run's were (``observation_offset``), something else in each episode.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from torchrl.modules import ProbabilisticActor
 
 from omnet_torchrl.training import load_policy
 from omnet_torchrl.training.config import load_config
+from omnet_torchrl.training.environments import MAZE
 from omnet_torchrl.training.run_folder import RunFolder
 
 MAX_SUBNETS = 32  # masks that are redrawn at each call stand for 2^31
@@ -46,14 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     torch.set_num_threads(1)  # one observation at a time
     run = RunFolder.open(args.run)
-    name = load_config(run.config_path).env
+    config = load_config(run.config_path)
+    name, scale = config.env, config.observation_offset
     env = make(name, draw=bool(args.video or args.frames))
     actor = load_policy(args.run)
     every = range(min(actor.num_subnets, MAX_SUBNETS))
     policies = {k: actor.extract(k) for k in (every if args.subnet is None else [args.subnet])}
 
     kind = "stochastic" if args.stochastic else "deterministic"
-    say(f"{name}, {kind} episodes of {run.path} ({run.info['status']})")
+    off = f", observations off by up to {scale:g}" if scale else ""
+    say(f"{name}, {kind} episodes of {run.path} ({run.info['status']}){off}")
     say(f"{'subnet':>8}{'episodes':>10}{'return':>21}{'length':>10}")
     everything: list[tuple[float, int]] = []
     with film(args, env) as show:
@@ -62,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             episodes = []
             for i in range(args.episodes):
                 watch = partial(show, f"subnet {k}") if i == 0 else lambda: None
-                episodes.append(play(policy, env, args.seed + i, args.stochastic, watch))
+                episodes.append(play(policy, env, args.seed + i, args.stochastic, watch, scale))
             say(row(k, episodes))
             everything += episodes
     if len(policies) > 1:
@@ -74,15 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @torch.no_grad()
 def play(
-    policy: ProbabilisticActor, env: gymnasium.Env, seed: int, stochastic: bool, watch: Callable[[], object]
+    policy: ProbabilisticActor,
+    env: gymnasium.Env,
+    seed: int,
+    stochastic: bool,
+    watch: Callable[[], object],
+    scale: float,
 ) -> tuple[float, int]:
-    """Return and length of an episode; ``watch`` is called in each state."""
+    """Return and length of an episode; ``watch`` is called in each state, observations are off by up to ``scale``."""
     observation, _ = env.reset(seed=seed)
+    offset = np.random.default_rng(seed).uniform(-scale, scale, observation.shape)
     total, length, done = 0.0, 0, False
     with set_exploration_type(ExplorationType.RANDOM if stochastic else ExplorationType.DETERMINISTIC):
         while not done:
             watch()
-            state = TensorDict(observation=torch.as_tensor(observation, dtype=torch.float32))
+            state = TensorDict(observation=torch.as_tensor(observation + offset, dtype=torch.float32))
             observation, reward, terminated, truncated, _ = env.step(policy(state)["action"].numpy())
             total, length, done = total + float(reward), length + 1, terminated or truncated
     watch()
@@ -96,6 +106,8 @@ def row(name: object, episodes: Sequence[tuple[float, int]]) -> str:
 
 def make(name: str, draw: bool) -> gymnasium.Env:
     """The environment; with ``draw``, one that has drawn a frame: where that fails, it is before anything is played."""
+    if name == MAZE:
+        raise ValueError(f"{name} is no environment of gymnasium: its subnetworks' ways are in the run's trajectories.csv.")
     backend = os.environ["USER_MUJOCO_GL"]
     if not backend and sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         backend = "egl"  # without a screen

@@ -20,6 +20,7 @@ from omnet_torchrl import EnsembleMLP, MaskedMLP, RedrawnMLP, SubnetPrimer, Unit
 from omnet_torchrl.ensembles import EnsembleLinear
 from omnet_torchrl.layers import MaskedLinear
 from omnet_torchrl.masks import random_bits
+from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.redrawn import RedrawnLinear
 from omnet_torchrl.training import Evaluation, Trainer, make_env, schedule
 from omnet_torchrl.training import evaluation as evaluation_module
@@ -127,6 +128,28 @@ def test_the_flops_of_unit_masks_are_of_the_units_that_they_keep(sparsity):
     kept = qvalue.module.extract(0).num_cells
     smaller = to_config({"network": {"num_cells": kept}})
     assert training_flops(config, 11, 3) == training_flops(smaller, 11, 3) < training_flops(to_config({}), 11, 3)
+
+
+def test_the_flops_are_those_of_each_networks_own_units():
+    def flops(**network):
+        return training_flops(to_config({"network": {"masks": "unit", **network}}), 11, 3)
+
+    half = [128, 128]
+    assert flops() == sac_flops(11, 3, half)
+    assert flops(actor="dense") == sac_flops(11, 3, half, actor_cells=(256, 256)) > flops()
+    assert flops(critic="separate", num_subnets=2) == sac_flops(11, 3, actor_cells=half, num_value=2)
+    assert flops(critic="separate", actor="dense", num_subnets=2) == sac_flops(11, 3, num_value=2)
+
+
+@pytest.mark.parametrize("masks", ["weight", "unit", "redrawn"])
+def test_actor_and_critic_have_masks_of_their_own_which_the_seed_tells(masks):
+    def generators(seed):
+        loss = {"loss": {"replacement": True}} if masks == "redrawn" else {}
+        config = to_config({"seed": seed, "network": {"masks": masks}, **loss})
+        return [network_options(config, role)["generator"] for role in ("actor", "critic")]
+
+    assert generators(0) == generators(0)
+    assert len({*generators(0), *generators(1)}) == 4
 
 
 def test_what_is_given_goes_before_the_row_and_the_row_before_the_defaults():

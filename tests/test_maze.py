@@ -209,3 +209,12 @@ def test_visit_frequencies_are_drawn_as_means_over_seeds(tmp_path, figures):
     assert first.images[0].get_clim() == third.images[0].get_clim()
     assert [text.get_text() for text in fourth.texts] == ["missing"]
     assert (first.get_ylabel(), third.get_ylabel()) == ("OMNet", "single")
+
+
+def test_a_row_that_a_killed_process_left_unfinished_is_cut_off(tmp_path):
+    path, ways = tmp_path / "ways.csv", torch.rand(2, 3, 2)
+    maze.write_trajectories(path, 0, 500, ways)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-12])
+    maze.write_trajectories(path, 0, 500, ways)  # the run went on from before and is evaluated once more
+    torch.testing.assert_close(maze.read_trajectories(path)[0][500], ways, atol=1e-5, rtol=0)

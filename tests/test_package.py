@@ -43,7 +43,7 @@ ROOMS = {
 # The same within training/, whose files may import any room above: of themselves, which.
 TRAINING = {
     "options": set(),
-    "algorithms": {"options", "update"},
+    "algorithms": {"global_numbers", "options", "update"},
     "config": {"algorithms", "files", "options"},
     "terminal": set(),
     "files": set(),
@@ -54,7 +54,7 @@ TRAINING = {
     "maze": {"plots"},
     "bias": {"environments"},
     "environments": set(),
-    "evaluation": {"acting", "bias", "environments", "maze", "options"},
+    "evaluation": {"acting", "bias", "environments", "global_numbers", "maze", "options"},
     "compiled": set(),
     "adam": {"compiled"},
     "update": {"adam", "compiled"},

@@ -1,5 +1,6 @@
 """The example that plays a policy: started as a user starts it or, where one start has been seen, called."""
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -117,6 +118,23 @@ def test_one_subnet_alone_plays_the_episodes_it_plays_among_all(play, run):
     alone = table(play(run, "--episodes", 2, "--subnet", 1))
     assert alone == {"1": everything["1"]}
     assert table(play(run, "--episodes", 2, "--subnet", 1, "--seed", 7)) != alone
+
+
+def test_observations_are_off_as_the_runs_were(example, play, run, capsys, monkeypatch):
+    plain = table(play(run, "--subnet", 0, "--episodes", 2))
+    load = example.load_config
+    monkeypatch.setattr(example, "load_config", lambda path: dataclasses.replace(load(path), observation_offset=0.5))
+    lines = play(run, "--subnet", 0, "--episodes", 2)
+    assert lines[0].endswith(", observations off by up to 0.5")
+    assert table(lines) != plain
+    assert table(play(run, "--subnet", 0, "--episodes", 2)) == table(lines)
+
+
+def test_a_run_of_the_maze_is_refused(example, run, monkeypatch):
+    load = example.load_config
+    monkeypatch.setattr(example, "load_config", lambda path: dataclasses.replace(load(path), env="Maze2D"))
+    with pytest.raises(ValueError, match=r"Maze2D is no environment of gymnasium.*trajectories\.csv"):
+        example.main([str(run)])
 
 
 def test_stochastic_episodes_differ_from_each_other_and_repeat_with_the_seed(play, run):

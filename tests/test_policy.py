@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from omnet_torchrl import SubnetActor
 from omnet_torchrl.training import evaluate, load_policy, make_env
 from omnet_torchrl.training.checkpoint import Checkpointer
+from omnet_torchrl.training.global_numbers import derived_seed
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "omnet_sac.py"
 ENV, NUM_SUBNETS, FRAMES = "Hopper-v4", 3, 120  # Hopper's returns are no round numbers
@@ -65,7 +66,7 @@ def locs(policy, **inputs):
 
 def test_the_loaded_policy_repeats_the_last_evaluation_of_the_run(run):
     env = make_env(ENV, num_envs=NUM_SUBNETS)
-    metrics = evaluate(load_policy(run), env, seed=0 + 1_000_000 + FRAMES)
+    metrics = evaluate(load_policy(run), env, seed=derived_seed(0, "evaluation", FRAMES))
     expected = last_evaluation(run)
     assert {f"eval/return_subnet_{k}" for k in range(NUM_SUBNETS)} < set(expected)
     assert metrics == expected

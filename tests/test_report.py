@@ -1,6 +1,7 @@
 """benchmarks/learning: what a report says of runs, its statistics against other code, and what it refuses."""
 
 import json
+import subprocess
 import warnings
 from dataclasses import replace
 
@@ -26,7 +27,7 @@ from test_algorithms import options_of, session
 from test_learning import load
 
 from omnet_torchrl.training.config import save_config, to_config
-from omnet_torchrl.training.maze import write_trajectories, write_visits
+from omnet_torchrl.training.maze import read_trajectories, read_visits, write_trajectories, write_visits
 
 report = load("report")
 
@@ -229,7 +230,27 @@ def test_a_runs_first_positions_come_from_the_replay_buffer_of_its_checkpoint(tm
     positions = maze_pictures._positions(record)
     assert torch.equal(positions, trainer.buffer.storage.get(slice(20, 50))["next", "observation"])
     monkeypatch.setattr(maze_pictures, "STEPS", (5, 41))
-    assert maze_pictures._positions(record) is None
+    with pytest.raises(ValueError, match="nor a checkpoint with 41 steps"):
+        maze_pictures._positions(record)
+
+
+def test_a_run_whose_data_are_damaged_is_left_out_of_the_mazes_figures(tmp_path):
+    variants = [variant for variant in EXPERIMENTS["fig6"].variants if variant.name == "omnet"]
+    records = []
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        write_visits(tmp_path / str(seed) / "visits.csv", "as it was called", seed, torch.rand(5, 2))
+        write_trajectories(tmp_path / str(seed) / "trajectories.csv", seed, 500, torch.rand(3, 4, 2))
+        records.append(Record(tmp_path / str(seed), to_config(options_of("omnet", env="Maze2D", seed=seed)), "finished", {}))
+    for name in ("visits.csv", "trajectories.csv"):
+        (tmp_path / "1" / name).write_text((tmp_path / "1" / name).read_text()[:-4] + "x,")
+    for gather, read in ((maze_pictures.gather_visits, read_visits), (maze_pictures.gather_trajectories, read_trajectories)):
+        target = tmp_path / "target.csv"
+        with pytest.warns(UserWarning, match=r"/1 is left out of figure [67]: .*line"):
+            gather(target, variants, {"omnet": {"Maze2D": records}})
+        found = read(target)
+        assert list(found.get("OMNet", found)) == [0]
+        target.unlink()
 
 
 # References
@@ -299,9 +320,12 @@ def test_an_unknown_experiment_lists_the_known_ones(results):
 
 
 def test_the_committed_results_can_be_read():
+    tracked = subprocess.run(
+        ["git", "ls-files", "--", "*metrics.csv"], cwd=report.RESULTS, capture_output=True, text=True, check=True
+    ).stdout.split()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        records = find([report.RESULTS])
+        records = find([(report.RESULTS / path).parent for path in tracked])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # several runs may be one cell
         found = assign(records, EXPERIMENTS["fig2a"].cells())

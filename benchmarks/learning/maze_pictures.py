@@ -62,24 +62,34 @@ def gather_visits(target: Path, variants: Sequence[Variant], runs: Runs) -> None
     """One file of all runs' ``visits.csv``; one that is missing is made from the replay buffer in the run's checkpoint."""
     for variant in variants:
         for record in runs.get(variant.name, {}).get("Maze2D", []):
-            own = record.path / "visits.csv"
-            positions = _positions(record)
-            if not own.exists() and positions is not None:
-                write_visits(own, variant.label, record.config.seed, positions)
-            if not own.exists():
-                warnings.warn(f"{record.path} has neither visits.csv nor a checkpoint with {STEPS[-1]} steps", stacklevel=2)
+            try:
+                own = _visits(record, variant)
+                seeds = {seed: way for ways in read_visits(own).values() for seed, way in ways.items()}
+            except (OSError, ValueError) as error:
+                warnings.warn(f"{record.path} is left out of figure 6: {error}", stacklevel=2)
                 continue
-            for seed, way in read_visits(own)[variant.label].items():
+            for seed, way in seeds.items():
                 write_visits(target, variant.label, seed, way)
 
 
-def _positions(record: Record) -> torch.Tensor | None:
+def _visits(record: Record, variant: Variant) -> Path:
+    """The run's ``visits.csv``, made where it is missing."""
+    own = record.path / "visits.csv"
+    if not own.exists():
+        temporary = own.with_suffix(".tmp")
+        temporary.unlink(missing_ok=True)
+        write_visits(temporary, variant.label, record.config.seed, _positions(record))
+        temporary.replace(own)
+    return own
+
+
+def _positions(record: Record) -> torch.Tensor:
     """Where the first steps of the policy led, from the replay buffer of the newest checkpoint."""
     checkpoints = record.path / "checkpoints"
     loaded = Checkpointer(checkpoints).load() if checkpoints.exists() else None
     first = record.config.init_random_frames
     if loaded is None or loaded[0]["frames"] < first + STEPS[-1]:
-        return None
+        raise ValueError(f"it has neither visits.csv nor a checkpoint with {STEPS[-1]} steps of the policy.")
     segments = [torch.load(path, weights_only=True)["data"]["next.observation"] for path in loaded[1]]
     return torch.cat(segments)[first : first + STEPS[-1]]
 
@@ -88,9 +98,11 @@ def gather_trajectories(target: Path, variants: Sequence[Variant], runs: Runs) -
     """One file of the ``trajectories.csv`` of OMNet's runs."""
     for record in runs.get("omnet", {}).get("Maze2D", []):
         own = record.path / "trajectories.csv"
-        if not own.exists():
-            warnings.warn(f"{own} is missing", stacklevel=2)
+        try:
+            ways_of = read_trajectories(own)
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{record.path} is left out of figure 7: {error}", stacklevel=2)
             continue
-        for seed, updates in read_trajectories(own).items():
+        for seed, updates in ways_of.items():
             for number, ways in updates.items():
                 write_trajectories(target, seed, number, ways)

@@ -27,6 +27,8 @@ import tables
 from experiments import EXPERIMENTS, Experiment, known
 from records import Record, assign, find
 
+from omnet_torchrl.training.maze import map_figure
+
 RESULTS = Path(__file__).resolve().parent / "results"
 OVERESTIMATING = ("sin_sac", "sin_droq", "sac_20")  # figure 4a
 
@@ -86,7 +88,8 @@ def draw(name: str, experiment: Experiment, runs: dict, end: int, folder: Path, 
     if name in ("fig6", "fig7"):
         return maze_pictures.draw(name, path, variants, runs)
     if name == "fig5":
-        return [figures.curves(path, title, variants, tasks, runs, end, axes=("frames",), references=references)]
+        returns = figures.curves(path, title, variants, tasks, runs, end, axes=("frames",), references=references)
+        return [map_figure(folder / "fig5_map.png"), returns]
     if name == "fig8":
         lines = tables.by_option(variants, runs, end, "observation_offset", 0.0)
         return [figures.against(path, title, lines, "scale of the noise", "evaluation return")]

@@ -52,6 +52,12 @@ def state(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def frames_of(folder: Path) -> int:
+    """How far a run has come; one that was killed goes on from its newest checkpoint."""
+    saved = [int(path.stem.rpartition("_")[2]) for path in (folder / "checkpoints").glob("checkpoint_*.json")]
+    return max([*saved, state(folder).get("frames", 0)])
+
+
 def is_done(cell: Cell, root: Path) -> bool:
     """Whether a cell has its frames, or has diverged on the way."""
     info = state(root / cell.path)
@@ -235,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.dry_run:
         known = rates.Rates(root / "rates.csv", device, threads)
         measure = None if args.no_measure else rates.measure
-        print(rates.forecast(missing, lambda cell: state(root / cell.path).get("frames", 0), known, args.jobs, measure))
+        print(rates.forecast(missing, lambda cell: frames_of(root / cell.path), known, args.jobs, measure))
         return
     outcomes = Runner(root, args.jobs, args.device, args.option).run(missing)
     print(", ".join(f"{count} {outcome}" for outcome, count in Counter(_short(outcomes)).items()) or "nothing to do")

@@ -35,7 +35,8 @@ def as_generator(generator: torch.Generator | int | None = None) -> torch.Genera
     Args:
         generator (torch.Generator, int or None): a generator is returned as it is; an integer seeds a new one; ``None`` seeds
             a new one on the CPU from the state of torch's global generator, which is read but not advanced: runs with
-            different global seeds get different masks, and nothing else in the run changes.
+            different global seeds get different masks, and nothing else in the run changes. Two networks get the same stream
+            unless the generator advances in between, as initial weights on the CPU make it: on a GPU, give each a seed.
     """
     if isinstance(generator, torch.Generator):
         return generator

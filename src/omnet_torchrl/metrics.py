@@ -158,6 +158,7 @@ def sac_flops(
     action_dim: int,
     num_cells: Sequence[int] = (256, 256),
     *,
+    actor_cells: Sequence[int] | None = None,
     num_online: int = 1,
     num_target: int = 2,
     num_value: int = 5,
@@ -180,6 +181,7 @@ def sac_flops(
         num_cells (sequence of int): hidden units of actor A and critic C; with masks over units, those that are kept.
 
     Keyword Args:
+        actor_cells (sequence of int or None): those of the actor, where they are others. Defaults to ``None``.
         num_online (int): critics trained in an update. Defaults to 1, OMNet's; 10 for REDQ, 2 for SAC and DroQ.
         num_target (int): critics in the target. Defaults to 2.
         num_value (int): critics that the actor is trained against. Defaults to 5; 10 for REDQ, 2 for SAC and DroQ.
@@ -200,7 +202,7 @@ def sac_flops(
         each = [before * after for before, after in pairwise(sizes)]
         return sum(each), 3 * sum(each) - each[0] * exact
 
-    actor, trained_actor = products(observation_dim, *num_cells, 2 * action_dim)
+    actor, trained_actor = products(observation_dim, *(num_cells if actor_cells is None else actor_cells), 2 * action_dim)
     critic, trained_critic = products(observation_dim + action_dim, *num_cells, 1)
     delayed = (trained_actor + 2 * num_value * critic) / policy_update_delay
     return 2 * batch_size * (actor + num_target * critic + num_online * trained_critic + delayed)

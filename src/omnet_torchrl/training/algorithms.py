@@ -25,6 +25,7 @@ from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator, check_action_spec
 from omnet_torchrl.objectives import OMNetSACLoss
 from omnet_torchrl.redrawn import RedrawnMLP
+from omnet_torchrl.training.global_numbers import derived_seed
 from omnet_torchrl.training.options import NetworkConfig, TrainConfig
 from omnet_torchrl.training.update import SACUpdate
 from omnet_torchrl.units import UnitMaskedMLP
@@ -146,13 +147,11 @@ def training_flops(config: TrainConfig, observation_dim: int, action_dim: int, *
         exact (bool): as PyTorch computes it, instead of the paper's convention. Defaults to ``False``.
     """
     loss, network, number = config.loss, config.network, config.network.num_subnets
-    # What a subnetwork computes with: masks over weights leave all units in the product.
-    sparsity = network.sparsity if network.masks == "unit" else 0.0
-    sparsities = each_sparsity(sparsity, len(network.num_cells), "hidden layer")
     return sac_flops(
         observation_dim,
         action_dim,
-        [kept_units(units, each) for units, each in zip(network.num_cells, sparsities, strict=True)],
+        _active_cells(network, "critic"),
+        actor_cells=_active_cells(network, "actor"),
         num_online=number if loss.num_trained_subnets is None else loss.num_trained_subnets,
         num_target=number if loss.num_target_subnets is None else loss.num_target_subnets,
         num_value=number,
@@ -160,6 +159,13 @@ def training_flops(config: TrainConfig, observation_dim: int, action_dim: int, *
         batch_size=config.optim.batch_size,
         exact=exact,
     )
+
+
+def _active_cells(network: NetworkConfig, role: str) -> list[int]:
+    """The hidden units that a subnetwork computes with: masks over weights leave all of them in the product."""
+    masked = network.masks == "unit" and getattr(network, role) == "masked"
+    sparsities = each_sparsity(network.sparsity if masked else 0.0, len(network.num_cells), "hidden layer")
+    return [kept_units(units, each) for units, each in zip(network.num_cells, sparsities, strict=True)]
 
 
 def network_sparsity(network: NetworkConfig) -> float | list[float]:
@@ -180,7 +186,9 @@ def network_options(config: TrainConfig, role: str) -> dict[str, Any]:
         common["dropout"] = dropout(config)
     if getattr(network, role) != "masked":
         return {**common, "network_class": EnsembleMLP, "num_subnets": network.num_subnets if role == "critic" else 1}
-    sparsity: dict[str, Any] = {**common, "sparsity": network_sparsity(network)}
+    # Masks of their own for actor and critic, the same on every device.
+    generator = derived_seed(config.seed, "masks", role)
+    sparsity: dict[str, Any] = {**common, "sparsity": network_sparsity(network), "generator": generator}
     if network.masks == "redrawn":
         return {**sparsity, "network_class": RedrawnMLP}
     if network.masks == "unit":

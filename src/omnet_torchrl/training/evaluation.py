@@ -14,6 +14,7 @@ from omnet_torchrl.objectives import OMNetSACLoss
 from omnet_torchrl.training.acting import CompiledPolicy
 from omnet_torchrl.training.bias import evaluate_bias
 from omnet_torchrl.training.environments import MAZE, make_env, resting, seed_env
+from omnet_torchrl.training.global_numbers import derived_seed
 from omnet_torchrl.training.maze import subnet_trajectories, write_trajectories
 from omnet_torchrl.training.options import TrainConfig
 
@@ -24,8 +25,9 @@ FIGURE_7 = (500, 4_800, 5_000, 6_000, 30_000)
 class Evaluation:
     """A run's evaluation, a function of the number of frames: returns and, where the options ask for it, the value bias.
 
-    The same frames give the same start states, in every run of the seed. In the maze, ``trajectories.csv`` in the run's folder
-    gets the ways of the actor's subnetworks, at evaluations after just as many policy updates as figure 7 shows.
+    The same frames give the same start states in every run of the seed, and in no run of another. In the maze,
+    ``trajectories.csv`` in the run's folder gets the ways of the actor's subnetworks, at evaluations after just as many policy
+    updates as figure 7 shows.
 
     Args:
         config (TrainConfig): the options of the run.
@@ -49,7 +51,7 @@ class Evaluation:
     def __call__(self, frames: int) -> dict[str, float]:
         """Evaluate the policy as it is now."""
         config = self.config
-        seed = config.seed + 1_000_000 + frames
+        seed = derived_seed(config.seed, "evaluation", frames)
         policy_updates = int(max(0, frames - config.init_random_frames) * config.utd_ratio) // config.policy_update_delay
         metrics = evaluate(self.policy, self.env, seed=seed)
         if config.env == MAZE and policy_updates in FIGURE_7:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def derived_seed(*purpose: int | str) -> int:
+    """A seed in [0, 2^31) for each purpose: those of neighbouring runs have nothing in common."""
+    return int.from_bytes(hashlib.blake2b(repr(purpose).encode(), digest_size=4).digest(), "big") >> 1
 
 
 class GlobalNumbers:
@@ -70,9 +76,9 @@ class Streams:
 
     def __init__(self, seed: int, device: torch.device, storage_device: torch.device):
         self.seed, self.device = seed, device
-        self.exploration = GlobalNumbers(seed, device)
-        self.draws = torch.Generator(device).manual_seed(seed + 1)
-        self.replay = torch.Generator(storage_device).manual_seed(seed + 2)
+        self.exploration = GlobalNumbers(derived_seed(seed, "exploration"), device)
+        self.draws = torch.Generator(device).manual_seed(derived_seed(seed, "draws"))
+        self.replay = torch.Generator(storage_device).manual_seed(derived_seed(seed, "replay"))
 
     def state_dict(self) -> dict[str, Any]:
         """Where each stands, and on which kind of device."""
@@ -90,10 +96,9 @@ class Streams:
             self.draws.set_state(state["draws"])
             self.replay.set_state(state["replay"])
             return
-        seed = self.seed * 2**32 + frames
-        self.exploration = GlobalNumbers(seed + 3, self.device)
-        self.draws.manual_seed(seed + 1)
-        self.replay.manual_seed(seed + 2)
+        self.exploration = GlobalNumbers(derived_seed(self.seed, "exploration", frames), self.device)
+        self.draws.manual_seed(derived_seed(self.seed, "draws", frames))
+        self.replay.manual_seed(derived_seed(self.seed, "replay", frames))
         warnings.warn(
             f"the run was on {state['device']}, whose random numbers can't go on on {self.device.type}: they start anew, and "
             f"the run goes on, inexactly. With device={state['device']} it is exact.",

@@ -225,7 +225,11 @@ def _summary(ways: Tensor) -> str:
 
 def _append(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     path = Path(path)
-    new = not path.exists() or path.stat().st_size == 0
+    kept = path.read_bytes() if path.exists() else b""
+    kept = kept[: kept.rfind(b"\n") + 1]  # without a row that a killed process has left unfinished
+    new = not kept
+    with path.open("ab") as file:
+        file.truncate(len(kept))
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if new:

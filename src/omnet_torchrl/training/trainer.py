@@ -24,7 +24,7 @@ from torchrl.data import PrioritizedSampler, ReplayBuffer
 from omnet_torchrl.training.acting import CompiledPolicy
 from omnet_torchrl.training.checkpoint import Checkpointer, load_replay
 from omnet_torchrl.training.environments import ReplayError, recorders
-from omnet_torchrl.training.global_numbers import GlobalNumbers, Streams
+from omnet_torchrl.training.global_numbers import GlobalNumbers, Streams, derived_seed
 from omnet_torchrl.training.storage import Batches
 from omnet_torchrl.training.update import INDEX, SACUpdate
 
@@ -218,7 +218,7 @@ class Trainer:
         # Of a frame that is evaluated and saved before: a run that goes on from there resets as this one does.
         interval = self.reset_interval
         if interval and self.frames and _crosses(interval, self.frames - self.collector.frames_per_batch, self.frames):
-            with GlobalNumbers(self.seed * 2**32 + self.frames, self.update.device):
+            with GlobalNumbers(derived_seed(self.seed, "networks", self.frames), self.update.device):
                 self.update.reset()
             self._log({"train/reset": 1.0})
 
