@@ -124,6 +124,13 @@ def written(results, *arguments):
     return path.read_text()
 
 
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Most of a report's time."""
+    monkeypatch.setattr(report, "draw", lambda *args: [])
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_the_report_has_means_intervals_what_diverged_and_what_is_missing(results):
     text = written(results, "fig2a", "--frames", "30000")
     assert "| OMNet | 3100 [1829, 4371] (n=2) | missing | 3100 [1829, 4371] (n=2) | missing |" in text
@@ -165,6 +172,7 @@ def test_the_figures_of_their_own_kind_are_drawn(name, tmp_path):
         assert "| DroQ | missing | missing | missing | 0.1 of 5 (paper: 0.03) |" in text
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_damaged_file_is_named_and_skipped(results):
     (damaged,) = results.glob("Hopper-v4/omnet/seed0/metrics.csv")
     content = damaged.read_bytes()
