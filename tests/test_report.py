@@ -124,13 +124,6 @@ def written(results, *arguments):
     return path.read_text()
 
 
-@pytest.fixture
-def without_pictures(monkeypatch):
-    """Most of a report's time."""
-    monkeypatch.setattr(report, "draw", lambda *args: [])
-
-
-@pytest.mark.usefixtures("without_pictures")
 def test_the_report_has_means_intervals_what_diverged_and_what_is_missing(results):
     text = written(results, "fig2a", "--frames", "30000")
     assert "| OMNet | 3100 [1829, 4371] (n=2) | missing | 3100 [1829, 4371] (n=2) | missing |" in text
@@ -170,6 +163,12 @@ def test_the_figures_of_their_own_kind_are_drawn(name, tmp_path):
     assert ("- Humanoid-v4: 2 of 10 seeds of any row") in text
     if name == "table1":
         assert "| DroQ | missing | missing | missing | 0.1 of 5 (paper: 0.03) |" in text
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Most of a report's time."""
+    monkeypatch.setattr(report, "draw", lambda *args: [])
 
 
 @pytest.mark.usefixtures("without_pictures")

@@ -110,11 +110,12 @@ def assign(records: Sequence[Record], cells: Sequence[Cell]) -> dict[Path, Recor
 
 
 def _is(record: Record, variant: Variant, task: str) -> bool:
-    config = _config(variant, task)
+    config = config_of(variant, task)
     changed = differences(config, record.config)
     return not set(changed) - {"seed", "total_frames"}
 
 
 @cache
-def _config(variant: Variant, task: str) -> TrainConfig:
+def config_of(variant: Variant, task: str) -> TrainConfig:
+    """The options of a row on a task, with the default number of frames and seed."""
     return to_config({**variant.nested(), "env": task})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from experiments import EXPERIMENTS, TASKS, Experiment, Variant
-from records import SIZES, Record
+from records import SIZES, Record, config_of
 from scores import (
     TD3,
     Interval,
@@ -22,7 +22,6 @@ from scores import (
 )
 
 from omnet_torchrl.training.algorithms import ROWS, training_flops
-from omnet_torchrl.training.config import to_config
 
 Runs = Mapping[str, Mapping[str, Sequence[Record]]]
 PROTOCOL = """Made from raw data by `{command}`.
@@ -211,4 +210,4 @@ def _measured(path: Path | None, names: Sequence[str]) -> str:
 
 
 def _flops(variant: Variant, task: str, exact: bool = False) -> float:
-    return training_flops(to_config(variant.nested()), *SIZES[task], exact=exact)
+    return training_flops(config_of(variant, TASKS[0]), *SIZES[task], exact=exact)
