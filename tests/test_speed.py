@@ -1,5 +1,6 @@
 """The benchmarks of benchmarks/speed: their reference is the update, number for number, and what they time runs."""
 
+import json
 import sys
 
 import bare
@@ -133,9 +134,10 @@ def test_the_other_blocks_run():
         components.act_block(kind)()
 
 
+@pytest.mark.parametrize("num_envs", [1, 2])
 @pytest.mark.parametrize(("placement", "indexed"), [("none", False), ("outside", False), ("inside", True), ("policy", True)])
-def test_collectors_draw_the_index_where_they_are_told(placement, indexed):
-    batches, end = collecting.collect("ZeroWork", placement, indexed=indexed, num_envs=2, frames_per_batch=4)
+def test_collectors_draw_the_index_where_they_are_told(placement, indexed, num_envs):
+    batches, end = collecting.collect("ZeroWork", placement, indexed=indexed, num_envs=num_envs, frames_per_batch=4)
     assert ("subnet" in next(batches).keys()) == (placement != "none")
     end()
 
@@ -202,7 +204,7 @@ def test_close_cases_alternate_block_by_block_and_floors_turn_by_turn(monkeypatc
     assert timed[48:58] == ["matmul floor hopper"] * 6 + ["omnet hopper"] * 4
 
 
-def test_the_grids_tables_pivot_on_the_last_parameter_and_keep_the_newer_result():
+def test_the_grids_tables_pivot_on_the_last_parameter_and_keep_the_newer_result(tmp_path):
     def result(date, *benchmarks):
         machine = {"cpu": {"brand_raw": "a cpu", "count": 2}, "python_version": "3.11"}
         return {
@@ -214,7 +216,12 @@ def test_the_grids_tables_pivot_on_the_last_parameter_and_keep_the_newer_result(
 
     def growth(row, what, value, median, name="test_growth"):
         params = {"row": row, "what": what, "value": value}
-        return {"name": f"{name}[{row}-{what}-{value}]", "params": params, "stats": {"median": median}, "extra_info": {}}
+        return {
+            "name": f"{name}[{row}-{what}-{value}]",
+            "params": params,
+            "stats": {"median": median, "min": median, "rounds": 3, "data": [median] * 3},
+            "extra_info": {},
+        }
 
     older = result("2026-01-01T00:00", growth("omnet", "width", 1024, 9.0), growth("omnet", "width", 256, 0.0352))
     newer = result("2026-01-02T00:00", growth("omnet", "width", 1024, 0.367), growth("unit", "width", 1024, 0.132))
@@ -227,3 +234,10 @@ def test_the_grids_tables_pivot_on_the_last_parameter_and_keep_the_newer_result(
         "| width | 256 | 35.2 |  |",
         "| width | 1024 | 367 | 132 |",
     ]
+    for name, file in (("old", older), ("new", newer)):
+        (tmp_path / name).write_text(json.dumps(file))
+    grid.main([str(tmp_path / "new")], tmp_path)
+    grid.main([str(tmp_path / "old"), str(tmp_path / "new")], tmp_path)
+    assert (tmp_path / "grid.md").read_text().splitlines() == lines
+    assert "data" not in (tmp_path / "grid.json").read_text()
+    assert grid.main([], tmp_path).splitlines() == lines

@@ -51,7 +51,7 @@ class Make:
     def __call__(self) -> EnvBase:
         """The environments."""
         env = self.one() if self.num_envs == 1 else SerialEnv(self.num_envs, self.one)
-        return TransformedEnv(env, SubnetPrimer(5)) if self.placement == "outside" else env
+        return TransformedEnv(env, SubnetPrimer(5), auto_unwrap=True) if self.placement == "outside" else env
 
 
 def collect(

@@ -1,10 +1,10 @@
 """Tables of what ``pytest benchmarks/speed --benchmark-json FILE`` measured.
 
     pytest benchmarks/speed -k "growth or main_job" --benchmark-json grid.json
-    python benchmarks/speed/grid.py grid.json [more.json ...]      # writes results/grid.md
+    python benchmarks/speed/grid.py grid.json [more.json ...]      # adds them to results/grid.json, writes results/grid.md
 
-A table per test, one of its parameters across and the others down. Times are medians. Put together only files of one machine;
-tests of a GPU are in no table.
+A table per test, one of its parameters across and the others down. Times are medians; of a test that was measured twice, the
+newer one counts. Put together only files of one machine; tests of a GPU are in no table.
 """
 
 import json
@@ -106,8 +106,37 @@ def _rows(table: Table, records: list[Record]) -> list[str]:
     return lines
 
 
+def essential(file: dict[str, Any]) -> dict[str, Any]:
+    """What tables are made of, without the time of each round."""
+    cpu, commit = file["machine_info"]["cpu"], file["commit_info"]
+    return {
+        "datetime": file["datetime"],
+        "machine_info": {
+            "cpu": {name: cpu[name] for name in ("brand_raw", "count")},
+            "python_version": file["machine_info"]["python_version"],
+        },
+        "commit_info": {name: commit[name] for name in ("id", "dirty")},
+        "benchmarks": [
+            {
+                **{name: record[name] for name in ("name", "params", "extra_info")},
+                "stats": {name: record["stats"][name] for name in ("median", "min", "rounds")},
+            }
+            for record in file["benchmarks"]
+        ],
+    }
+
+
+def main(names: list[str], results: Path) -> str:
+    """Add files to ``grid.json`` and write ``grid.md``."""
+    raw = results / "grid.json"
+    kept = json.loads(raw.read_text()) if raw.exists() else []
+    files = {file["datetime"]: file for file in [*kept, *(essential(json.loads(Path(name).read_text())) for name in names)]}
+    ordered = [files[when] for when in sorted(files)]
+    raw.write_text(json.dumps(ordered, indent=1) + "\n")
+    text = tables(ordered)
+    (results / "grid.md").write_text(text)
+    return text
+
+
 if __name__ == "__main__":
-    loaded = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
-    text = tables(sorted(loaded, key=lambda file: file["datetime"]))
-    (HERE / "results" / "grid.md").write_text(text)
-    print(text)
+    print(main(sys.argv[1:], HERE / "results"))
