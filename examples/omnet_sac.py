@@ -37,6 +37,7 @@ from omnet_torchrl.training import (
 )
 from omnet_torchrl.training.algorithms import loss_options, network_options
 from omnet_torchrl.training.config import check_overrides, register
+from omnet_torchrl.training.global_numbers import derived_seed
 
 
 @hydra.main(version_base="1.3", config_path=".", config_name="omnet_sac")
@@ -46,7 +47,8 @@ def main(cfg: DictConfig) -> float:
     torch.manual_seed(config.seed)
 
     num_envs = config.num_envs if config.num_envs > 1 else None  # a single one is stepped without a vector around it
-    env = make_env(config.env, num_envs=num_envs, seed=config.seed, observation_offset=config.observation_offset)
+    seed = derived_seed(config.seed, "environments")
+    env = make_env(config.env, num_envs=num_envs, seed=seed, observation_offset=config.observation_offset)
 
     # One network and N masks, for the critic and for the actor (section 3.1).
     actor = make_actor(env.observation_spec, env.action_spec, **network_options(config, "actor"), device=device)

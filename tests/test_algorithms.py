@@ -36,6 +36,7 @@ from omnet_torchrl.training.algorithms import (
 )
 from omnet_torchrl.training.checkpoint import Checkpointer
 from omnet_torchrl.training.config import to_config
+from omnet_torchrl.training.global_numbers import derived_seed
 from omnet_torchrl.training.maze import read_trajectories
 from omnet_torchrl.training.options import LossConfig, NetworkConfig, TrainConfig
 
@@ -295,7 +296,8 @@ def compose(path, options, diary):
     config = to_config(options)
     torch.manual_seed(config.seed)
     num_envs = config.num_envs if config.num_envs > 1 else None
-    env = make_env(config.env, num_envs=num_envs, seed=config.seed, observation_offset=config.observation_offset)
+    seed = derived_seed(config.seed, "environments")
+    env = make_env(config.env, num_envs=num_envs, seed=seed, observation_offset=config.observation_offset)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         algorithm = build(config, env.observation_spec, env.action_spec)

@@ -1,7 +1,10 @@
 """Evaluation: deterministic episodes, counted once, and nothing else disturbed."""
 
+from functools import partial
+
 import pytest
 import torch
+from torchrl.envs import ParallelEnv, SerialEnv
 from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 
 from omnet_torchrl import make_actor
@@ -70,6 +73,17 @@ def test_who_has_finished_takes_no_more_steps_and_all_are_awake_afterwards(monke
     with pytest.raises(ZeroDivisionError):  # in the middle of an evaluation
         evaluate(actor, env, seed=11)
     assert not any(recorder.resting for recorder in recorders(env))
+
+
+@pytest.mark.parametrize("kind", [SerialEnv, ParallelEnv])
+def test_environments_of_other_kinds_are_evaluated_too(kind):
+    _, actor = make("InvertedPendulum-v4", 2)
+    env = kind(2, partial(make_env, "InvertedPendulum-v4"))
+    try:
+        result = evaluate(actor, env, seed=0)
+        assert result["eval/return"] == pytest.approx(result["eval/length"], abs=1.01)
+    finally:
+        env.close()
 
 
 def test_one_seed_repeats_itself_whatever_was_played_before():

@@ -327,9 +327,10 @@ def test_an_unknown_experiment_lists_the_known_ones(results):
 
 
 def test_the_committed_results_can_be_read():
-    tracked = subprocess.run(
-        ["git", "ls-files", "--", "*metrics.csv"], cwd=report.RESULTS, capture_output=True, text=True, check=True
-    ).stdout.split()
+    listed = subprocess.run(["git", "ls-files", "-z", "--", "*metrics.csv"], cwd=report.RESULTS, capture_output=True, text=True)
+    tracked = listed.stdout.strip("\0").split("\0")
+    if listed.returncode:
+        pytest.skip("which results are committed is known to git alone")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         records = find([(report.RESULTS / path).parent for path in tracked])

@@ -147,10 +147,22 @@ def test_a_run_whose_evaluation_raises_has_failed_and_can_go_on(tmp_path, capsys
 
 def test_a_run_that_still_goes_on_is_not_resumed(tmp_path):
     run = Run(options(tmp_path))
-    with pytest.raises(ValueError, match="still goes on: stop it first"):
+    with pytest.raises(ValueError, match=r"still goes on \(process .*\): stop it first"):
         Run({"resume": str(tmp_path / "run")})
     train(run)
     assert train(Run({"resume": str(tmp_path / "run")}, ["total_frames=90"])) == "finished"
+
+
+def test_a_resume_that_fails_changes_nothing_and_lets_go_of_the_folder(tmp_path):
+    train(Run(options(tmp_path)))
+    kept = (tmp_path / "run" / "config.yaml").read_text()
+    for path in (tmp_path / "run" / "checkpoints").glob("state*"):
+        path.write_bytes(b"damaged")
+    run = Run({"resume": str(tmp_path / "run")}, ["total_frames=900"])
+    with pytest.raises(SystemExit, match="can't be resumed"):
+        train(run)
+    assert (tmp_path / "run" / "config.yaml").read_text() == kept
+    Run({"resume": str(tmp_path / "run")})
 
 
 def test_a_resumed_run_keeps_its_own_options_but_those_that_are_given(tmp_path):
@@ -159,6 +171,8 @@ def test_a_resumed_run_keeps_its_own_options_but_those_that_are_given(tmp_path):
     assert (resumed.config.total_frames, resumed.config.eval.episodes, resumed.config.optim.batch_size) == (90, 2, 8)
     with pytest.raises(ValueError, match=r"optim.lr is 0.0003, got 0.1; seed is 0, got 1|seed is 0, got 1; .*optim.lr is"):
         Run({"resume": str(tmp_path / "run")}, ["seed=1", "optim.lr=0.1"])
+    assert load_config(tmp_path / "run" / "config.yaml").total_frames == 80  # until it goes on
+    train(resumed)
     with pytest.raises(ValueError, match="total_frames is 90, got 60"):
         Run({"resume": str(tmp_path / "run")}, ["total_frames=60"])
 

@@ -76,7 +76,7 @@ def test_a_locked_folder_is_nobody_elses(tmp_path):
     folder, other = RunFolder.create(tmp_path / "run"), RunFolder.open(tmp_path / "run")
     folder.lock()
     folder.lock()
-    with pytest.raises(ValueError, match="still goes on"):
+    with pytest.raises(ValueError, match=rf"still goes on \(process {os.getpid()} on .+\): stop it first"):
         other.lock()
     lock = f"from omnet_torchrl.training.run_folder import RunFolder; RunFolder({str(folder.path)!r}).lock()"
     assert "still goes on" in subprocess.run([sys.executable, "-c", lock], capture_output=True, text=True).stderr

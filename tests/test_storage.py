@@ -158,7 +158,7 @@ def test_batches_are_rows_and_an_index():
         ({"prefetch": 1, "batch_size": 12}, True),
         ({"transform": lambda data: data}, False),
         ({"collate_fn": lambda data: data}, False),
-        ({"sampler": SamplerWithoutReplacement()}, False),
+        ({"sampler": SamplerWithoutReplacement()}, True),
     ],
     ids=["storage", "prefetch", "transform", "collate_fn", "sampler"],
 )

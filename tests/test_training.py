@@ -353,6 +353,16 @@ def test_what_a_transform_of_the_buffer_adds_for_the_loss_is_compiled_too(tmp_pa
     assert any(not torch.equal(value, eager[key]) for key, value in run("c", False, False).items())
 
 
+def test_what_a_collector_adds_for_the_loss_is_stored(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.collector.postproc = lambda data: data.set("steps_to_next_obs", torch.full((*data.batch_size, 1), 3))
+    seen, block = [], trainer.update.block
+    trainer.update.block = lambda batches, *args: seen.append(batches.get("steps_to_next_obs", None)) or block(batches, *args)
+    trainer.run()
+    assert seen
+    assert all(steps is not None and (steps == 3).all() for steps in seen)
+
+
 def test_a_prioritised_buffer_is_refused(tmp_path):
     buffer = ReplayBuffer(storage=GatherStorage(60))
     buffer._sampler = PrioritizedSampler.__new__(PrioritizedSampler)  # making one needs TorchRL's compiled extension

@@ -132,8 +132,11 @@ def main(names: list[str], results: Path) -> str:
     kept = json.loads(raw.read_text()) if raw.exists() else []
     files = {file["datetime"]: file for file in [*kept, *(essential(json.loads(Path(name).read_text())) for name in names)]}
     ordered = [files[when] for when in sorted(files)]
-    raw.write_text(json.dumps(ordered, indent=1) + "\n")
+    machines = sorted({str(file["machine_info"]) for file in ordered})
+    if len(machines) > 1:
+        raise ValueError(f"results must be of one machine, got {' and '.join(machines)}: move {raw} away to begin anew.")
     text = tables(ordered)
+    raw.write_text(json.dumps(ordered, indent=1) + "\n")
     (results / "grid.md").write_text(text)
     return text
 

@@ -191,7 +191,7 @@ def resting(env: EnvBase) -> Iterator[Callable[[Tensor], None]]:
     """Gives a function that says, for an environment of batch size ``(E,)``, which of its parts rest from now on.
 
     A step of those does nothing and takes no time: an evaluation lasts as long as the longest of its episodes. At the end none
-    rests. Environments that are not of :func:`make_env` never do.
+    rests. Only gymnasium's environments of :func:`make_env` can; others, the maze too, go on as ever.
     """
     base = env
     while isinstance(base, TransformedEnv):
@@ -210,5 +210,5 @@ def resting(env: EnvBase) -> Iterator[Callable[[Tensor], None]]:
 
 
 def _recorders(env: EnvBase) -> list[Any]:
-    base: Any = getattr(env, "_env", None)
+    base: Any = env._env if isinstance(env, GymWrapper) else None
     return list(getattr(base, "envs", [base]))

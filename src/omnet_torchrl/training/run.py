@@ -53,7 +53,6 @@ class Run:
         self.device = resolve_device(self.config.device)
         if self.resumed:
             self.folder.lock()
-            self._save_config(self.folder)
         else:
             self.folder = RunFolder.create(self.config.folder, self._save_config)
             self.folder.lock()
@@ -79,6 +78,12 @@ class Run:
 
     def train(self, trainer: Trainer, description: Mapping[str, object]) -> str:
         """Run ``trainer`` and say so; the status: ``finished``, ``interrupted`` or ``diverged``."""
+        try:
+            return self._train(trainer, description)
+        finally:
+            self.folder.unlock()
+
+    def _train(self, trainer: Trainer, description: Mapping[str, object]) -> str:
         title = f"{self.config.env}, seed {self.config.seed}, on {_device_name(self.device)}"
         self.terminal.header({**description, "results": _relative(self.folder.path)}, title)
         self._begin(trainer)
@@ -102,6 +107,7 @@ class Run:
                 found = trainer.resume()
             except ValueError as error:
                 sys.exit(f"error: {self.folder.path} can't be resumed: {error}")
+            self._save_config(self.folder)
             self.say(f"goes on from frame {trainer.frames:,}" if found else "no checkpoint yet: starts from the beginning")
         if not trainer.frames:
             self.restore(None)
@@ -176,7 +182,6 @@ class Run:
             script = shlex.join(["python", _relative(Path(sys.argv[0]).resolve())])
             self.say(f"to go on: {script} resume={shlex.quote(_relative(self.folder.path))}")
         self.terminal.close()
-        self.folder.unlock()
 
 
 def schedule(config: TrainConfig) -> dict[str, Any]:

@@ -155,22 +155,26 @@ class RunFolder:
         replace_file(self.path / "run.json", json.dumps(info, indent=2, default=str).encode())
 
     def lock(self) -> None:
-        """Keep everybody else out, other processes too, until :meth:`unlock` or the end of this one; where it can be done.
+        """Keep everybody else out, other processes too, until :meth:`unlock` or the end of this one; where files can be locked.
 
         Raises:
             ValueError: somebody else has it.
         """
         if fcntl is None or self._lock is not None:
             return
-        lock = os.open(self.path, os.O_RDONLY)
+        self.checkpoint_path.mkdir(exist_ok=True)
+        file = os.open(self.checkpoint_path / "lock", os.O_RDWR | os.O_CREAT, 0o666)  # writable, as network file systems want
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(lock)
-            raise ValueError(f"the run in {self.path} still goes on: stop it first.") from None
-        except OSError:  # some network file systems lock no folders
+            owner = os.read(file, 100).decode(errors="replace")
+            os.close(file)
+            raise ValueError(f"the run in {self.path} still goes on (process {owner}): stop it first.") from None
+        except OSError:  # a file system without locks
             pass
-        self._lock = weakref.finalize(self, os.close, lock)
+        os.truncate(file, 0)
+        os.write(file, f"{os.getpid()} on {platform.node()}".encode())
+        self._lock = weakref.finalize(self, os.close, file)
 
     def unlock(self) -> None:
         """Let other processes go on with the run."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
 from torch import Tensor
-from torchrl.data import LazyTensorStorage, RandomSampler, ReplayBuffer
+from torchrl.data import LazyTensorStorage, RandomSampler, ReplayBuffer, SamplerWithoutReplacement
 
 
 class GatherStorage(LazyTensorStorage):
@@ -101,7 +101,7 @@ class Batches:
     def gathered(self) -> bool:
         """Whether it is the rows that updates read."""
         buffer, storage = self.buffer, self.buffer.storage
-        if type(buffer) is not ReplayBuffer or not self._samples_are_rows:
+        if type(buffer) is not ReplayBuffer or type(buffer.sampler) is not RandomSampler or not self._samples_are_rows:
             return False
         if not isinstance(storage, GatherStorage) or storage.ndim != 1 or storage.device != self.device:
             return False
@@ -112,7 +112,7 @@ class Batches:
         """Whether a sample has what was written, and nothing else."""
         buffer = self.buffer
         collate = getattr(buffer._collate_fn, "__module__", "").startswith("torchrl.")
-        return type(buffer.sampler) is RandomSampler and not len(buffer.transform) and collate
+        return type(buffer.sampler) in (RandomSampler, SamplerWithoutReplacement) and not len(buffer.transform) and collate
 
     def like(self, row: TensorDictBase) -> tuple[TensorDictBase, int | None] | None:
         """What :meth:`SACUpdate.prepare` takes, for a buffer of rows like this one; their values don't matter.

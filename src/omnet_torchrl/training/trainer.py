@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.data import PrioritizedSampler, ReplayBuffer
@@ -111,6 +111,7 @@ class Trainer:
         self.last: dict[str, float] = {}  # the newest value of each metric
         self._saved, self._stop, self._diverged = -1, 0, False
         self._metrics: dict[str, Tensor] = {}  # the newest of the update
+        self._keys: list[NestedKey] = []  # of what is stored of a frame
         self._log_due = False  # the interval of the log has passed, and no update since
         self._random = Streams(seed, update.device, buffer.storage.device)
         buffer.set_rng(self._random.replay)
@@ -141,7 +142,7 @@ class Trainer:
             self.collector.policy.prepare(made_up)
         if hasattr(self.evaluate, "prepare"):
             self.evaluate.prepare()
-        row = made_up.select(*self.update.loss.in_keys).reshape(-1)[0]
+        row = made_up.select(*self._kept(made_up)).reshape(-1)[0]
         like = self._batches.like(row.to(self.update.device))
         if like is not None:
             self.update.prepare(*like)
@@ -233,9 +234,15 @@ class Trainer:
                 raise
             for key in ("action", ("next", "observation"), ("next", "reward")):
                 _check_finite(key if isinstance(key, str) else key[-1], data.get(key), self.frames + data.numel())
-            self.buffer.extend(data.select(*self.update.loss.in_keys).reshape(-1))
+            self._keys = self._keys or self._kept(data)
+            self.buffer.extend(data.select(*self._keys).reshape(-1))
             self.frames += data.numel()
         return data
+
+    def _kept(self, data: TensorDictBase) -> list[NestedKey]:
+        """What the loss reads of a frame."""
+        keys, loss = set(data.keys(True, True)), self.update.loss
+        return [*loss.in_keys, *(key for key in loss.optional_in_keys if key in keys)]
 
     def _due(self, frames: int) -> int:
         """Updates that are due by now."""
@@ -251,6 +258,8 @@ class Trainer:
             draws = self.update.loss.draw(self._batches.example, self._random.draws, num_updates=count, actor=actor)
             if index is not None:
                 draws.set(INDEX, index)
+        if not self.update.prepared:
+            self.reporter.say("compiling the update for what the buffer samples; this takes up to a minute ...")
         with self._timed("update"):
             metrics = self.update.block(batches, draws, actor)
             self.updates += count

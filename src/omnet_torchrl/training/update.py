@@ -117,6 +117,11 @@ class SACUpdate:
         """The tensors of the actor that the steps read and change; masks are numbers among them."""
         return self._params["actor_network_params"]
 
+    @property
+    def prepared(self) -> bool:
+        """Whether nothing is left to be compiled."""
+        return not self.compiled or bool(self._steps)
+
     def block(self, batches: TensorDictBase, draws: TensorDictBase, actor: Sequence[bool]) -> dict[str, Tensor]:
         """Several updates, one after the other: a critic step for each, and an actor step after those that ``actor`` names.
 
