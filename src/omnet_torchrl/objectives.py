@@ -240,8 +240,9 @@ class OMNetSACLoss(SACLoss):
     ) -> TensorDict:
         """Draw everything random of one update, or of several at once.
 
-        Indices are uniform, and without replacement within ``critic``, ``target`` and ``value`` (unless ``replacement=True``).
-        One subnetwork to choose from, or all of them, draws no random number.
+        Indices are uniform, and without replacement within ``critic``, ``target`` and ``value``; with ``replacement=True`` they
+        are independent, but for counts of ``None``, which are all of them. One subnetwork to choose from, or all of them, draws
+        no random number.
 
         Args:
             tensordict (TensorDictBase): a batch; only the shape of its action is read.

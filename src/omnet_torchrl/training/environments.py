@@ -183,7 +183,8 @@ def recorders(env: EnvBase) -> list[EpisodeRecorder | Maze2DEnv]:
         env = env.base_env
     if isinstance(env, Maze2DEnv):
         return [env]
-    return _recorders(env)
+    base: Any = env._env if isinstance(env, GymWrapper) else None
+    return list(getattr(base, "envs", [base]))
 
 
 @contextmanager
@@ -193,10 +194,7 @@ def resting(env: EnvBase) -> Iterator[Callable[[Tensor], None]]:
     A step of those does nothing and takes no time: an evaluation lasts as long as the longest of its episodes. At the end none
     rests. Only gymnasium's environments of :func:`make_env` can; others, the maze too, go on as ever.
     """
-    base = env
-    while isinstance(base, TransformedEnv):
-        base = base.base_env
-    players = [player for player in _recorders(base) if isinstance(player, EpisodeRecorder)]
+    players = [player for player in recorders(env) if isinstance(player, EpisodeRecorder)]
 
     def rest(which: Tensor) -> None:
         for player, rests in zip(players, which.tolist(), strict=bool(players)):
@@ -207,8 +205,3 @@ def resting(env: EnvBase) -> Iterator[Callable[[Tensor], None]]:
     finally:
         for player in players:
             player.resting = False
-
-
-def _recorders(env: EnvBase) -> list[Any]:
-    base: Any = env._env if isinstance(env, GymWrapper) else None
-    return list(getattr(base, "envs", [base]))
