@@ -35,6 +35,7 @@ from omnet_torchrl.training import (
     make_env,
     schedule,
 )
+from omnet_torchrl.training.adam import LazyAdam
 from omnet_torchrl.training.algorithms import loss_options, network_options
 from omnet_torchrl.training.config import check_overrides, register
 from omnet_torchrl.training.global_numbers import derived_seed
@@ -60,8 +61,9 @@ def main(cfg: DictConfig) -> float:
     # Train one random critic subnetwork against the minimum of two, the actor against the mean of all (equations 4 and 5).
     loss = OMNetSACLoss(actor, qvalue, **loss_options(config, env.action_spec))
     loss.make_value_estimator(gamma=config.loss.gamma)
-    critic_optim = Adam(qvalue.parameters(), lr=config.optim.lr)
-    actor_optim = Adam([*actor.parameters(), loss.log_alpha], lr=config.optim.lr)
+    optimiser = LazyAdam if config.optim.lazy else Adam
+    critic_optim = optimiser(qvalue.parameters(), lr=config.optim.lr)
+    actor_optim = optimiser([*actor.parameters(), loss.log_alpha], lr=config.optim.lr)
     target_updater = SoftUpdate(loss, tau=config.optim.tau)
     update = SACUpdate(loss, critic_optim, actor_optim, target_updater, compile=config.compile)
 

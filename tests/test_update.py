@@ -15,18 +15,19 @@ from omnet_torchrl import EnsembleMLP, OMNetSACLoss, RedrawnMLP, SubnetQValueOpe
 from omnet_torchrl.training import SACUpdate
 from omnet_torchrl.training import compiled as compiled_module
 from omnet_torchrl.training import update as update_module
+from omnet_torchrl.training.adam import LazyAdam
 
 BATCH = 8
 
 
-def make_parts(actor=None, qvalue=None, *, tau=0.1, adam=None, device=None, **kwargs):
+def make_parts(actor=None, qvalue=None, *, tau=0.1, adam=None, optimiser=Adam, device=None, **kwargs):
     """Loss, both optimisers and the target updater: the arguments of SACUpdate, and what plain torch trains."""
     torch.manual_seed(0)
     loss = OMNetSACLoss((actor or small_actor)(device=device), (qvalue or small_qvalue)(device=device), **kwargs)
     adam = {"lr": 1e-2, **(adam or {})}
-    critic_optim = Adam(loss.qvalue_network_params.parameters(), **adam)
+    critic_optim = optimiser(loss.qvalue_network_params.parameters(), **adam)
     temperature = [] if loss.fixed_alpha else [loss.log_alpha]
-    actor_optim = Adam([*loss.actor_network_params.parameters(), *temperature], **adam)
+    actor_optim = optimiser([*loss.actor_network_params.parameters(), *temperature], **adam)
     return loss, critic_optim, actor_optim, SoftUpdate(loss, tau=tau)
 
 
@@ -176,11 +177,54 @@ def test_it_is_backward_adam_and_soft_update_bit_for_bit(row):
         assert torch.equal(value, outputs[1][name]), name
 
 
+@pytest.mark.parametrize("optimiser", [Adam, LazyAdam])
 @pytest.mark.parametrize("adam", OPTIONS, ids=str)
-def test_it_is_adam_bit_for_bit_whatever_its_options(adam):
-    update, plain = make_update(adam=adam), Plain(*make_parts(adam=adam))
+def test_it_is_adam_bit_for_bit_whatever_its_options(adam, optimiser):
+    options = {"adam": adam, "optimiser": optimiser}
+    update, plain = make_update(**options), Plain(*make_parts(**options))
     train(update, 6), train(plain, 6)
     assert_same_state(update, plain)
+
+
+def test_lazy_adam_is_adam_where_the_gradient_is_not_zero_and_nothing_elsewhere():
+    generator = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.ones(4, 5)) for _ in range(3)]  # lazy; plain; plain with other gradients
+    optims = [LazyAdam(weights[:1], lr=0.1), Adam(weights[1:2], lr=0.1), Adam(weights[2:], lr=0.1)]
+    idle = torch.rand(4, 5, generator=generator) < 0.5
+
+    def state():
+        return weights[0].detach().clone(), *(optims[0].state[weights[0]][key].clone() for key in ("exp_avg", "exp_avg_sq"))
+
+    for step in range(3):
+        grad = torch.randn(4, 5, generator=generator)
+        for weight in weights:
+            weight.grad = grad.clone()
+        weights[0].grad[idle] = 0.0 if step else grad[idle]
+        for optim in optims:
+            optim.step()
+        if not step:
+            before = (
+                weights[0].detach().clone(),
+                *(optims[0].state[weights[0]][key].clone() for key in ("exp_avg", "exp_avg_sq")),
+            )
+    for value, old in zip(state(), before, strict=True):
+        assert torch.equal(value[idle], old[idle])
+        assert (value[~idle] != old[~idle]).all()
+    assert torch.equal(weights[0][~idle], weights[1][~idle])
+    assert optims[0].step(lambda: 3.0) == 3.0
+
+
+@pytest.mark.parametrize(("optimiser", "moves"), [(Adam, True), (LazyAdam, False)])
+def test_momentum_moves_weights_of_other_subnetworks_unless_adam_is_lazy(optimiser, moves):
+    update = make_update(optimiser=optimiser)
+    train(update, 4)
+    weight, masks = (update.loss.qvalue_network_params["module", "0", key] for key in ("weight", "masks"))
+    batch, draws = next(updates(update.loss, 1, first=4))
+    outside = ~masks[draws["critic"]].squeeze(0)
+    before = weight.detach().clone()
+    update.critic_step(batch, draws)
+    assert bool((weight != before)[outside].any()) == moves
+    assert (weight != before)[~outside].any()
 
 
 def test_it_goes_on_from_an_optimiser_that_has_stepped():
@@ -412,8 +456,8 @@ def critic(loss):
         (lambda loss: Adam([{"params": [p]} for p in critic(loss)]), r"critic_optim must have one parameter group, got 10"),
         (lambda loss: Adam(critic(loss), amsgrad=True), r"without amsgrad, got Adam with lr=0\.001, amsgrad=True\."),
         (lambda loss: Adam(critic(loss), lr=torch.tensor(0.1)), r"with a number as lr .*got Adam with lr=tensor\(0\.1000\)"),
-        (lambda loss: AdamW(critic(loss)), r"critic_optim must be torch\.optim\.Adam, .*got AdamW\."),
-        (lambda loss: SGD(critic(loss)), r"critic_optim must be torch\.optim\.Adam, .*got SGD\."),
+        (lambda loss: AdamW(critic(loss)), r"critic_optim must be torch\.optim\.Adam or LazyAdam, .*got AdamW\."),
+        (lambda loss: SGD(critic(loss)), r"critic_optim must be torch\.optim\.Adam or LazyAdam, .*got SGD\."),
     ],
 )
 def test_an_optimiser_that_it_cannot_stand_for_is_refused(make, message):
@@ -760,8 +804,8 @@ def test_compiling_leaves_the_state_and_the_global_generator_as_they_were(compil
     assert torch.equal(state, state_after)
 
 
-def test_compiled_for_rows_it_agrees_with_eager():
-    update, eager = SACUpdate(*make_parts()), make_update()
+def test_compiled_for_rows_and_with_lazy_adam_it_agrees_with_eager():
+    update, eager = SACUpdate(*make_parts(optimiser=LazyAdam)), make_update(optimiser=LazyAdam)
     batches, rows, draws = indexed(update, 20)
     actor = [i % 2 == 1 for i in range(20)]
     output = update.block(rows, draws, actor)

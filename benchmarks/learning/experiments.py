@@ -182,6 +182,22 @@ EXPERIMENTS = {
         seeds=2,
         frames=30_000,
     ),
+    # Where the paper leaves something open, and what OMNet and the methods that wait as it does have in common.
+    "readings": Experiment(
+        "Other readings of the paper, and LayerNorm",
+        (
+            *_rows("omnet", "omnet_critic"),
+            *_sweep("omnet", "OMNet, no LayerNorm in the critic", (("network.critic_layer_norm", False),)),
+            *_sweep("omnet", "OMNet, no LayerNorm in the actor", (("network.actor_layer_norm", False),)),
+            *_sweep("omnet", "OMNet, output layers without masks", (("network.dense_output", True),)),
+            *_sweep("omnet", "OMNet, lazy Adam", (("optim.lazy", True),)),
+            *_sweep("omnet", "OMNet, drawn with replacement", (("loss.replacement", True),)),
+            *_rows("sac_20", "sac_20_layer_norm"),
+        ),
+        tasks=("Hopper-v4",),
+        seeds=2,
+        frames=30_000,
+    ),
 }
 
 

@@ -41,13 +41,15 @@ def curves(
     axes: Sequence[str] = ("frames", "hours", "flops"),
     metric: str = "eval/return",
     label: str = "evaluation return",
+    symlog: float | None = None,
     references: References | None = None,
 ) -> Path:
     """A metric of each row: a column per task, and below each other against frames, wall-clock and FLOPs.
 
     Thick lines are means over the seeds that have all frames, or, where none has, up to the last frame that every run has; thin
     ones are the seeds; shaded, from three seeds on, is Student's 95 % interval, cut where it leaves the panel. A cross ends a
-    run that has diverged. Reference curves are dashed, means and seeds, against frames alone.
+    run that has diverged. Reference curves are dashed, means and seeds, against frames alone. Values beyond ``symlog`` are on a
+    logarithmic scale.
     """
     figure = Figure(figsize=(4.2 * len(tasks) + 0.4, 3.1 * len(axes) + 1.2), dpi=120, layout="constrained")
     grid = figure.subplots(len(axes), len(tasks), squeeze=False)
@@ -63,6 +65,8 @@ def curves(
                 panel.xaxis.set_major_formatter(FuncFormatter(lambda frames, _: count(frames)))
                 panel.set_title(task)
             panel.set_xlabel(AXES[axis])
+            if symlog is not None:
+                panel.set_yscale("symlog", linthresh=symlog)
             _dress(panel)
             _limit(panel)
         row[0].set_ylabel(label)
@@ -179,8 +183,9 @@ def _limit(panel: Axes) -> None:
     """Fit the lines: the interval of a few seeds may be many times as wide, and is cut."""
     values = [np.asarray(line.get_ydata(), dtype=float) for line in panel.lines]
     if values:
-        low, high = min(each.min() for each in values), max(each.max() for each in values)
-        panel.set_ylim(min(low, 0) - 0.1 * (high - min(low, 0)), high + 0.4 * (high - min(low, 0)) + 1e-9)
+        scale = panel.yaxis.get_transform()
+        low, high = scale.transform([min(0, *(each.min() for each in values)), max(each.max() for each in values)])
+        panel.set_ylim(*scale.inverted().transform([low - 0.1 * (high - low), high + 0.4 * (high - low) + 1e-9]))
 
 
 def _dress(axes: Axes) -> None:

@@ -95,7 +95,7 @@ def draw(name: str, experiment: Experiment, runs: dict, end: int, folder: Path, 
         return [figures.against(path, title, lines, "scale of the noise", "evaluation return")]
     drawn = [figures.curves(path, title, variants, tasks, runs, end, references=references)]
     if any("bias/mean" in record.metrics for of_row in runs.values() for records in of_row.values() for record in records):
-        options = {"axes": ("frames",), "metric": "bias/mean", "label": "value bias"}
+        options = {"axes": ("frames",), "metric": "bias/mean", "label": "value bias", "symlog": 100}
         drawn.append(
             figures.curves(folder / f"{name}_bias.png", f"Value bias ({end:,} frames)", variants, tasks, runs, end, **options)
         )

@@ -25,6 +25,7 @@ from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator, check_action_spec
 from omnet_torchrl.objectives import OMNetSACLoss
 from omnet_torchrl.redrawn import RedrawnMLP
+from omnet_torchrl.training.adam import LazyAdam
 from omnet_torchrl.training.global_numbers import derived_seed
 from omnet_torchrl.training.options import NetworkConfig, TrainConfig
 from omnet_torchrl.training.update import SACUpdate
@@ -108,8 +109,9 @@ def build(
     qvalue = make_qvalue(observation_spec, action_spec, **network_options(config, "critic"), device=device)
     loss = OMNetSACLoss(actor, qvalue, **loss_options(config, action_spec))
     loss.make_value_estimator(gamma=config.loss.gamma)
-    critic_optim = Adam(qvalue.parameters(), lr=config.optim.lr)
-    actor_optim = Adam([*actor.parameters(), loss.log_alpha], lr=config.optim.lr)
+    optimiser = LazyAdam if config.optim.lazy else Adam
+    critic_optim = optimiser(qvalue.parameters(), lr=config.optim.lr)
+    actor_optim = optimiser([*actor.parameters(), loss.log_alpha], lr=config.optim.lr)
     target_updater = SoftUpdate(loss, tau=config.optim.tau)
     return Algorithm(actor, qvalue, loss, SACUpdate(loss, critic_optim, actor_optim, target_updater, compile=config.compile))
 

@@ -46,6 +46,7 @@ class OptimConfig:
 
     lr: float = 3e-4  # learning rate of critic, actor and temperature
     batch_size: int = 256  # transitions per update
+    lazy: bool = False  # leave weights alone that an update's subnetworks lack; plain Adam moves them by momentum
     tau: float = 0.005  # step of the target critic towards the critic, after each critic update
 
 
