@@ -43,7 +43,7 @@ ROOMS = {
 # The same within training/, whose files may import any room above: of themselves, which.
 TRAINING = {
     "options": set(),
-    "algorithms": {"global_numbers", "options", "update"},
+    "algorithms": {"adam", "global_numbers", "options", "update"},
     "config": {"algorithms", "files", "options"},
     "terminal": set(),
     "files": set(),

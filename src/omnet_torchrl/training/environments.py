@@ -40,7 +40,10 @@ class ReplayError(RuntimeError):
 
 
 class EpisodeRecorder(gymnasium.Wrapper):
-    """Remembers how the current episode came about, so that it can be played again."""
+    """Remembers how the current episode came about, so that it can be played again.
+
+    The ``info`` of steps, which nothing reads, is left out: a vector environment would gather it key by key.
+    """
 
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
@@ -59,14 +62,14 @@ class EpisodeRecorder(gymnasium.Wrapper):
         return self._observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
-        """As the environment's; the action is kept."""
+        """As the environment's, without ``info``; the action is kept."""
         if self.resting:
             return self._observation, 0.0, False, False, {}
         self._actions.append(np.array(action))
-        self._observation, reward, terminated, truncated, info = self.env.step(action)
+        self._observation, reward, terminated, truncated, _ = self.env.step(action)
         self._seen.update(np.asarray(self._observation).tobytes())
         self._seen.update(np.array([reward, terminated, truncated], dtype=np.float64).tobytes())
-        return self._observation, reward, terminated, truncated, info
+        return self._observation, reward, terminated, truncated, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Start and actions of the current episode, and a hash of all that was seen: strings, numbers and tensors."""

@@ -81,14 +81,16 @@ def evaluate(policy: SubnetActor | CompiledPolicy, env: EnvBase, *, seed: int | 
         seed_env(env, seed)
     actor = _actor(policy)
     device = next(actor.parameters()).device
+    elsewhere = device != (env.device or torch.device("cpu"))
     episodes = env.batch_size.numel()
     subnet = torch.arange(episodes) % actor.num_subnets
     total, length, playing = torch.zeros(episodes), torch.zeros(episodes), torch.ones(episodes, dtype=torch.bool)
     state = env.reset()
     with set_exploration_type(ExplorationType.DETERMINISTIC), resting(env) as rest:
         while playing.any():
-            inputs = state.select(*actor.in_keys, strict=False).set(actor.subnet_key, subnet).to(device)
-            state.set(actor.action_key, policy(inputs).get(actor.action_key).to(env.device))
+            inputs = state.select(*actor.in_keys, strict=False).set(actor.subnet_key, subnet)
+            action = policy(inputs.to(device) if elsewhere else inputs).get(actor.action_key)
+            state.set(actor.action_key, action.to(env.device))
             # Who is done begins another episode, which does not count, and rests.
             state, following = env.step_and_maybe_reset(state)
             step, state = state.get("next"), following
