@@ -1,5 +1,6 @@
 """Collectors with subnet sampling: who draws the index, where, in how many environments."""
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -89,7 +90,20 @@ def collect(
         total_frames=-1,
         auto_register_policy_transforms=placement == "policy",
     )
-    return iter(made), made.shutdown
+
+    def stream() -> Iterator[TensorDictBase]:
+        yield from made
+
+    def end() -> None:
+        nonlocal made
+        batches.close()
+        made.shutdown()
+        # What sends weights to workers stops when it is collected; in the last moments of the process that waits for ever.
+        made = None
+        gc.collect()
+
+    batches = stream()
+    return batches, end
 
 
 def collect_block(env: str, placement: str, *, num_envs: int = 1, frames: int = 200, **kwargs: Any) -> Callable[[], None]:
