@@ -41,9 +41,11 @@ def test_collecting(benchmark, collector, env, placement, indexed, num_envs):
     if num_envs == 64 and (env != "ZeroWork" or collector != "Collector"):
         pytest.skip("so many only where the collector's own work is all there is")
     frames = 100 * max(4, num_envs)
+    # Two workers of their own pace end their batches at nearly the same time: every other wait is none.
+    each = 4 if collector == "MultiAsync" else 1
     batches, end = collect(env, placement, indexed=indexed, collector=collector, num_envs=num_envs, frames_per_batch=frames)
     try:
-        benchmark.pedantic(lambda: next(batches), rounds=3, warmup_rounds=1)
+        benchmark.pedantic(lambda: [next(batches) for _ in range(each)], rounds=3, warmup_rounds=1)
     finally:
         end()
-    benchmark.extra_info["frames_per_second"] = frames / benchmark.stats.stats.median
+    benchmark.extra_info["frames_per_second"] = each * frames / benchmark.stats.stats.median
