@@ -185,8 +185,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     pictures.add_argument("--video", type=Path, help="file to write, .mp4 or .gif")
     pictures.add_argument("--frames", type=Path, help="folder to write PNG files to")
     args = parser.parse_args(arguments)
-    if args.episodes < 1 or args.seed < 0:
-        raise ValueError(f"--episodes must be at least 1 and --seed at least 0, got {args.episodes} and {args.seed}.")
+    if args.episodes < 1 or not 0 <= args.seed < 2**32:
+        raise ValueError(f"--episodes must be at least 1 and --seed in [0, 2^32), got {args.episodes} and {args.seed}.")
     if args.video and args.video.suffix not in (".mp4", ".gif"):
         raise ValueError(f"--video must be an .mp4 or a .gif, got {args.video}.")
     if args.video and args.video.suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:

@@ -76,6 +76,23 @@ def test_each_layer_gets_a_stream_of_its_own_in_the_mode_that_it_had():
     assert [layer.training for layer in layers] == [True, True, False]
 
 
+def test_one_that_is_in_several_places_becomes_one_for_each():
+    shared = nn.Dropout(0.5)
+    network = nn.Sequential(nn.Linear(8, 8), shared, nn.ReLU(), shared)
+    seed_dropout(network)
+    assert [type(network[i]) for i in (1, 3)] == [SeededDropout] * 2
+    assert [network[i].stream for i in (1, 3)] == [0, 1]
+    assert torch.equal(network(torch.ones(4, 8)), network(torch.ones(4, 8)))
+
+
+def test_other_kinds_of_dropout_are_left_with_a_warning():
+    network = nn.Sequential(nn.Linear(8, 8), nn.AlphaDropout(0.5), nn.Dropout1d(0.1))
+    with pytest.warns(UserWarning, match="AlphaDropout, Dropout1d draws from torch's global generator"):
+        seed_dropout(network)
+    assert type(network[1]) is nn.AlphaDropout
+    seed_dropout(nn.Sequential(nn.AlphaDropout(0.0)))  # does nothing
+
+
 def test_what_is_extracted_has_plain_dropout():
     loss = make_loss()
     plain = loss.qvalue_network.extract(1).module

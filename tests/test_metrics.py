@@ -238,6 +238,24 @@ def test_soft_returns_of_other_shapes_raise():
     reward, end = torch.zeros(3, 4), torch.zeros(4, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"one shape \(\*batch, T\), got .*'truncated': \(4,\)"):
         soft_returns(reward, reward, reward.bool(), end, alpha=1.0)
+    with pytest.raises(ValueError, match=r"TorchRL's \(\*batch, T, 1\) need squeeze\(-1\)"):
+        soft_returns(reward.unsqueeze(-1), reward, reward.bool().unsqueeze(-1), reward.bool().unsqueeze(-1), alpha=1.0)
+    with pytest.raises(TypeError, match=r"the reward must be floating point, got torch\.int64"):
+        soft_returns(reward.long(), reward, reward.bool(), reward.bool(), alpha=1.0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: action_disagreement(torch.zeros(3)), r"action must have shape \(N, \*batch, action_dim\), got \(3,\)"),
+        (lambda: trajectory_diversity(torch.zeros(3, 4)), r"position must have shape \(N, T, dim\), got \(3, 4\)"),
+        (lambda: coverage(torch.zeros(4, 4), torch.ones(3, 3).bool()), r"grid's shape \(4, 4\), got \(3, 3\)"),
+        (lambda: visitation(torch.zeros(2, 2), bins=0), "bins must be at least 1, got 0"),
+    ],
+)
+def test_arguments_of_another_shape_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()
 
 
 def test_the_minimum_of_two_is_the_mean_over_all_pairs():

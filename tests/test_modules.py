@@ -245,6 +245,20 @@ def test_an_index_that_is_not_int64_is_refused(make, dtype, shape):
         make(N)(indexed(subnet=torch.zeros(shape, dtype=dtype)))
 
 
+def test_a_missing_observation_is_named():
+    actor, policy = small_actor(N), small_actor(N).extract(0)
+    for module, td in ((actor, indexed(4)), (actor, indexed(subnet=torch.tensor(0))), (policy, indexed(4))):
+        with pytest.raises(KeyError, match=r"reads \['observation'.*\], the TensorDict has no \['observation'\]"):
+            module(td.exclude("observation"))
+
+
+@pytest.mark.parametrize("wrong", [ACT, 2 * ACT + 2])
+def test_a_network_whose_outputs_do_not_fit_the_actions_is_refused(wrong):
+    actor = SubnetActor(MaskedMLP(in_features=OBS, out_features=wrong, num_cells=[8], sparsity=0.0), specs()[1])
+    with pytest.raises(ValueError, match=rf"must have 2 \* action_dim={2 * ACT} outputs, .*got {wrong}"):
+        actor(indexed(4))
+
+
 @pytest.mark.parametrize("make", [small_actor, small_qvalue])
 def test_errors_that_are_not_the_indexs_are_left_as_they_are(make):
     td = indexed(4).set("observation", torch.zeros(4, OBS + 1))

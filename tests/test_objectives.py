@@ -14,7 +14,7 @@ from torchrl.data.postprocs import MultiStep
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import HardUpdate, SoftUpdate, ValueEstimators
 
-from omnet_torchrl import EnsembleMLP, OMNetSACLoss, SubnetQValueOperator
+from omnet_torchrl import EnsembleMLP, OMNetSACLoss, SubnetActor, SubnetModule, SubnetQValueOperator
 
 
 def make_loss(actor=None, qvalue=None, *, tau=0.1, gamma=0.9, **kwargs):
@@ -31,6 +31,45 @@ def grads(module):
 
 def is_zero(grad):
     return grad is None or not grad.any()
+
+
+def any_network(module):
+    """The network of a masked actor or critic as a SubnetModule of a plain one, with the same weights and masks."""
+    state = module.state_dict()
+    plain = MLP(
+        in_features=module[0].in_features,
+        out_features=module[-1].out_features,
+        num_cells=[16, 16],
+        activation_class=nn.ReLU,
+        norm_class=nn.LayerNorm,
+        norm_kwargs=[{"normalized_shape": 16}] * 2,
+    )
+    plain.load_state_dict({name: value.clone() for name, value in state.items() if not name.endswith("masks")})
+    return SubnetModule(plain, {f"{i}.weight": layer.masks for i, layer in enumerate(module) if hasattr(layer, "masks")})
+
+
+def test_any_network_as_actor_and_critic_trains_as_the_masked_one_does():
+    masked_actor, masked_qvalue = small_actor(), small_qvalue()
+    actor = SubnetActor(any_network(masked_actor.module[0].network), specs()[1])
+    qvalue = SubnetQValueOperator(any_network(masked_qvalue.module))
+    outputs = []
+    for networks in ((masked_actor, masked_qvalue), (actor, qvalue)):
+        loss = OMNetSACLoss(*networks)
+        updater, optim = SoftUpdate(loss, tau=0.1), torch.optim.Adam(loss.parameters(), lr=1e-2)
+        for i in range(4):
+            batch = make_batch(8, seed=i, done=0.3)
+            output = loss(batch, draws=loss.draw(batch, torch.Generator().manual_seed(i)))
+            sum(output[name] for name in ("loss_actor", "loss_qvalue", "loss_alpha")).backward()
+            optim.step(), optim.zero_grad(), updater.step()
+        outputs.append(output.detach())
+    torch.testing.assert_close(*(output.to_dict() for output in outputs), rtol=1e-4, atol=1e-5)
+    assert len(list(qvalue.parameters())) == 10
+
+
+def test_a_critic_that_writes_another_key_is_named():
+    qvalue = SubnetQValueOperator(small_qvalue().module, out_keys=["q"])
+    with pytest.raises(KeyError, match=r"the critic writes \['q'\] and no 'state_action_value'.*set_keys"):
+        make_loss(qvalue=qvalue)(make_batch(8))
 
 
 # Literal numbers -------------------------------------------------------------------------------------------------------

@@ -169,7 +169,8 @@ def test_a_gif_shows_every_subnet_in_real_time(play, run, tmp_path):
     [
         (["--subnet", "3"], r"subnet must be in \[0, num_subnets=3\), got 3"),
         (["--episodes", "0"], "--episodes must be at least 1 .*, got 0"),
-        (["--seed", "-1"], "--seed at least 0, got 5 and -1"),
+        (["--seed", "-1"], r"--seed in \[0, 2\^32\), got 5 and -1"),
+        (["--seed", str(2**64)], r"--seed in \[0, 2\^32\), got 5 and 18446744073709551616"),
         (["--video", "hopper.avi"], "must be an .mp4 or a .gif, got hopper.avi"),
     ],
 )

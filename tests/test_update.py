@@ -211,7 +211,10 @@ def test_lazy_adam_is_adam_where_the_gradient_is_not_zero_and_nothing_elsewhere(
         assert torch.equal(value[idle], old[idle])
         assert (value[~idle] != old[~idle]).all()
     assert torch.equal(weights[0][~idle], weights[1][~idle])
+    calls = []
+    optims[0].register_step_post_hook(lambda *args: calls.append(args))
     assert optims[0].step(lambda: 3.0) == 3.0
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(("optimiser", "moves"), [(Adam, True), (LazyAdam, False)])

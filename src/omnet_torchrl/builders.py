@@ -92,6 +92,10 @@ def _paper_network(
     layer_norm: bool,
     **kwargs: Any,
 ) -> nn.Module:
+    if isinstance(num_cells, int):
+        raise TypeError(
+            f"num_cells must be a sequence with the hidden units of each layer, got {num_cells}: say [{num_cells}]."
+        )
     norm = {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": n} for n in num_cells]} if layer_norm else {}
     defaults = {"activation_class": nn.ReLU, "init_fn": nn.init.xavier_uniform_, **norm}
     return network_class(in_features=in_features, out_features=out_features, num_cells=num_cells, **{**defaults, **kwargs})

@@ -8,6 +8,7 @@ until somebody does, and one seed is one noise: to draw many (Monte-Carlo dropou
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -58,15 +59,30 @@ class SeededDropout(IndexedLayer, nn.Dropout):
 
 
 def seed_dropout(network: nn.Module) -> None:
-    """Put a :class:`SeededDropout` in the place of each :class:`torch.nn.Dropout` of ``network``."""
+    """Put a :class:`SeededDropout` in the place of each :class:`torch.nn.Dropout` of ``network``.
+
+    One that is in several places becomes one for each, with noise of its own. Other kinds of dropout stay, with a warning.
+    """
     parameter = next(network.parameters(), None)
     device = None if parameter is None else parameter.device
     found = [
-        (parent, name) for parent in network.modules() for name, child in parent.named_children() if type(child) is nn.Dropout
+        (parent, name)
+        for parent in network.modules()
+        for name, child in parent._modules.items()  # named_children() has a shared one once
+        if type(child) is nn.Dropout
     ]
     for stream, (parent, name) in enumerate(found):
         old = getattr(parent, name)
         setattr(parent, name, SeededDropout(old.p, stream, device).train(old.training))
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+    others = [m for m in network.modules() if isinstance(m, kinds) and not isinstance(m, SeededDropout) and m.p]
+    if others:
+        names = ", ".join(sorted({type(other).__name__ for other in others}))
+        warnings.warn(
+            f"{names} draws from torch's global generator: an update is then no function of its draws. Only torch.nn.Dropout "
+            "is replaced by SeededDropout.",
+            stacklevel=3,
+        )
 
 
 def with_seed(params: Any, seed: Tensor | None) -> Any:

@@ -43,6 +43,8 @@ def as_generator(generator: torch.Generator | int | None = None) -> torch.Genera
     if generator is None:
         with torch.random.fork_rng(devices=[]):
             generator = int(torch.randint(2**62, (), device="cpu"))
+    if isinstance(generator, bool) or not isinstance(generator, int):
+        raise TypeError(f"generator must be a torch.Generator, an int or None, got {generator!r}.")
     return torch.Generator(device="cpu").manual_seed(generator)
 
 

@@ -35,6 +35,8 @@ def action_disagreement(action: Tensor) -> Tensor:
     Returns:
         Tensor: ``()``, in units of the action; 0 for one subnetwork.
     """
+    if action.ndim < 2:
+        raise ValueError(f"action must have shape (N, *batch, action_dim), got {tuple(action.shape)}.")
     return _mean_distance(action.reshape(action.shape[0], -1, action.shape[-1]))
 
 
@@ -50,6 +52,8 @@ def trajectory_diversity(position: Tensor) -> Tensor:
     Returns:
         Tensor: ``()``, in units of the position; 0 for one subnetwork.
     """
+    if position.ndim != 3:
+        raise ValueError(f"position must have shape (N, T, dim), got {tuple(position.shape)}.")
     return _mean_distance(position)
 
 
@@ -83,8 +87,9 @@ def soft_returns(
     of the last state is then part of the truth it is compared with, by a factor of :math:`\gamma^d`.
 
     Args:
-        reward, log_prob (Tensor): ``(*batch, T)``, time last: of each step and of its action. A row may hold several episodes,
-            one after the other; its last step is taken as truncated unless it is terminal.
+        reward, log_prob (Tensor): ``(*batch, T)``, time last: of each step and of its action. TorchRL's rewards and ends are
+            ``(*batch, T, 1)``: ``squeeze(-1)`` them. A row may hold several episodes, one after the other; its last step is
+            taken as truncated unless it is terminal.
         terminated, truncated (Tensor): boolean, ``(*batch, T)``: the step that ends an episode.
 
     Keyword Args:
@@ -97,6 +102,8 @@ def soft_returns(
         Tensor: ``(*batch, T)``.
     """
     _same_shape(reward=reward, log_prob=log_prob, terminated=terminated, truncated=truncated, bootstrap=bootstrap)
+    if not reward.is_floating_point():
+        raise TypeError(f"the reward must be floating point, got {reward.dtype}.")
     goes_on = ~(terminated | truncated)
     goes_on[..., -1] = False
     cut = torch.zeros_like(reward) if bootstrap is None else bootstrap.masked_fill(terminated, 0.0)
@@ -241,6 +248,8 @@ def visitation(position: Tensor, bins: int = 30, low: float = 0.0, high: float =
     Raises:
         ValueError: positions of another shape, or outside the square.
     """
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}.")
     if position.ndim < 1 or position.shape[-1] != 2:
         raise ValueError(f"position must have shape (*batch, 2), x and y, got {tuple(position.shape)}.")
     position = position.reshape(-1, 2)
@@ -262,6 +271,8 @@ def coverage(visits: Tensor, reachable: Tensor | None = None) -> Tensor:
     Returns:
         Tensor: ``(*batch,)``, in [0, 1].
     """
+    if reachable is not None and reachable.shape != visits.shape[-2:]:
+        raise ValueError(f"reachable must have the grid's shape {tuple(visits.shape[-2:])}, got {tuple(reachable.shape)}.")
     visited = (visits > 0).flatten(-2).float()
     return visited.mean(-1) if reachable is None else visited[..., reachable.flatten()].mean(-1)
 
@@ -269,4 +280,4 @@ def coverage(visits: Tensor, reachable: Tensor | None = None) -> Tensor:
 def _same_shape(**tensors: Tensor | None) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
     if len(set(shapes.values())) != 1:
-        raise ValueError(f"expected tensors of one shape (*batch, T), got {shapes}.")
+        raise ValueError(f"expected tensors of one shape (*batch, T), got {shapes}; TorchRL's (*batch, T, 1) need squeeze(-1).")

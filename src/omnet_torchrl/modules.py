@@ -92,8 +92,8 @@ class SubnetActor(ProbabilisticActor):
     Raises:
         ValueError, TypeError: the action spec is not a bounded continuous one; an index is not int64 or out of range (seen
             on the CPU; a GPU raises a device-side assertion). An environment that draws from another number of subnetworks
-            is not seen before an index is out of range: ask :meth:`check_env`.
-        KeyError: the TensorDict has no index; the message says what adds it.
+            is not seen before an index is out of range: ask :meth:`check_env`. The network has another number of outputs.
+        KeyError: the TensorDict has no index, and the message says what adds it; or none of another input.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -116,7 +116,7 @@ class SubnetActor(ProbabilisticActor):
         spec, parameter = check_action_spec(action_spec), next(module.parameters(), None)
         if parameter is not None:  # the bounds, which each call reads, belong where the network is
             spec = spec.to(parameter.device)
-        _init_actor(super().__init__, _SquashedGaussian(module, in_keys), spec, action_key)
+        _init_actor(super().__init__, _SquashedGaussian(module, in_keys, spec.shape[-1]), spec, action_key)
         self.num_subnets, self.subnet_key, self.action_key = _get_num_subnets(module), in_keys[-1], action_key
 
     @dispatch(auto_batch_size=False)
@@ -157,7 +157,7 @@ class SubnetActor(ProbabilisticActor):
         """Subnetwork ``subnet`` as a plain :class:`~torchrl.modules.ProbabilisticActor` that reads no index."""
         head, distribution = self.module[0], self.module[-1]
         spec = self.spec[self.action_key]
-        plain = _SquashedGaussian(head.network.extract(subnet), head.in_keys[:-1])
+        plain = _SquashedGaussian(head.network.extract(subnet), head.in_keys[:-1], head.action_dim)
         return _init_actor(ProbabilisticActor, plain, spec, distribution.out_keys[0]).train(self.training)
 
 
@@ -264,13 +264,26 @@ class _SquashedGaussian(TensorDictModuleBase):
     No :class:`~tensordict.nn.TensorDictModule`: what that does with any output costs more than the network at batch 1.
     """
 
-    def __init__(self, network: nn.Module, in_keys: Sequence[NestedKey]):
+    def __init__(self, network: nn.Module, in_keys: Sequence[NestedKey], action_dim: int):
         super().__init__()
-        self.network, self.in_keys, self.out_keys = network, list(in_keys), ["loc", "scale"]
+        self.network, self.in_keys, self.out_keys, self.action_dim = network, list(in_keys), ["loc", "scale"], action_dim
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        loc, log_std = self.network(*(tensordict.get(key) for key in self.in_keys)).chunk(2, -1)
+        inputs = [tensordict.get(key, None) for key in self.in_keys]
+        try:
+            output = self.network(*inputs)
+        except (TypeError, AttributeError) as error:
+            missing = [key for key, value in zip(self.in_keys, inputs, strict=True) if value is None]
+            if missing:
+                raise KeyError(f"the actor reads {self.in_keys}, the TensorDict has no {missing}.") from error
+            raise
+        if output.shape[-1] != 2 * self.action_dim:
+            raise ValueError(
+                f"the actor's network must have 2 * action_dim={2 * self.action_dim} outputs, means and logarithms of standard "
+                f"deviations, got {output.shape[-1]}."
+            )
+        loc, log_std = output.chunk(2, -1)
         return tensordict.set("loc", loc).set("scale", log_std.clamp(*LOG_STD_BOUNDS).exp())
 
 

@@ -66,7 +66,11 @@ class OMNetSACLoss(SACLoss):
         value_reduction (str): the actor ascends the ``"mean"`` (default, equation 5) or, as TorchRL's SAC, the ``"min"`` over
             V.
         loss_function (str): of the critic. Defaults to ``"l2"``, the squared error of equation 4.
-        alpha_init, min_alpha, max_alpha, action_spec, fixed_alpha, target_entropy, delay_qvalue, separate_losses, reduction,
+        target_entropy (float or str): of the policy, in nats, of the action as the environment takes it. ``"auto"`` (default):
+            minus the number of its dimensions, as in SACLoss, which is meant for actions in [-1, 1]. Where the bounds are
+            others, add ``((space.high - space.low) / 2).log().sum()``, as the training job does: for actions in [-0.2, 0.2],
+            -1.6 for each dimension.
+        alpha_init, min_alpha, max_alpha, action_spec, fixed_alpha, delay_qvalue, separate_losses, reduction,
             use_prioritized_weights, scalar_output_mode: as in :class:`~torchrl.objectives.SACLoss`.
         skip_done_states (bool): feed zeros instead of the next observation where the next state is terminal, so that whatever
             stands there (NaN) has no effect. Defaults to ``False``.
@@ -88,8 +92,9 @@ class OMNetSACLoss(SACLoss):
         :meth:`alpha_loss`, are functions of (parameters, batch, draws): they trace with ``torch.compile(fullgraph=True)`` and
         run under ``torch.vmap``.
 
-    .. note:: Dropout in a network is replaced, in place, by :class:`~omnet_torchrl.SeededDropout`, whose noise the draws seed.
-        Called outside the loss in training mode, it repeats one noise until you set another ``dropout_seed``.
+    .. note:: :class:`torch.nn.Dropout` in a network is replaced, in place, by :class:`~omnet_torchrl.SeededDropout`, whose
+        noise the draws seed. Called outside the loss in training mode, it repeats one noise until you set another
+        ``dropout_seed``. Other kinds of dropout (of channels, alpha) draw from torch's global generator, with a warning.
 
     .. note:: The target network has the online network's masks, always: its leaves that are not floating point are read from
         the online parameters at each call.
@@ -422,7 +427,13 @@ class OMNetSACLoss(SACLoss):
             subnet = subnet.reshape(-1, *(1 for _ in batch))
         inputs = self._inputs(self.qvalue_network, tensordict, subnet).set(self.tensor_keys.action, action)
         with params.to_module(self.qvalue_network, preserve_module_state=False):
-            value = self.qvalue_network(inputs).get(self.tensor_keys.state_action_value).squeeze(-1)
+            value = self.qvalue_network(inputs).get(self.tensor_keys.state_action_value, None)
+        if value is None:
+            raise KeyError(
+                f"the critic writes {self.qvalue_network.out_keys} and no {self.tensor_keys.state_action_value!r}: say which "
+                "key is its value with loss.set_keys(state_action_value=...)."
+            )
+        value = value.squeeze(-1)
         # A critic that ignores the index answers without its dimension.
         return value.expand(subnet.shape[0], *batch)
 
@@ -459,10 +470,9 @@ class OMNetSACLoss(SACLoss):
         if not self.delay_qvalue:
             return online.detach()
         target = self._params("target_qvalue_network_params", params)
-        if not self._mask_keys:
-            return target
-        target = (target._param_td if isinstance(target, TensorDictParams) else target).copy()
-        return target.update(online.select(*self._mask_keys))
+        # Plain tensors: what is marked as a buffer can't be put back by a network that calls another one functionally.
+        target = (target._param_td if isinstance(target, TensorDictParams) else target).detach()
+        return target.update(online.select(*self._mask_keys)) if self._mask_keys else target
 
     def _temperature(self, params: TensorDictBase | None) -> Tensor:
         if params is None or params.get("log_alpha", None) is None:

@@ -81,7 +81,10 @@ class RedrawnMLP(IndexedMLP):
         init_fn (callable or None): see :class:`~omnet_torchrl.MaskedLinear`.
 
     Shape:
-        As :class:`~omnet_torchrl.MaskedMLP`; the index is in [0, 2^31).
+        As :class:`~omnet_torchrl.MaskedMLP`; the index is in [0, 2^31), and what is not is answered too.
+
+    .. note:: An index per element means a mask per element, made for it: 256 elements at width 256 take a second or two and
+        gigabytes. An index for the whole batch, or one per row ``(K, 1)``, as the loss asks, takes K masks.
 
     Examples:
         >>> net = RedrawnMLP(in_features=23, out_features=1, num_cells=[256, 256], generator=0)

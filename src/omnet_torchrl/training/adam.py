@@ -48,7 +48,9 @@ class LazyAdam(Adam):
         for param in params:
             state = self.state[param]
             before.append({moment: state[moment].clone() for moment in MOMENTS if moment in state} | {"param": param.clone()})
-        super().step()
+        # Without the hooks of steps, which torch wraps around either method: they are this one's.
+        step = Adam.step.__wrapped__ if getattr(Adam.step, "hooked", False) else Adam.step
+        step(self)
         for param, old in zip(params, before, strict=True):
             now = {moment: self.state[param][moment] for moment in MOMENTS} | {"param": param}
             for name, value in now.items():
