@@ -49,8 +49,8 @@ class LazyAdam(Adam):
             state = self.state[param]
             before.append({moment: state[moment].clone() for moment in MOMENTS if moment in state} | {"param": param.clone()})
         # Without the hooks of steps, which torch wraps around either method: they are this one's.
-        step = Adam.step.__wrapped__ if getattr(Adam.step, "hooked", False) else Adam.step
-        step(self)
+        step: Any = Adam.step
+        (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
         for param, old in zip(params, before, strict=True):
             now = {moment: self.state[param][moment] for moment in MOMENTS} | {"param": param}
             for name, value in now.items():
