@@ -28,6 +28,7 @@ from omnet_torchrl.training import (
     CompiledPolicy,
     Evaluation,
     GatherStorage,
+    LazyAdam,
     Run,
     SACUpdate,
     Trainer,
@@ -35,7 +36,6 @@ from omnet_torchrl.training import (
     make_env,
     schedule,
 )
-from omnet_torchrl.training.adam import LazyAdam
 from omnet_torchrl.training.algorithms import loss_options, network_options
 from omnet_torchrl.training.config import check_overrides, register
 from omnet_torchrl.training.global_numbers import derived_seed

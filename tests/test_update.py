@@ -188,8 +188,8 @@ def test_it_is_adam_bit_for_bit_whatever_its_options(adam, optimiser):
 
 def test_lazy_adam_is_adam_where_the_gradient_is_not_zero_and_nothing_elsewhere():
     generator = torch.Generator().manual_seed(0)
-    weights = [nn.Parameter(torch.ones(4, 5)) for _ in range(3)]  # lazy; plain; plain with other gradients
-    optims = [LazyAdam(weights[:1], lr=0.1), Adam(weights[1:2], lr=0.1), Adam(weights[2:], lr=0.1)]
+    weights = [nn.Parameter(torch.ones(4, 5)) for _ in range(2)]
+    optims = [LazyAdam(weights[:1], lr=0.1), Adam(weights[1:], lr=0.1)]
     idle = torch.rand(4, 5, generator=generator) < 0.5
 
     def state():
@@ -203,10 +203,7 @@ def test_lazy_adam_is_adam_where_the_gradient_is_not_zero_and_nothing_elsewhere(
         for optim in optims:
             optim.step()
         if not step:
-            before = (
-                weights[0].detach().clone(),
-                *(optims[0].state[weights[0]][key].clone() for key in ("exp_avg", "exp_avg_sq")),
-            )
+            before = state()
     for value, old in zip(state(), before, strict=True):
         assert torch.equal(value[idle], old[idle])
         assert (value[~idle] != old[~idle]).all()

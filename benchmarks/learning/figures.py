@@ -48,8 +48,8 @@ def curves(
 
     Thick lines are means over the seeds that have all frames, or, where none has, up to the last frame that every run has; thin
     ones are the seeds; shaded, from three seeds on, is Student's 95 % interval, cut where it leaves the panel. A cross ends a
-    run that has diverged. Reference curves are dashed, means and seeds, against frames alone. Values beyond ``symlog`` are on a
-    logarithmic scale.
+    run that has diverged. Reference curves are dashed, means and seeds, against frames alone. Where a panel's values go
+    beyond ten times ``symlog``, those beyond ``symlog`` are on a logarithmic scale.
     """
     figure = Figure(figsize=(4.2 * len(tasks) + 0.4, 3.1 * len(axes) + 1.2), dpi=120, layout="constrained")
     grid = figure.subplots(len(axes), len(tasks), squeeze=False)
@@ -65,7 +65,8 @@ def curves(
                 panel.xaxis.set_major_formatter(FuncFormatter(lambda frames, _: count(frames)))
                 panel.set_title(task)
             panel.set_xlabel(AXES[axis])
-            if symlog is not None:
+            largest = max((np.abs(line.get_ydata()).max() for line in panel.lines), default=0.0)
+            if symlog is not None and largest > 10 * symlog:
                 panel.set_yscale("symlog", linthresh=symlog)
             _dress(panel)
             _limit(panel)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,9 @@ def as_generator(generator: torch.Generator | int | None = None) -> torch.Genera
     if generator is None:
         with torch.random.fork_rng(devices=[]):
             generator = int(torch.randint(2**62, (), device="cpu"))
-    if isinstance(generator, bool) or not isinstance(generator, int):
+    if isinstance(generator, bool) or not isinstance(generator, Integral):  # NumPy's integers are
         raise TypeError(f"generator must be a torch.Generator, an int or None, got {generator!r}.")
-    return torch.Generator(device="cpu").manual_seed(generator)
+    return torch.Generator(device="cpu").manual_seed(int(generator))
 
 
 def bernoulli_masks(

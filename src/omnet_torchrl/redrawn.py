@@ -83,8 +83,8 @@ class RedrawnMLP(IndexedMLP):
     Shape:
         As :class:`~omnet_torchrl.MaskedMLP`; the index is in [0, 2^31), and what is not is answered too.
 
-    .. note:: An index per element means a mask per element, made for it: 256 elements at width 256 take a second or two and
-        gigabytes. An index for the whole batch, or one per row ``(K, 1)``, as the loss asks, takes K masks.
+    .. note:: An index per element means a mask per element, made for it: 1,024 elements at width 256 take seconds and 2 GB. An
+        index for the whole batch, or one per row ``(K, 1)``, as the loss asks, takes one mask, or K.
 
     Examples:
         >>> net = RedrawnMLP(in_features=23, out_features=1, num_cells=[256, 256], generator=0)

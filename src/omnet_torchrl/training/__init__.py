@@ -4,6 +4,7 @@ Needs the extra ``train``: ``pip install "omnet-torchrl[train]"``.
 """
 
 from omnet_torchrl.training.acting import CompiledPolicy
+from omnet_torchrl.training.adam import LazyAdam
 from omnet_torchrl.training.environments import make_env
 from omnet_torchrl.training.evaluation import Evaluation, evaluate
 from omnet_torchrl.training.policy import load_policy
@@ -16,6 +17,7 @@ __all__ = [
     "CompiledPolicy",
     "Evaluation",
     "GatherStorage",
+    "LazyAdam",
     "Run",
     "SACUpdate",
     "Trainer",

@@ -119,8 +119,8 @@ class FunctionalAdam:
         corrections = materialised((1 - beta2**counts).sqrt())
         for i, name in enumerate(self.names):
             param, grad, exp_avg, exp_avg_sq = params[name], grads[name], *(state[moment][i] for moment in MOMENTS)
-            idle = grad == 0
-            before = [tensor.clone() for tensor in (param, exp_avg, exp_avg_sq)] if self.lazy else []
+            if self.lazy:
+                idle, before = grad == 0, [tensor.clone() for tensor in (param, exp_avg, exp_avg_sq)]
             if options["maximize"]:
                 grad = -grad
             if options["decoupled_weight_decay"]:
@@ -131,8 +131,9 @@ class FunctionalAdam:
             exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             step_size, correction = step_sizes[i].to(param.dtype), corrections[i].to(param.dtype)
             param.add_(exp_avg * step_size / (exp_avg_sq.sqrt() / correction).add_(options["eps"]))
-            for tensor, old in zip((param, exp_avg, exp_avg_sq), before, strict=self.lazy):
-                tensor.copy_(torch.where(idle, old, tensor))
+            if self.lazy:
+                for tensor, old in zip((param, exp_avg, exp_avg_sq), before, strict=True):
+                    tensor.copy_(torch.where(idle, old, tensor))
 
     def check(self, state: dict[str, Any]) -> None:
         """Raise if the ``state_dict`` of an optimiser is of other options."""

@@ -37,8 +37,9 @@ class SACUpdate:
 
     Args:
         loss (OMNetSACLoss): with the parameters to train; on their device before. What needs no gradient is not trained.
-        critic_optim (Adam): over the critic's parameters. Its options are read here, once: a scheduler has no effect.
-        actor_optim (Adam): over the actor's parameters and ``loss.log_alpha`` (unless ``fixed_alpha``).
+        critic_optim (Adam or LazyAdam): over the critic's parameters. Its options are read here, once: a scheduler has no
+            effect.
+        actor_optim (Adam or LazyAdam): over the actor's parameters and ``loss.log_alpha`` (unless ``fixed_alpha``).
         target_updater (SoftUpdate): of ``loss``.
 
     Keyword Args:
@@ -54,9 +55,9 @@ class SACUpdate:
 
     Raises:
         IndexError: on a CPU, an ``index`` that names no row.
-        ValueError: an optimiser that is not over just these parameters, or is no plain Adam; a target updater that is no
-            SoftUpdate of ``loss``; a loss that is not reduced to one number; compiled, a batch of another shape or with other
-            ``optional_in_keys`` than the first, or rows that are not contiguous.
+        ValueError: an optimiser that is not over just these parameters, or is neither Adam nor LazyAdam; a target updater
+            that is no SoftUpdate of ``loss``; a loss that is not reduced to one number; compiled, a batch of another shape or
+            with other ``optional_in_keys`` than the first, or rows that are not contiguous.
 
     Examples:
         >>> from torchrl.data import Bounded, ReplayBuffer, Unbounded
