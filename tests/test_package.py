@@ -76,7 +76,7 @@ TRAINING = {
         "checkpoint",
         "trainer",
     },
-    "__init__": {"acting", "environments", "evaluation", "policy", "run", "storage", "trainer", "update"},
+    "__init__": {"adam", "acting", "environments", "evaluation", "policy", "run", "storage", "trainer", "update"},
 }
 
 
