@@ -209,12 +209,12 @@ def answer(layers, subnets, x, seed=None):
 
 
 def policy(layers, subnet, state, noise, low=-0.4, high=1.0):
-    """A tanh-squashed Gaussian action within [low, high] and its log-probability, by change of variables."""
+    """A tanh-squashed Gaussian action within [low, high] and its log-probability in [-1, 1], by change of variables."""
     mean, log_std = answer(layers, [subnet], state)[0].chunk(2, -1)
     std = log_std.clamp(-20, 2).exp()
     u = mean + std * noise
     log_prob = -0.5 * noise**2 - std.log() - 0.5 * math.log(2 * math.pi)
-    log_prob = log_prob - 2 * (math.log(2) - u - F.softplus(-2 * u)) - math.log((high - low) / 2)
+    log_prob = log_prob - 2 * (math.log(2) - u - F.softplus(-2 * u))  # before it is scaled, as REDQ does
     return low + (high - low) * (torch.tanh(u) + 1) / 2, log_prob.sum(-1)
 
 
@@ -432,16 +432,18 @@ def test_the_target_entropy_is_redqs_for_the_papers_tasks_and_minus_the_actions_
 
 
 @pytest.mark.parametrize("env", ["Hopper-v4", "Pendulum-v1"])
-def test_the_temperature_learns_the_same_whatever_the_range_of_the_actions(env):
-    config, losses = to_config({"env": env, "compile": False, "network": {"sparsity": 0.0}}), []
+def test_entropy_counts_the_same_whatever_the_range_of_the_actions(env):
+    config, found = to_config({"env": env, "compile": False, "network": {"sparsity": 0.0}}), []
     for limit in (1.0, 0.4):
         torch.manual_seed(0)
-        parts = build(config, Unbounded((OBS,)), Bounded(-limit, limit, (ACT,)))
+        loss = build(config, Unbounded((OBS,)), Bounded(-limit, limit, (ACT,))).loss
+        for tensor in loss.target_qvalue_network_params.values(True, True):  # the reward and the entropy are left of the target
+            tensor.data.zero_()
         batch = make_batch(8)
-        draws = parts.loss.draw(batch, torch.Generator().manual_seed(0))
-        log_prob = parts.loss.actor_loss(batch, draws=draws)[1]["log_prob"]
-        losses.append((log_prob + parts.loss.target_entropy).mean())  # what moves the temperature
-    torch.testing.assert_close(*losses)
+        draws = loss.draw(batch, torch.Generator().manual_seed(0))
+        log_prob = loss.actor_loss(batch, draws=draws)[1]["log_prob"]
+        found.append((log_prob, log_prob + loss.target_entropy, loss.compute_target(batch, draws=draws)))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize(

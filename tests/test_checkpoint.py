@@ -259,7 +259,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(kind, damage, tmp_pat
     assert_same(expected, buffer)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"null", b"\xff\xfe", b'{"format": 1}', b'{"format": 2}'])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"null", b"\xff\xfe", b'{"format": 1}', b'{"format": 3}'])
 def test_a_torn_manifest_falls_back(content, tmp_path):
     series(tmp_path, 10, 20)
     newest(tmp_path, "checkpoint").write_bytes(content)
@@ -267,17 +267,17 @@ def test_a_torn_manifest_falls_back(content, tmp_path):
         assert load(tmp_path)[0]["frames"] == 10
 
 
-@pytest.mark.parametrize(("number", "readable"), [(1, False), (2, True), (3, True), (4, False)])
+@pytest.mark.parametrize(("number", "readable"), [(1, False), (2, True), (3, True), (4, True), (5, False)])
 def test_networks_of_a_format_that_kept_them_alike_can_be_read(number, readable, tmp_path):
     series(tmp_path, 10)
     manifest = newest(tmp_path, "checkpoint")
-    manifest.write_text(manifest.read_text().replace('"format": 3', f'"format": {number}'))
+    manifest.write_text(manifest.read_text().replace('"format": 4', f'"format": {number}'))
     checkpointer = Checkpointer(tmp_path)
-    for replay, works in ((True, number == 3), (False, readable)):
+    for replay, works in ((True, number == 4), (False, readable)):
         if works:
             assert checkpointer.load(replay=replay)[0]["frames"] == 10
         else:
-            with pytest.raises(CheckpointError, match=f"expected checkpoint format 3, got {number}"):
+            with pytest.raises(CheckpointError, match=f"expected checkpoint format 4, got {number}"):
                 checkpointer.load(replay=replay)
 
 

@@ -238,6 +238,15 @@ def test_entropy_terms_equal_the_values_worked_out_by_hand(monkeypatch):
     torch.testing.assert_close(output["loss_alpha"], torch.full((3,), 1.75 * math.log(2)))
 
 
+def test_an_offset_of_the_log_probability_is_an_offset_wherever_it_counts(monkeypatch):
+    monkeypatch.setattr(ConstantAction, "log_prob_value", 0.0)
+    loss = constant_loss([1.0], [10.0], [1.0], alpha=2.0, num_target_subnets=1, log_prob_offset=0.25)
+    output = loss(batch := constant_batch(), draws=draws_of())
+    torch.testing.assert_close(loss.compute_target(batch, draws=draws_of()), torch.tensor([10.0, 2.0, 12.0]))
+    torch.testing.assert_close(output["loss_actor"], torch.full((3,), -1.0))
+    torch.testing.assert_close(output["loss_alpha"], torch.full((3,), 1.75 * math.log(2)))
+
+
 def test_n_step_data_is_discounted_by_its_number_of_steps():
     loss = constant_loss([1.0], [10.0], [1.0], num_target_subnets=1)
     batch = constant_batch().set("steps_to_next_obs", torch.tensor([[1.0], [2.0], [3.0]]))

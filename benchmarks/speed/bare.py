@@ -36,13 +36,13 @@ def network(layers: Layers, masks: list[Tensor], subnet: Tensor, x: Tensor) -> T
 
 
 def act(output: Tensor, noise: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Action ``(B, a)`` within ``[-scale, scale]`` of a squashed Gaussian, and its log-probability ``(B,)``."""
+    """Action ``(B, a)`` within ``[-scale, scale]`` of a squashed Gaussian, and its log-probability ``(B,)`` within [-1, 1]."""
     mean, log_std = output.chunk(2, -1)
     log_std = log_std.clamp(-20, 2)
     pre = mean + log_std.exp() * noise
-    # Of the Gaussian, of tanh, log(1 - tanh^2) in its stable form, and of the scaling.
+    # Of the Gaussian, and of tanh, log(1 - tanh^2) in its stable form; the action is scored before it is scaled.
     log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    log_prob = log_prob - 2 * (math.log(2) - pre - F.softplus(-2 * pre)) - math.log(scale)
+    log_prob = log_prob - 2 * (math.log(2) - pre - F.softplus(-2 * pre))
     return scale * pre.tanh(), log_prob.sum(-1)
 
 

@@ -66,10 +66,13 @@ class OMNetSACLoss(SACLoss):
         value_reduction (str): the actor ascends the ``"mean"`` (default, equation 5) or, as TorchRL's SAC, the ``"min"`` over
             V.
         loss_function (str): of the critic. Defaults to ``"l2"``, the squared error of equation 4.
-        target_entropy (float or str): of the policy, in nats, of the action as the environment takes it. ``"auto"`` (default):
-            minus the number of its dimensions, as in SACLoss, which is meant for actions in [-1, 1]. Where the bounds are
-            others, add ``((space.high - space.low) / 2).log().sum()``, as the training job does: for actions in [-0.2, 0.2],
-            -1.6 for each dimension.
+        target_entropy (float or str): of the policy, in nats. ``"auto"`` (default): minus the number of action dimensions, as
+            in SACLoss, which is meant for actions in [-1, 1]; for others give ``log_prob_offset`` too.
+        log_prob_offset (float): added to the log-probability of every action, in the targets, the actor's and the
+            temperature's loss. 0 (default): of the action as the environment takes it, as in SACLoss.
+            ``((space.high - space.low) / 2).log().sum()`` of the action's spec: of the action rescaled to [-1, 1], as REDQ and
+            DroQ score it, and the training job. Where actions are in [-0.2, 0.2], SACLoss's soft value of a step is lower by
+            1.6 times the temperature for each dimension, which a task whose episodes end feels as a price of living on.
         alpha_init, min_alpha, max_alpha, action_spec, fixed_alpha, delay_qvalue, separate_losses, reduction,
             use_prioritized_weights, scalar_output_mode: as in :class:`~torchrl.objectives.SACLoss`.
         skip_done_states (bool): feed zeros instead of the next observation where the next state is terminal, so that whatever
@@ -138,6 +141,7 @@ class OMNetSACLoss(SACLoss):
         action_spec: TensorSpec | None = None,
         fixed_alpha: bool = False,
         target_entropy: float | Literal["auto"] = "auto",
+        log_prob_offset: float = 0.0,
         delay_qvalue: bool = True,
         separate_losses: bool = False,
         reduction: Literal["none", "mean", "sum"] | None = None,
@@ -177,6 +181,7 @@ class OMNetSACLoss(SACLoss):
         self.num_subnets = _num_subnets(qvalue_network, self.tensor_keys.subnet, "qvalue_network")
         self.num_actor_subnets = _num_subnets(actor_network, self.tensor_keys.subnet, "actor_network")
         self.replacement, self.value_reduction = replacement, value_reduction
+        self.log_prob_offset = float(log_prob_offset)
         self.num_trained_subnets = self._checked_count("num_trained_subnets", num_trained_subnets)
         self.num_target_subnets = self._checked_count("num_target_subnets", num_target_subnets)
         self.num_value_subnets = self._checked_count("num_value_subnets", num_value_subnets)
@@ -411,11 +416,12 @@ class OMNetSACLoss(SACLoss):
         noise: Tensor | None,
         seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """A reparametrised action of one actor subnetwork, and its log-probability."""
+        """A reparametrised action of one actor subnetwork, and its log-probability, with the offset."""
         inputs = self._inputs(self.actor_network, tensordict, subnet)
         params = with_seed(params, seed)
         with set_exploration_type(ExplorationType.RANDOM), params.to_module(self.actor_network, preserve_module_state=False):
-            return rsample_with_noise(self.actor_network.get_dist(inputs), noise)
+            action, log_prob = rsample_with_noise(self.actor_network.get_dist(inputs), noise)
+        return action, log_prob + self.log_prob_offset if self.log_prob_offset else log_prob
 
     def _qvalue(
         self, params: TensorDictBase, tensordict: TensorDictBase, action: Any, subnet: Tensor, seed: Tensor | None = None

@@ -23,8 +23,8 @@ from torchrl.data import ReplayBuffer
 
 from omnet_torchrl.training.files import replace_file
 
-FORMAT = 3
-POLICIES = (2,)  # other formats whose networks can be read
+FORMAT = 4
+POLICIES = (2, 3)  # other formats whose networks can be read
 MANIFESTS = "checkpoint_*.json"
 FILES = re.compile(r"(state_\d+_|replay_\d+_\d+_)[0-9a-f]+\.pt(\.tmp)?|checkpoint_\d+\.json(\.tmp)?")
 
