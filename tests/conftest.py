@@ -1,5 +1,7 @@
 """Shared parts of the tests: seeds, a batch, small networks."""
 
+import contextlib
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -57,6 +59,16 @@ def make_batch(*batch, seed=0, done=0.0):
         },
         batch_size=batch,
     )
+
+
+@contextlib.contextmanager
+def no_wait():
+    """Whatever would wait for the GPU is an error."""
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import ACT, OBS, make_batch, small_actor, small_qvalue, specs
+from conftest import ACT, OBS, make_batch, no_wait, small_actor, small_qvalue, specs
 from tensordict import TensorDict
 from tensordict.nn import CompositeDistribution, NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import nn
@@ -1090,9 +1090,6 @@ def test_a_compiled_critic_loss_and_its_draws_wait_for_nothing_on_a_gpu():
     batch = make_batch(16).to("cuda")
     draws, part = loss.draw(batch), compiled(lambda td, d: loss.qvalue_loss(td, draws=d)[0])
     part(batch, draws)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait():
         part(batch, draws)
         loss.draw(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from conftest import OBS, make_batch, small_actor, small_qvalue, specs
+from conftest import OBS, make_batch, no_wait, small_actor, small_qvalue, specs
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.utils import _pytree as pytree
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import HardUpdate, SoftUpdate
 
-from omnet_torchrl import EnsembleMLP, OMNetSACLoss, RedrawnMLP, SubnetQValueOperator, make_actor, make_qvalue
+from omnet_torchrl import EnsembleMLP, OMNetSACLoss, RedrawnMLP, SubnetQValueOperator, UnitMaskedMLP, make_actor, make_qvalue
 from omnet_torchrl.training import SACUpdate
 from omnet_torchrl.training import compiled as compiled_module
 from omnet_torchrl.training import update as update_module
@@ -135,6 +135,10 @@ def redrawn(make):
     return lambda device=None: make(*specs(), network_class=RedrawnMLP, num_cells=(16, 16), generator=3, device=device)
 
 
+def units(device=None):
+    return make_qvalue(*specs(), network_class=UnitMaskedMLP, num_subnets=3, num_cells=(16, 16), generator=4, device=device)
+
+
 ROWS = {
     "OMNet": {},
     "DroQ": {"qvalue": droq, "num_trained_subnets": None},
@@ -145,6 +149,11 @@ ROWS = {
     "SAC": {"qvalue": ensemble, "num_trained_subnets": None},
     "single critic": {"actor": dense_actor, "qvalue": dense_qvalue, "num_target_subnets": 1},
     "REDQ's minimum": {"value_reduction": "min", "num_trained_subnets": 2, "replacement": True},
+}
+OTHERS = {
+    **{name: kwargs for name, kwargs in ROWS.items() if kwargs},
+    **{"fixed temperature": {"fixed_alpha": True}, "bounded temperature": {"max_alpha": 1.02, "target_entropy": 10.0}},
+    **{"lazy Adam": {"optimiser": LazyAdam}, "units": {"qvalue": units}},
 }
 OPTIONS = [
     {"weight_decay": 0.1},
@@ -529,10 +538,18 @@ def test_nothing_disagrees(row):
         torch.testing.assert_close(value, torch.zeros(()), rtol=0, atol=1e-6)
 
 
+def test_disagreement_has_no_dropout():
+    update, batch = make_update(**ROWS["DroQ"]), make_batch(BATCH)
+    found = update.disagreement(batch)
+    update.loss.eval()
+    torch.testing.assert_close(found, update.disagreement(batch), rtol=0, atol=0)
+
+
 def test_disagreement_changes_neither_the_batch_nor_the_state():
-    update, batch = make_update(), make_batch(BATCH)
+    update, batch = make_update(**ROWS["DroQ"]), make_batch(BATCH)
     before, state = batch.clone(), snapshot(update)
     update.disagreement(batch)
+    assert all(module.training for module in update.loss.qvalue_network.modules())
     assert set(batch.keys(True)) == set(before.keys(True))
     assert_unchanged(update, state)
 
@@ -841,11 +858,7 @@ def test_in_double_precision_a_compiled_update_agrees_far_closer():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kwargs",
-    [*(kwargs for kwargs in ROWS.values() if kwargs), {"fixed_alpha": True}, {"max_alpha": 1.02, "target_entropy": 10.0}],
-    ids=[*(name for name in ROWS if ROWS[name]), "fixed temperature", "bounded temperature"],
-)
+@pytest.mark.parametrize("kwargs", OTHERS.values(), ids=OTHERS)
 def test_other_rows_compile_too(kwargs):
     update, eager = SACUpdate(*make_parts(**kwargs)), make_update(**kwargs)
     outputs = train(update, 20), train(eager, 20)
@@ -879,21 +892,33 @@ def test_a_captured_graph_agrees_with_eager_for_100_updates_and_waits_for_nothin
     update.load_state_dict(eager.state_dict())
     steps = [(i, *step) for i, step in enumerate(updates(update.loss, 100))]
     outputs = []
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait():
         for i, batch, draws in steps:
             output = dict(update.critic_step(batch, draws))
             if i % 5 == 4:
                 output |= update.actor_step(batch, draws)
             outputs.append({name: value.clone() for name, value in output.items()})
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for (i, batch, draws), got in zip(steps, outputs, strict=True):
         output = dict(eager.critic_step(batch, draws))
         if i % 5 == 4:
             output |= eager.actor_step(batch, draws)
         assert_outputs_close(got, output)
     assert_same_state(update, eager, **CLOSE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kwargs", OTHERS.values(), ids=OTHERS)
+def test_other_rows_are_captured_too_and_go_on_after_a_reset(kwargs):
+    both = update, eager = SACUpdate(*make_parts(device="cuda", **kwargs)), make_update(device="cuda", **kwargs)
+    actor, kept = [False, True, False, True], torch.cuda.get_rng_state()
+    for turn in range(3):
+        outputs = [each.block(*stacked(each, 4), actor) for each in both]
+        assert_outputs_close(*outputs)
+        assert_same_state(update, eager, **CLOSE)
+        assert turn or torch.equal(torch.cuda.get_rng_state(), kept)
+        for each in both:
+            torch.manual_seed(turn)
+            each.reset()
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import torch
 from components import BATCH, ROWS, TASKS, WIDTH
 from torchrl.objectives import REDQLoss, SACLoss
 
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 GROWTH = {
     "width": (WIDTH, 512, 1024, 2048),
     "num_subnets": (2, 8, 16, 32),
@@ -17,7 +18,7 @@ def run(benchmark, block, rounds=10):
     benchmark.pedantic(block, rounds=rounds)
 
 
-@pytest.mark.parametrize("mode", ["eager", "compiled", pytest.param("captured", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("mode", ["eager", "compiled", pytest.param("captured", marks=[pytest.mark.gpu, NO_GPU])])
 @pytest.mark.parametrize("task", ["hopper", "humanoid"])
 @pytest.mark.parametrize("row", ROWS)
 def test_rows(benchmark, row, task, mode):
@@ -26,6 +27,7 @@ def test_rows(benchmark, row, task, mode):
 
 
 @pytest.mark.gpu
+@NO_GPU
 def test_eager_on_a_gpu(benchmark):
     run(benchmark, components.omnet_block("omnet", TASKS["hopper"], compile=False, device="cuda"))
 
@@ -64,6 +66,7 @@ def test_draws(benchmark, task):
 
 
 @pytest.mark.gpu
+@NO_GPU
 def test_peak_memory_on_a_gpu(benchmark):
     torch.cuda.reset_peak_memory_stats()
     run(benchmark, components.omnet_block("omnet", TASKS["hopper"], device="cuda"))

@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
 from protocol import Worker
 from report import CLOSE, FLOORS, write_report
 
@@ -79,14 +80,18 @@ def measure(workers: dict[str, Worker], rounds: int, slow_s: float) -> tuple[dic
     return times, foreign / (time.perf_counter() - start) / (os.cpu_count() or 1)
 
 
-def machine() -> dict[str, str]:
+def machine(device: str = "cpu") -> dict[str, str]:
     """What it was measured on."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = names[0] if names else model
-    return {"cpu": model, "cores": str(os.cpu_count()), "system": platform.platform(), "python": platform.python_version()}
+    gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}
+    return {
+        **{"cpu": model, "cores": str(os.cpu_count()), **gpu},
+        **{"system": platform.platform(), "python": platform.python_version()},
+    }
 
 
 def commit() -> str:
@@ -129,7 +134,7 @@ def main() -> None:
         "commit": commit(),
         "command": shlex.join(["python", "benchmarks/speed/run.py", *sys.argv[1:]]),
         "minutes": round((time.perf_counter() - start) / 60, 1),
-        "machine": machine(),
+        "machine": machine(arguments.device),
         "others": round(others, 3),
         "versions": versions,
         "seconds": {case: [[round(x, 7) for x in turn] for turn in turns] for case, turns in times.items()},

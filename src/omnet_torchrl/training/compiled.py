@@ -140,7 +140,7 @@ class CUDAGraph:
                 run(steps, schedule, rows)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):  # torch's own stream is of the device that captured first
             self.output = run(steps, schedule, rows)
 
     def __call__(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -306,6 +306,8 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         # tensordict reads a flag that torch 2.13 no longer uses, whenever something is compiled.
         warnings.filterwarnings("ignore", message=".*inline_inbuilt_nn_modules is deprecated", category=FutureWarning)
+        # The precision of matrix products is the user's choice; Inductor would advise another one.
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
         yield
 
 

@@ -216,11 +216,17 @@ class SACUpdate:
 
     @torch.no_grad()
     def disagreement(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """How far the subnetworks are apart on a batch: ``subnets/q_std``, ``subnets/action_distance``, 0-dimensional."""
-        loss = self.loss
+        """How far the subnetworks are apart on a batch: ``subnets/q_std``, ``subnets/action_distance``, 0-dimensional.
+
+        Without dropout.
+        """
+        loss, critic = self.loss, self.loss.qvalue_network
         every = torch.arange(min(loss.num_subnets, MOST), device=self.device)
         action = batch.get(loss.tensor_keys.action)
+        training = critic.training
+        critic.eval()
         values = loss._qvalue(loss.qvalue_network_params, batch, action, every)
+        critic.train(training)
         num_actor = min(loss.num_actor_subnets, MOST)
         every = torch.arange(num_actor, device=self.device).view(-1, *(1 for _ in batch.batch_size))
         inputs = loss._inputs(loss.actor_network, batch, every)
