@@ -8,6 +8,7 @@ import collecting
 import components
 import grid
 import matmuls
+import profiling
 import pytest
 import report
 import run as speed_run
@@ -241,3 +242,10 @@ def test_the_grids_tables_pivot_on_the_last_parameter_and_keep_the_newer_result(
     assert (tmp_path / "grid.md").read_text().splitlines() == lines
     assert "data" not in (tmp_path / "grid.json").read_text()
     assert grid.main([], tmp_path).splitlines() == lines
+
+
+@pytest.mark.slow
+def test_a_profile_tells_matrix_products_from_kernels_and_the_rest():
+    parts = profiling.shares("omnet", "tiny", blocks=2)
+    assert list(parts) == ["matrix products", "kernels in between", "calls and the rest"]
+    assert min(parts.values()) > 0
