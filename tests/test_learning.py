@@ -71,13 +71,29 @@ def test_a_cell_of_several_experiments_is_there_once_and_the_first_seeds_come_fi
     assert {cell.frames for cell in cells} == {30_000}
 
 
+@pytest.mark.parametrize("names", [["hopper_30k", "fig2a"], ["fig2a", "hopper_30k"], ["readings", "hopper_30k", "fig2a"]])
+def test_a_cell_of_several_experiments_has_the_frames_of_the_longest(names):
+    cells = select(names, rows=["omnet"], tasks=["Hopper-v4"])
+    assert {cell.frames for cell in cells} == {300_000}
+    assert len(cells) == 10
+
+
+def test_more_seeds_than_an_experiments_own_can_be_asked_for():
+    assert {cell.seed for cell in select(["hopper_30k"], seeds=range(4))} == {0, 1, 2, 3}
+    assert [cell.seed for cell in select(["fig2a"], rows=["sac"], tasks=["Ant-v4"], seeds=[12])] == [12]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"experiments": ["fig2"]}, r"unknown experiment 'fig2'; known are fig2a, .*, all; did you mean fig2"),
         ({"experiments": ["fig2a"], "rows": ["redQ"]}, "unknown row 'redQ'; known are sac, sac_20, redq, .*mean redq"),
         ({"experiments": ["fig4"], "tasks": ["Hopper-v4"]}, "unknown task 'Hopper-v4'; known are Humanoid-v4"),
-        ({"experiments": ["fig2a"], "seeds": [10]}, r"no cell is left: seeds are 0 to 9, got \[10\]"),
+        ({"experiments": ["fig2a"], "seeds": []}, r"no cell is left of fig2a: expected a seed, .*got seeds \[\]"),
+        (
+            {"experiments": ["fig2a", "fig5"], "rows": ["sac"], "tasks": ["Maze2D"]},
+            r"no cell .* rows \['sac'\], tasks \['Maze2D'\]: leave some out",
+        ),
     ],
 )
 def test_an_unknown_name_lists_the_known_ones(arguments, message):

@@ -192,6 +192,15 @@ def test_a_damaged_file_is_named_and_skipped(results):
         written(results, "fig2a")
 
 
+@pytest.mark.usefixtures("without_pictures")
+def test_every_seed_that_there_is_counts(tmp_path):
+    for cell in select(["hopper_30k"], rows=["omnet"], seeds=range(3)):
+        write_run(tmp_path / "results", cell, 100.0 * cell.seed)
+    text = written(tmp_path / "results", "hopper_30k")
+    assert "| OMNet | 100 [-148, 348] (n=3) |" in text
+    assert "of OMNet" not in text
+
+
 def test_a_run_is_told_by_its_options_and_the_longer_of_two_is_taken(tmp_path):
     cell = select(["fig2a"], rows=["omnet"], tasks=["Hopper-v4"], seeds=[0], frames=30_000)[0]
     sparse = select(["fig9a"], rows=["omnet-sparsity-0.3"], tasks=["Hopper-v4"], seeds=[0], frames=30_000)[0]

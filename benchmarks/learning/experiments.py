@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,11 @@ class Experiment:
     seeds: int = 10
     frames: int = 300_000
 
-    def cells(self) -> list[Cell]:
-        """Its cells; those of the first seeds come first, so that a part of them is a smaller experiment."""
+    def cells(self, seeds: Iterable[int] | None = None) -> list[Cell]:
+        """Its cells, of its own seeds or others; those of the first come first: a part of them is a smaller experiment."""
         return [
             Cell(variant, task, seed, self.frames)
-            for seed in range(self.seeds)
+            for seed in (range(self.seeds) if seeds is None else seeds)
             for task in self.tasks
             for variant in self.variants
         ]
@@ -174,7 +174,6 @@ EXPERIMENTS = {
         frames=5_000,
     ),
     "controls": Experiment("Masks or LayerNorm?", (*_rows("omnet", "redq", "sac_20", "sin_sac"), *_CONTROLS)),
-    # After those whose cells it shares: all of it has their frames.
     "hopper_30k": Experiment(
         "A first equal budget",
         _rows("omnet", "redq", "sac_20", "droq", "sin_sac", "sin_sac_layer_norm"),
@@ -222,8 +221,9 @@ def select(
 
     Args:
         experiments (iterable of str): names; ``all`` are all of them.
-        rows, tasks, seeds (iterable or None): only these. ``None``: all.
-        frames (int or None): of each run. ``None``: as the paper.
+        rows, tasks (iterable or None): only these. ``None``: all.
+        seeds (iterable or None): these, more than an experiment has too. ``None``: each experiment's own.
+        frames (int or None): of each run. ``None``: each experiment's own, of a shared cell the most.
 
     Raises:
         ValueError: an unknown name, or nothing that is left.
@@ -233,18 +233,18 @@ def select(
     variants = list(dict.fromkeys(variant.name for each in chosen for variant in each.variants))
     wanted_rows = None if rows is None else known(rows, variants, "row")
     wanted_tasks = None if tasks is None else known(tasks, list(dict.fromkeys(t for e in chosen for t in e.tasks)), "task")
-    wanted_seeds = None if seeds is None else set(seeds)
-    cells = {}
-    for cell in (cell for each in chosen for cell in each.cells()):
+    wanted_seeds = None if seeds is None else sorted(set(seeds))
+    cells: dict[Path, Cell] = {}
+    for cell in (cell for each in chosen for cell in each.cells(wanted_seeds)):
         if wanted_rows is not None and cell.variant.name not in wanted_rows:
             continue
         if wanted_tasks is not None and cell.task not in wanted_tasks:
             continue
-        if wanted_seeds is not None and cell.seed not in wanted_seeds:
-            continue
-        cells.setdefault(cell.path, Cell(cell.variant, cell.task, cell.seed, cell.frames if frames is None else frames))
+        shared = cells.get(cell.path, cell)
+        cells[cell.path] = replace(shared, frames=max(shared.frames, cell.frames) if frames is None else frames)
     if not cells:
         raise ValueError(
-            f"no cell is left: seeds are 0 to {max(each.seeds for each in chosen) - 1}, got {sorted(seeds or [])}."
+            f"no cell is left of {', '.join(names)}: expected a seed, and a row with one of the tasks, got seeds "
+            f"{wanted_seeds or []}, rows {wanted_rows}, tasks {wanted_tasks}: leave some out."
         )
     return list(cells.values())

@@ -60,7 +60,7 @@ def read_reference(path: Path, methods: Sequence[str] | None, protocols: dict[st
 def group(experiment: Experiment, found: dict[Path, Record]) -> dict[str, dict[str, list[Record]]]:
     """Variant's name and task to the runs that there are."""
     runs: dict = defaultdict(lambda: defaultdict(list))
-    for cell in experiment.cells():
+    for cell in experiment.cells(sorted({record.config.seed for record in found.values()})):
         if cell.path in found:
             runs[cell.variant.name][cell.task].append(found[cell.path])
     return runs
@@ -137,7 +137,8 @@ def write(args: argparse.Namespace) -> Path:
     records = find(args.results)
     args.output.mkdir(parents=True, exist_ok=True)
     parts, empty = [], []
-    cells = {cell.path: cell for name in names for cell in EXPERIMENTS[name].cells()}
+    seeds = sorted({record.config.seed for record in records})
+    cells = {cell.path: cell for name in names for cell in EXPERIMENTS[name].cells(seeds)}
     found = assign(records, list(cells.values()))
     for name in names:
         text = section(name, EXPERIMENTS[name], found, args, references)
