@@ -285,7 +285,7 @@ def test_a_reference_is_drawn_dashed_and_stays_out_of_the_numbers(results, tmp_p
     with pytest.raises(ValueError, match="unknown method 'redq'; known are REDQ_utd20, SAC; did you mean REDQ_utd20"):
         written(results, "fig2a", "--reference", str(reference), "--methods", "redq")
     reference.write_text("method,env,return\n")
-    with pytest.raises(ValueError, match=r"must have the columns .*; missing: env_step, seed"):
+    with pytest.raises(ValueError, match=r"published.csv is no table .*expected the columns .*; missing: seed, env_step"):
         written(results, "fig2a", "--reference", str(reference))
 
 

@@ -13,13 +13,15 @@ import platform
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from csv_files import finite, read_rows
 from experiments import Cell
 
 from omnet_torchrl.training.logging import read_metrics
@@ -57,12 +59,9 @@ class Rates:
         self.path, self.device, self.threads = path, device, threads
         self.key = (machine(device), str(threads))
         self._known: dict[tuple[str, str], Rate] = {}
-        if path.exists():
-            with path.open() as file:
-                for line in csv.DictReader(file):
-                    if (line["machine"], line["threads"]) == self.key:
-                        numbers = (float(line[name]) for name in NUMBERS)
-                        self._known[line["row"], line["task"]] = Rate(*numbers)
+        for line in read(path) if path.exists() else ():
+            if (line["machine"], line["threads"]) == self.key:
+                self._known[line["row"], line["task"]] = Rate(*(line[name] for name in NUMBERS))
 
     def get(self, cell: Cell) -> Rate | None:
         """Of a cell's row and task; ``None`` where it is not known."""
@@ -71,17 +70,28 @@ class Rates:
     def add(self, cell: Cell, rate: Rate) -> None:
         """Keep a rate, in the file too."""
         self._known[cell.variant.name, cell.task] = rate
-        new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        before = self.path.read_bytes() if self.path.exists() else b""
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            if new:
+            if not before:
                 writer.writerow(COLUMNS)
+            elif not before.endswith(b"\n"):  # a row that was cut short stays alone
+                file.write("\n")
             name, threads = self.key
             numbers = (f"{number:.6g}" for number in rate)
             when = datetime.now().astimezone().date().isoformat()
             load = f"{os.getloadavg()[0]:.2f}"  # processes that ran or waited in the last minute, this one among them
             writer.writerow([name, self.device, threads, cell.variant.name, cell.task, *numbers, FRAMES, when, load])
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``rates.csv``, of any machine; what is damaged is named in a warning, and left out."""
+    try:
+        return read_rows(path, {name: finite if name in NUMBERS else str for name in COLUMNS})
+    except ValueError as error:
+        warnings.warn(f"{path} is skipped: {error}", stacklevel=2)
+        return []
 
 
 def machine(device: str) -> str:

@@ -13,7 +13,6 @@ with the runs, whose protocol differs.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import warnings
 from collections import defaultdict
@@ -24,6 +23,7 @@ import figures
 import maze_pictures
 import numpy as np
 import tables
+from csv_files import finite, read_rows
 from experiments import EXPERIMENTS, Experiment, known
 from records import Record, assign, find
 
@@ -34,23 +34,21 @@ OVERESTIMATING = ("sin_sac", "sin_droq", "sac_20")  # figure 4a
 
 
 def read_reference(path: Path, methods: Sequence[str] | None, protocols: dict[str, str]) -> dict:
-    """Published curves: label to task to a list of curves.
+    """Published curves: label to task to a list of curves; a damaged row is named in a warning, and left out.
 
     Raises:
         ValueError: a file without the columns; an unknown method, which lists the known ones.
     """
     curves: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: ([], []))))
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        missing = {"method", "env", "seed", "env_step", "return"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(
-                f"{path} must have the columns method,env,seed,env_step,return; missing: {', '.join(sorted(missing))}."
-            )
-        for row in reader:
-            frames, returns = curves[row["method"]][row["env"]][row["seed"]]
-            frames.append(int(row["env_step"]))
-            returns.append(float(row["return"]))
+    columns = {"method": str, "env": str, "seed": str, "env_step": int, "return": finite}
+    try:
+        rows = read_rows(path, columns)
+    except ValueError as error:
+        raise ValueError(f"{path} is no table of published curves: {error}") from error
+    for row in rows:
+        frames, returns = curves[row["method"]][row["env"]][row["seed"]]
+        frames.append(row["env_step"])
+        returns.append(row["return"])
     chosen = known(methods or list(curves), list(curves), "method")
     known(protocols, list(curves), "method")
     label = {method: f"{method} ({protocols.get(method, 'published, its own protocol')})" for method in chosen}

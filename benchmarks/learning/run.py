@@ -47,8 +47,9 @@ WATCHED = ("eval.bias_episodes=10", "progress=false")
 
 def state(folder: Path) -> dict[str, Any]:
     """What run.json says of a cell; empty where there is none, or none that can be read."""
-    with suppress(OSError, json.JSONDecodeError):
-        return dict(json.loads((folder / "run.json").read_text()))
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / "run.json").read_text())
+        return found if isinstance(found, dict) else {}
     return {}
 
 

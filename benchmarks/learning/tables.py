@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from experiments import EXPERIMENTS, TASKS, Experiment, Variant
+from rates import read
 from records import SIZES, Record, config_of
 from scores import (
     TD3,
@@ -190,21 +190,14 @@ def flops(rates: Path | None) -> str:
 def _measured(path: Path | None, names: Sequence[str]) -> str:
     if path is None:
         return "Seconds per update have not been measured here (`run.py --dry-run` measures them)."
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    parts = []
+    rows, parts = read(path), []
     for machine, threads in dict.fromkeys((row["machine"], row["threads"]) for row in rows):
-        own = {
-            (r["row"], r["task"]): float(r["update_seconds"])
-            for r in rows
-            if (r["machine"], r["threads"]) == (machine, threads)
-        }
+        own = {(r["row"], r["task"]): r["update_seconds"] for r in rows if (r["machine"], r["threads"]) == (machine, threads)}
         parts += [f"Measured milliseconds per update, everything of a frame included: {machine}, {threads} thread(s).", ""]
         parts += [f"| row | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
-        for name in [*names, *dict.fromkeys(row for row, _ in own if row not in names)]:
+        for name in dict.fromkeys([*names, *(row for row, _ in own)]):
             cells = [f"{1000 * own[name, task]:.2f}" if (name, task) in own else "not measured" for task in TASKS]
-            if any(cell != "not measured" for cell in cells):
-                parts.append(f"| {name} | {' | '.join(cells)} |")
+            parts.append(f"| {name} | {' | '.join(cells)} |")
         parts.append("")
     return "\n".join(parts)
 
