@@ -14,8 +14,9 @@ import rates
 from experiments import EXPERIMENTS, TASKS, Cell, Variant, select
 from omegaconf import OmegaConf
 from rates import Rate, Rates
-from records import SIZES
+from records import SIZES, config_of
 
+from omnet_torchrl.training.algorithms import ROWS
 from omnet_torchrl.training.config import check_overrides, to_config
 from omnet_torchrl.training.logging import read_metrics
 
@@ -45,6 +46,7 @@ def test_the_papers_experiments_have_the_papers_size():
     assert {name: len(EXPERIMENTS[name].cells()) for name in sizes} == sizes
     assert {cell.frames for cell in select(["all"])} == {300_000, 31_000, 30_000, 5_000}  # maze, readings, quick start
     assert len(EXPERIMENTS["table1"].cells()) == 8 * 4 * 10
+    assert len(select(["fig2a", "fig2b", "table1"])) == (6 + 4 - 1 + 8 - 2) * 4 * 10  # a chosen dropout rate is the row's own
 
 
 def test_every_cell_is_a_valid_run_and_has_a_folder_of_its_own():
@@ -76,6 +78,18 @@ def test_a_cell_of_several_experiments_has_the_frames_of_the_longest(names):
     cells = select(names, rows=["omnet"], tasks=["Hopper-v4"])
     assert {cell.frames for cell in cells} == {300_000}
     assert len(cells) == 10
+
+
+@pytest.mark.parametrize("algorithm", ["droq", "sin_droq"])
+@pytest.mark.parametrize("task", TASKS)
+def test_the_dropout_rate_of_a_task_is_the_rows_own_cell(algorithm, task):
+    rate = ROWS[algorithm].dropout[task]
+    (chosen,) = select(["table1"], rows=[f"{algorithm}-dropout-{rate}"], tasks=[task], seeds=[0])
+    (own,) = select(["fig2a", "fig2b"], rows=[algorithm], tasks=[task], seeds=[0])
+    assert chosen.path == own.path == Path(task, algorithm, "seed0")
+    assert config_of(chosen.variant, task).network == config_of(own.variant, task).network
+    elsewhere = [other for other in TASKS if ROWS[algorithm].dropout[other] != rate]
+    assert {cell.row for cell in select(["table1"], rows=[chosen.variant.name], tasks=elsewhere)} == {chosen.variant.name}
 
 
 def test_more_seeds_than_an_experiments_own_can_be_asked_for():

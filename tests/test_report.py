@@ -1,4 +1,4 @@
-"""benchmarks/learning: what a report says of runs, its statistics against other code, and what it refuses."""
+"""benchmarks/learning: what a report says of runs, and what it refuses."""
 
 import json
 import subprocess
@@ -11,18 +11,6 @@ import pytest
 import torch
 from experiments import EXPERIMENTS, Cell, select
 from records import Record, assign, find
-from scipy import stats
-from scores import (
-    common_curve,
-    denominators,
-    final_score,
-    interquartile_mean,
-    mean_interval,
-    paper_score,
-    shared_tasks,
-    stratified_bootstrap,
-    td3_normalised,
-)
 from test_algorithms import options_of, session
 from test_learning import load
 
@@ -30,59 +18,6 @@ from omnet_torchrl.training.config import save_config, to_config
 from omnet_torchrl.training.maze import read_trajectories, read_visits, write_trajectories, write_visits
 
 report = load("report")
-
-
-# Statistics
-
-
-def test_the_interval_of_a_mean_is_students():
-    values = np.random.default_rng(0).normal(3, 2, 7)
-    interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert mean_interval(values) == pytest.approx((values.mean(), interval.low, interval.high))
-    assert mean_interval([4.0])[0] == 4
-    assert np.isnan(mean_interval([4.0])[1:]).all()
-
-
-def test_the_final_score_is_the_mean_of_the_last_sixth():
-    frames = list(range(5_000, 300_001, 5_000))
-    assert final_score(frames, frames, 300_000) == np.mean(range(255_000, 300_001, 5_000))
-    assert final_score(frames, frames, 30_000) == 30_000
-    assert np.isnan(final_score([5_000], [1.0], 300_000))
-
-
-def test_the_interquartile_mean_leaves_out_the_outer_quarters():
-    assert interquartile_mean(np.array([[-1e9, 2, 1e9, 4], [3, 1, 0, 5]])) == np.mean([1, 2, 3, 4])
-
-
-def test_the_bootstrap_is_stratified_and_covers_the_truth():
-    covered = 0
-    for seed in range(60):
-        random = np.random.default_rng(seed)
-        scores = {task: random.normal(shift, 1, 12) for task, shift in (("a", 0.0), ("b", 100.0))}
-        interval = stratified_bootstrap(scores, statistic=np.mean, repeats=400)
-        assert interval.value == pytest.approx(np.mean([*scores["a"], *scores["b"]]))
-        # Across tasks the scores differ by 100: a bootstrap that mixed them would have an interval many times as wide.
-        assert interval.high - interval.low < 2
-        covered += interval.low < 50 < interval.high
-    assert covered >= 50
-    assert stratified_bootstrap(scores, seed=1) == stratified_bootstrap(scores, seed=1)
-    assert np.isnan(stratified_bootstrap({"a": [1.0], "b": [2.0]})[1:]).all()
-
-
-def test_the_papers_score_is_relative_to_the_best_row_of_each_task():
-    returns = {"A": {"x": [10.0, 20.0], "y": [4.0]}, "B": {"x": [30.0], "y": [1.0, 1.0], "z": [7.0]}}
-    best = denominators(returns)
-    assert best == {"x": 30.0, "y": 4.0, "z": 7.0}
-    assert paper_score(returns["A"], best) == pytest.approx((0.5 + 1) / 2)
-    assert shared_tasks(returns) == ["x", "y"]
-    assert td3_normalised("Hopper-v4", [18.791, 3226.0]) == pytest.approx([0, 1])
-
-
-def test_a_common_curve_has_the_frames_of_all_runs():
-    frames, values = common_curve([([1, 2, 3], [5.0, 6.0, 7.0]), ([2, 3, 4], [1.0, 2.0, 3.0])])
-    assert frames.tolist() == [2, 3]
-    assert values.tolist() == [[6, 7], [1, 2]]
-    assert len(common_curve([])[0]) == 0
 
 
 # Runs
@@ -213,6 +148,15 @@ def test_a_run_is_told_by_its_options_and_the_longer_of_two_is_taken(tmp_path):
     assert found[cell.path].path == long
     assert found[cell.path].hours(np.array([36_000])) == pytest.approx([1.0])
     assert found[cell.path].flops(np.array([5_000, 5_001]), exact=False) == pytest.approx([0, 20 * 236.5e6], rel=1e-3)
+
+
+def test_a_run_with_the_tasks_own_dropout_rate_counts_in_both_rows(tmp_path):
+    for row, seed in (("droq", 0), ("droq-dropout-0.001", 1)):
+        write_run(tmp_path, select(["fig3"], rows=[row], tasks=["Hopper-v4"], seeds=[seed], frames=30_000)[0], 1.0)
+    assert {path.parent.name for path in tmp_path.glob("Hopper-v4/*/*")} == {"droq"}
+    experiment = EXPERIMENTS["fig3"]
+    runs = report.group(experiment, assign(find([tmp_path]), experiment.cells()))
+    assert {name: len(tasks["Hopper-v4"]) for name, tasks in runs.items()} == {"droq": 2, "droq-dropout-0.001": 2}
 
 
 def test_a_run_in_the_cells_own_folder_goes_before_a_longer_one_elsewhere(tmp_path):

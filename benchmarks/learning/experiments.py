@@ -60,9 +60,16 @@ class Cell:
     frames: int
 
     @property
+    def row(self) -> str:
+        """The variant's name; the dropout rate that a row has on this task (table 1) is that row."""
+        algorithm = self.variant.algorithm
+        chosen = (("network.dropout", ROWS[algorithm].dropout.get(self.task)),)
+        return algorithm if self.variant.options == chosen else self.variant.name
+
+    @property
     def path(self) -> Path:
         """Of its folder, below the results'."""
-        return Path(self.task, self.variant.name, f"seed{self.seed}")
+        return Path(self.task, self.row, f"seed{self.seed}")
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,11 @@ class Rates:
 
     def get(self, cell: Cell) -> Rate | None:
         """Of a cell's row and task; ``None`` where it is not known."""
-        return self._known.get((cell.variant.name, cell.task))
+        return self._known.get((cell.row, cell.task))
 
     def add(self, cell: Cell, rate: Rate) -> None:
         """Keep a rate, in the file too."""
-        self._known[cell.variant.name, cell.task] = rate
+        self._known[cell.row, cell.task] = rate
         self.path.parent.mkdir(parents=True, exist_ok=True)
         before = self.path.read_bytes() if self.path.exists() else b""
         with self.path.open("a", newline="") as file:
@@ -82,7 +82,7 @@ class Rates:
             numbers = (f"{number:.6g}" for number in rate)
             when = datetime.now().astimezone().date().isoformat()
             load = f"{os.getloadavg()[0]:.2f}"  # processes that ran or waited in the last minute, this one among them
-            writer.writerow([name, self.device, threads, cell.variant.name, cell.task, *numbers, FRAMES, when, load])
+            writer.writerow([name, self.device, threads, cell.row, cell.task, *numbers, FRAMES, when, load])
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -148,7 +148,7 @@ def forecast(
     """
     groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
     for cell in cells:
-        groups[cell.task, cell.variant.name].append(cell)
+        groups[cell.task, cell.row].append(cell)
     lines = ["| task | row | cells | seconds per frame | ms per update | hours |", "|---|---|---|---|---|---|"]
     total, unknown = 0.0, 0
     for (task, row), group in sorted(groups.items()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 from experiments import Cell, Variant
 from scores import final_score
 
-from omnet_torchrl.training.algorithms import training_flops
+from omnet_torchrl.training.algorithms import dropout, training_flops
 from omnet_torchrl.training.config import differences, load_config, to_config
 from omnet_torchrl.training.logging import read_metrics
 from omnet_torchrl.training.options import TrainConfig
@@ -112,12 +112,15 @@ def assign(records: Sequence[Record], cells: Sequence[Cell]) -> dict[Path, Recor
 
 
 def _is(record: Record, variant: Variant, task: str) -> bool:
-    config = config_of(variant, task)
-    changed = differences(config, record.config)
+    changed = differences(config_of(variant, task), _with_dropout(record.config))
     return not set(changed) - {"seed", "total_frames"}
 
 
 @cache
 def config_of(variant: Variant, task: str) -> TrainConfig:
-    """The options of a row on a task, with the default number of frames and seed."""
-    return to_config({**variant.nested(), "env": task})
+    """The options of a row on a task, with the default number of frames and seed, and the dropout that ``null`` means."""
+    return _with_dropout(to_config({**variant.nested(), "env": task}))
+
+
+def _with_dropout(config: TrainConfig) -> TrainConfig:
+    return replace(config, network=replace(config.network, dropout=dropout(config)))

@@ -1,0 +1,66 @@
+"""benchmarks/learning/scores.py: the statistics of a report, against other code."""
+
+import numpy as np
+import pytest
+from scipy import stats
+from scores import (
+    common_curve,
+    denominators,
+    final_score,
+    interquartile_mean,
+    mean_interval,
+    paper_score,
+    shared_tasks,
+    stratified_bootstrap,
+    td3_normalised,
+)
+
+
+def test_the_interval_of_a_mean_is_students():
+    values = np.random.default_rng(0).normal(3, 2, 7)
+    interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert mean_interval(values) == pytest.approx((values.mean(), interval.low, interval.high))
+    assert mean_interval([4.0])[0] == 4
+    assert np.isnan(mean_interval([4.0])[1:]).all()
+
+
+def test_the_final_score_is_the_mean_of_the_last_sixth():
+    frames = list(range(5_000, 300_001, 5_000))
+    assert final_score(frames, frames, 300_000) == np.mean(range(255_000, 300_001, 5_000))
+    assert final_score(frames, frames, 30_000) == 30_000
+    assert np.isnan(final_score([5_000], [1.0], 300_000))
+
+
+def test_the_interquartile_mean_leaves_out_the_outer_quarters():
+    assert interquartile_mean(np.array([[-1e9, 2, 1e9, 4], [3, 1, 0, 5]])) == np.mean([1, 2, 3, 4])
+
+
+def test_the_bootstrap_is_stratified_and_covers_the_truth():
+    covered = 0
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        scores = {task: random.normal(shift, 1, 12) for task, shift in (("a", 0.0), ("b", 100.0))}
+        interval = stratified_bootstrap(scores, statistic=np.mean, repeats=400)
+        assert interval.value == pytest.approx(np.mean([*scores["a"], *scores["b"]]))
+        # Across tasks the scores differ by 100: a bootstrap that mixed them would have an interval many times as wide.
+        assert interval.high - interval.low < 2
+        covered += interval.low < 50 < interval.high
+    assert covered >= 50
+    assert stratified_bootstrap(scores, seed=1) == stratified_bootstrap(scores, seed=1)
+    assert np.isnan(stratified_bootstrap({"a": [1.0], "b": [2.0]})[1:]).all()
+
+
+def test_the_papers_score_is_relative_to_the_best_row_of_each_task():
+    returns = {"A": {"x": [10.0, 20.0], "y": [4.0]}, "B": {"x": [30.0], "y": [1.0, 1.0], "z": [7.0]}}
+    best = denominators(returns)
+    assert best == {"x": 30.0, "y": 4.0, "z": 7.0}
+    assert paper_score(returns["A"], best) == pytest.approx((0.5 + 1) / 2)
+    assert shared_tasks(returns) == ["x", "y"]
+    assert td3_normalised("Hopper-v4", [18.791, 3226.0]) == pytest.approx([0, 1])
+
+
+def test_a_common_curve_has_the_frames_of_all_runs():
+    frames, values = common_curve([([1, 2, 3], [5.0, 6.0, 7.0]), ([2, 3, 4], [1.0, 2.0, 3.0])])
+    assert frames.tolist() == [2, 3]
+    assert values.tolist() == [[6, 7], [1, 2]]
+    assert len(common_curve([])[0]) == 0
