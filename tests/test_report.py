@@ -32,7 +32,8 @@ def write_run(root, cell, score, *, status="finished", frames=None, bias=30.0, n
     (folder / "run.json").write_text(json.dumps({"status": status, "frames": cell.frames}))
     lines = ["frames,seconds,name,value"]
     for at in range(5_000, (frames or cell.frames) + 1, 5_000):
-        lines += [f"{at},0,eval/return,{score}", f"{at},0,bias/mean,{bias}", f"{at},0,time/frames_per_second,10"]
+        lines += [f"{at},0,eval/return,{score}", f"{at},0,time/frames_per_second,10"]
+        lines += [] if bias is None else [f"{at},0,bias/mean,{bias}"]
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -64,7 +65,8 @@ def test_the_report_has_means_intervals_what_diverged_and_what_is_missing(result
     assert "| OMNet | 3100 [1829, 4371] (n=2) | missing | 3100 [1829, 4371] (n=2) | missing |" in text
     assert "| REDQ | 1600 [329, 2871] (n=2, 1 diverged) | missing | 1500 (n=1) | missing |" in text
     assert "divided by the best row's mean return here: Hopper-v4 3100, Ant-v4 3100." in text
-    assert "| REDQ | 0.50 | 0.44 |" in text
+    assert "| REDQ | 2, 1 | 0.50 | 0.44 | 0.46 |" in text
+    assert "An interval of an IQM needs three seeds of each task" in text
     assert "- Ant-v4: 1 of 10 seeds, seed 1 at 20,000 (interrupted) of REDQ" in text
     assert "- Walker2d-v4: no run of any row" in text
     assert "The paper's runs have 300,000 frames, these 30,000." in text

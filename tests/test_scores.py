@@ -47,7 +47,14 @@ def test_the_bootstrap_is_stratified_and_covers_the_truth():
         covered += interval.low < 50 < interval.high
     assert covered >= 50
     assert stratified_bootstrap(scores, seed=1) == stratified_bootstrap(scores, seed=1)
-    assert np.isnan(stratified_bootstrap({"a": [1.0], "b": [2.0]})[1:]).all()
+
+
+@pytest.mark.parametrize("few", [[2.0], [2.0, 3.0]])
+def test_fewer_than_three_seeds_of_a_task_have_no_bootstrap(few):
+    value, *interval = stratified_bootstrap({"a": [1.0, 2.0, 4.0, 5.0], "b": few}, statistic=np.mean)
+    assert value == np.mean([1.0, 2.0, 4.0, 5.0, *few])
+    assert np.isnan(interval).all()
+    assert np.isfinite(stratified_bootstrap({"a": [1.0, 2.0, 4.0], "b": [2.0, 3.0, 7.0]})[1:]).all()
 
 
 def test_the_papers_score_is_relative_to_the_best_row_of_each_task():

@@ -54,12 +54,12 @@ class Record:
         count = sum(frame <= end for frame in frames)
         return frames[:count], values[:count]
 
-    def score(self, total: int) -> float:
-        """The mean return at the end of ``total`` frames; a run that diverged before keeps its last evaluation."""
-        frames, returns = self.curve("eval/return", total)
+    def score(self, total: int, name: str = "eval/return") -> float:
+        """The mean of a metric at the end of ``total`` frames; a run that diverged before keeps its last value; else nan."""
+        frames, values = self.curve(name, total)
         if self.status == "diverged" and self.frames < total:
-            return returns[-1] if returns else float("nan")
-        return final_score(frames, returns, total) if self.frames >= total else float("nan")
+            return values[-1] if values else float("nan")
+        return final_score(frames, values, total) if self.frames >= total else float("nan")
 
     def hours(self, frames: np.ndarray) -> np.ndarray:
         """Wall-clock hours at some frames, resumes included, from the logged frames per second."""

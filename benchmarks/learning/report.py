@@ -30,6 +30,7 @@ from records import Record, assign, find
 from omnet_torchrl.training.maze import map_figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
+OWN_FIGURES = ("fig3", "fig5", "fig6", "fig7", "fig8")  # without the value bias
 OVERESTIMATING = ("sin_sac", "sin_droq", "sac_20")  # figure 4a
 
 
@@ -92,12 +93,18 @@ def draw(name: str, experiment: Experiment, runs: dict, end: int, folder: Path, 
         lines = tables.by_option(variants, runs, end, "observation_offset", 0.0)
         return [figures.against(path, title, lines, "scale of the noise", "evaluation return")]
     drawn = [figures.curves(path, title, variants, tasks, runs, end, references=references)]
-    if any("bias/mean" in record.metrics for of_row in runs.values() for records in of_row.values() for record in records):
+    if with_bias(name, runs):
         options = {"axes": ("frames",), "metric": "bias/mean", "label": "value bias", "symlog": 100}
         drawn.append(
             figures.curves(folder / f"{name}_bias.png", f"Value bias ({end:,} frames)", variants, tasks, runs, end, **options)
         )
     return drawn
+
+
+def with_bias(name: str, runs: dict) -> bool:
+    """Whether an experiment's report has the value bias."""
+    records = (record for of_row in runs.values() for records in of_row.values() for record in records)
+    return name == "fig4" or (name not in OWN_FIGURES and any("bias/mean" in record.metrics for record in records))
 
 
 def section(
@@ -119,7 +126,9 @@ def section(
         lines += ["", maze_pictures.coverage(experiment.variants, runs)]
     if name in ("table1", "fig10", "fig11"):
         lines += ["", tables.best_dropout(experiment.variants, experiment.tasks, runs, end)]
-    lines += ["", tables.missing(experiment, runs, end), ""]
+    if with_bias(name, runs):
+        lines += ["", tables.bias(experiment.variants, experiment.tasks, runs, end)]
+    lines += ["", tables.missing(experiment, runs, end, with_bias(name, runs)), ""]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Run the cells of the paper's experiments that are missing; whatever interrupts it, the same command goes on.
+r"""Run the cells of the paper's experiments that are missing; whatever interrupts it, the same command goes on.
 
     python benchmarks/learning/run.py fig2a fig2b --jobs 2                 # all of figure 2, two runs at a time
     python benchmarks/learning/run.py fig2a --frames 30000 --seeds 2       # a smaller budget; more frames later go on
@@ -11,7 +11,8 @@ locked while it runs (``flock``, which ends with the last process that holds it)
 or on several with a common file system, share the cells out. On a cluster, start one runner per node; or let Hydra do it, with
 ``pip install hydra-submitit-launcher`` (or hydra-joblib-launcher) and
 
-    python examples/omnet_sac.py -m hydra/launcher=submitit_slurm algorithm=omnet,redq env=Hopper-v4,Ant-v4 'seed=range(10)'
+    python examples/omnet_sac.py -m hydra/launcher=submitit_slurm eval.bias_episodes=10 algorithm=omnet,redq \
+        env=Hopper-v4,Ant-v4 'seed=range(10)'
 
 Diverged runs are done: they stay as they are. Needs Linux.
 """

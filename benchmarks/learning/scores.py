@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 WINDOW = 1 / 6  # of a run's frames, at its end: the paper's last 50K of 300K
+SEEDS = 3  # of each task, for a bootstrap
 # Returns of a random policy and of TD3 after a million frames, for the normalisation that does not depend on the rows.
 RANDOM = {"Hopper-v4": 18.791, "Walker2d-v4": 2.791, "Ant-v4": -70.288, "Humanoid-v4": 120.423}
 TD3 = {"Hopper-v4": 3226.0, "Walker2d-v4": 3946.0, "Ant-v4": 3942.0, "Humanoid-v4": 5165.0}
@@ -57,6 +58,9 @@ def stratified_bootstrap(
 ) -> Interval:
     """A statistic over all tasks and seeds, and its percentile interval, seeds being drawn again within each task.
 
+    Of two seeds drawn again, half of the draws are one seed twice: that interval covers about half of what it should, and one
+    seed adds none of its spread. So there is none where a task has fewer than ``SEEDS``.
+
     Args:
         scores (mapping): task to a score for each seed, normalised; the numbers of seeds may differ.
         statistic (callable): of all scores in one array.
@@ -65,7 +69,7 @@ def stratified_bootstrap(
     """
     arrays = [np.asarray(values, dtype=float) for values in scores.values()]
     value = statistic(np.concatenate(arrays))
-    if max(len(array) for array in arrays) < 2:
+    if min(len(array) for array in arrays) < SEEDS:
         return Interval(value, np.nan, np.nan)
     random = np.random.default_rng(seed)
     draws = [np.concatenate([random.choice(array, len(array)) for array in arrays]) for _ in range(repeats)]

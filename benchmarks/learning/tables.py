@@ -24,18 +24,24 @@ from scores import (
 from omnet_torchrl.training.algorithms import ROWS, training_flops
 
 Runs = Mapping[str, Mapping[str, Sequence[Record]]]
+BIAS = {"mean": 1, "std": 1, "normalised_mean": 2, "normalised_std": 2, "min_mean": 1, "min_std": 1}  # and digits
 PROTOCOL = """Made from raw data by `{command}`.
 
 Evaluations are deterministic episodes that cycle through the subnetworks, in an environment of their own. A score is the mean
 of a run's evaluations in the last sixth of the frames (the paper's last 50K of 300K); the intervals of means are Student's 95 %
-over seeds, those of interquartile means (IQM) stratified bootstraps over tasks. A run that has diverged keeps its last
-evaluation. Nothing that is missing is filled in."""
+over seeds, those of interquartile means (IQM) stratified bootstraps over tasks. An interval of an IQM needs three seeds of each
+task (n): drawn again from two or one, it would be far too narrow. A run that has diverged keeps its last
+evaluation. Nothing that is missing is filled in.
+
+Value bias is Q, the mean over the critic's networks, less the Monte-Carlo soft return, over the pairs that a policy visits, and
+its spread their standard deviation; normalised, both are over the absolute mean return; min of two is what a target of two
+random networks expects. Over the same frames as a score, means over seeds."""
 
 
-def scores(variant: Variant, task: str, runs: Runs, end: int) -> list[float]:
-    """A score for each run that has the frames."""
+def scores(variant: Variant, task: str, runs: Runs, end: int, metric: str = "eval/return") -> list[float]:
+    """A score, or another metric at the end, for each run that has the frames."""
     records = runs.get(variant.name, {}).get(task, [])
-    return [score for score in (record.score(end) for record in records) if math.isfinite(score)]
+    return [score for score in (record.score(end, metric) for record in records) if math.isfinite(score)]
 
 
 def every_score(variants: Sequence[Variant], runs: Runs, end: int) -> dict[str, dict[str, list[float]]]:
@@ -81,19 +87,49 @@ def aggregate(variants: Sequence[Variant], runs: Runs, end: int) -> str:
     best = denominators(found)
     divided = ", ".join(f"{task} {best[task]:.0f}" for task in tasks)
     lines = [f"Over {', '.join(tasks)}. The paper's score is divided by the best row's mean return here: {divided}.", ""]
-    lines += ["| row | paper's score | TD3-normalised mean | TD3-normalised IQM, 95 % |", "|---|---|---|---|"]
+    lines += ["| row | n | paper's score | TD3-normalised mean | TD3-normalised IQM, 95 % |", "|---|---|---|---|---|"]
     for label, of_row in found.items():
         own = {task: of_row[task] for task in tasks}
         normalised = {task: td3_normalised(task, values) for task, values in own.items()}
         mean = np.mean([values.mean() for values in normalised.values()])
         iqm = interval(stratified_bootstrap(normalised), 2)
-        lines.append(f"| {label} | {paper_score(own, best):.2f} | {mean:.2f} | {iqm} |")
+        seeds = ", ".join(str(len(own[task])) for task in tasks)
+        lines.append(f"| {label} | {seeds} | {paper_score(own, best):.2f} | {mean:.2f} | {iqm} |")
     return "\n".join(lines)
 
 
-def missing(experiment: Experiment, runs: Runs, end: int) -> str:
-    """What the experiment still lacks at this budget and at the paper's, in words."""
-    lines = []
+def bias(variants: Sequence[Variant], tasks: Sequence[str], runs: Runs, end: int) -> str:
+    """Value bias at the end, over the same frames as a score: means over the seeds of each row and task that has a run."""
+    columns = "task | n | mean | spread | normalised (spread) | min of two (spread)"
+    lines = [f"| value bias at {end:,} frames | {columns} |", "|---" * 7 + "|"]
+    for variant in variants:
+        for task in tasks if variant.name in runs else ():
+            found = {name: scores(variant, task, runs, end, f"bias/{name}") for name in BIAS}
+            mean = {name: f"{np.mean(of):.{digits}f}" if (of := found[name]) else "missing" for name, digits in BIAS.items()}
+            if found["mean"]:
+                first = f"{len(found['mean'])} | {interval(mean_interval(found['mean']), 1)} | {mean['std']}"
+                pairs = " | ".join(f"{mean[f'{of}_mean']} ({mean[f'{of}_std']})" for of in ("normalised", "min"))
+                lines.append(f"| {variant.label} | {task} | {first} | {pairs} |")
+            elif runs[variant.name].get(task):
+                lines.append(f"| {variant.label} | {task} | missing | | | | |")
+    return "\n".join(lines)
+
+
+def _without_bias(experiment: Experiment, runs: Runs, end: int) -> list[str]:
+    """The runs that have a score but no value bias at the end, as a line of what is missing."""
+    parts = []
+    for variant in experiment.variants:
+        for task, records in runs.get(variant.name, {}).items():
+            without = [r for r in records if math.isfinite(r.score(end)) and not math.isfinite(r.score(end, "bias/mean"))]
+            if without:
+                seeds = ", ".join(str(record.config.seed) for record in without)
+                parts.append(f"{variant.label} on {task}, seed{'s' * (len(without) > 1)} {seeds}")
+    return [f"- without bias: {'; '.join(parts)}"] if parts else []
+
+
+def missing(experiment: Experiment, runs: Runs, end: int, with_bias: bool = False) -> str:
+    """What the experiment still lacks at this budget and at the paper's, in words; its value bias too where it is asked for."""
+    lines = _without_bias(experiment, runs, end) if with_bias else []
     for task in experiment.tasks:
         rows: dict[str, list[str]] = {}
         for variant in experiment.variants:
