@@ -1,6 +1,7 @@
 """benchmarks/learning: what a report says of runs, and what it refuses."""
 
 import json
+import re
 import subprocess
 import warnings
 from dataclasses import replace
@@ -281,11 +282,30 @@ def test_an_unknown_experiment_lists_the_known_ones(results):
         written(results, "fig99")
 
 
-def test_the_committed_results_can_be_read():
-    listed = subprocess.run(["git", "ls-files", "-z", "--", "*metrics.csv"], cwd=report.RESULTS, capture_output=True, text=True)
-    tracked = listed.stdout.strip("\0").split("\0")
+def committed(pattern):
+    listed = subprocess.run(["git", "ls-files", "-z", "--", pattern], cwd=report.RESULTS, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("which results are committed is known to git alone")
+    return listed.stdout.strip("\0").split("\0")
+
+
+@pytest.mark.filterwarnings("ignore:.*is the same cell")
+def test_all_draws_every_committed_picture_but_the_one_that_needs_published_curves(tmp_path, monkeypatch):
+    for name in ("curves", "bias", "scatter", "against"):
+        monkeypatch.setattr(report.figures, name, lambda path, *args, **kwargs: path)
+    monkeypatch.setattr(report, "map_figure", lambda path: path)
+    monkeypatch.setattr(maze_pictures, "draw", lambda name, path, *args: [path])
+    monkeypatch.setattr(maze_pictures, "coverage", lambda *args: "")
+    text = report.write(report.parse(["all", "--output", str(tmp_path)])).read_text()
+    drawn = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert set(committed("*.png")) - set(drawn) == {"hopper_60k/fig2a_reference.png"}
+    assert "## fig5 (maze_7000): " in text
+    assert "| score at 7,000 frames | Maze2D |" in text.split("## fig5 (maze_7000): ")[1]
+    assert "| score at 60,000 frames | Hopper-v4 |" in text.split("## fig2a (hopper_60k): ")[1]
+
+
+def test_the_committed_results_can_be_read():
+    tracked = committed("*metrics.csv")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         records = find([(report.RESULTS / path).parent for path in tracked])

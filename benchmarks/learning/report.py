@@ -18,6 +18,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import figures
 import maze_pictures
@@ -32,6 +33,19 @@ from omnet_torchrl.training.maze import map_figure
 RESULTS = Path(__file__).resolve().parent / "results"
 OWN_FIGURES = ("fig3", "fig5", "fig6", "fig7", "fig8")  # without the value bias
 OVERESTIMATING = ("sin_sac", "sin_droq", "sac_20")  # figure 4a
+
+
+class Part(NamedTuple):
+    """A section of a report: an experiment, where its runs are beneath ``--results`` and its pictures beneath ``--output``."""
+
+    name: str
+    runs: str = ""
+    output: str = ""
+    frames: int | None = None
+
+
+# What `all` draws beside every experiment.
+ALSO = (Part("fig5", output="maze_7000", frames=7_000), Part("fig2a", "hopper_60k", "hopper_60k"))
 
 
 def read_reference(path: Path, methods: Sequence[str] | None, protocols: dict[str, str]) -> dict:
@@ -87,8 +101,7 @@ def draw(name: str, experiment: Experiment, runs: dict, end: int, folder: Path, 
     if name in ("fig6", "fig7"):
         return maze_pictures.draw(name, path, variants, runs)
     if name == "fig5":
-        returns = figures.curves(path, title, variants, tasks, runs, end, axes=("frames",), references=references)
-        return [map_figure(folder / "fig5_map.png"), returns]
+        return [figures.curves(path, title, variants, tasks, runs, end, axes=("frames",), references=references)]
     if name == "fig8":
         lines = tables.by_option(variants, runs, end, "observation_offset", 0.0)
         return [figures.against(path, title, lines, "scale of the noise", "evaluation return")]
@@ -107,17 +120,19 @@ def with_bias(name: str, runs: dict) -> bool:
     return name == "fig4" or (name not in OWN_FIGURES and any("bias/mean" in record.metrics for record in records))
 
 
-def section(
-    name: str, experiment: Experiment, found: dict[Path, Record], args: argparse.Namespace, references: dict | None
-) -> str:
-    """The report of an experiment, and its pictures on the way; empty where there is no run of it."""
+def section(part: Part, found: dict[Path, Record], output: Path, references: dict | None) -> str:
+    """The report of an experiment, and its pictures on the way; empty where there is no run of it, or none with the frames."""
+    name, experiment = part.name, EXPERIMENTS[part.name]
     runs = group(experiment, found)
-    if not runs:
+    reached = (record.frames for of_row in runs.values() for records in of_row.values() for record in records)
+    if not runs or (part in ALSO and max(reached) < (part.frames or 0)):
         return ""
-    end = budget(experiment, runs, args.frames)
-    pictures = draw(name, experiment, runs, end, args.output, references)
-    lines = [f"## {name}: {experiment.title}", ""]
-    lines += [f"![{name}]({picture.name})" for picture in pictures]
+    end = budget(experiment, runs, part.frames)
+    pictures = draw(name, experiment, runs, end, output / part.output, references)
+    if name == "fig5" and not part.output:
+        pictures.insert(0, map_figure(output / "fig5_map.png"))
+    lines = [f"## {name}{f' ({part.output})' * bool(part.output)}: {experiment.title}", ""]
+    lines += [f"![{name}]({picture.relative_to(output).as_posix()})" for picture in pictures]
     lines += ["", tables.returns(experiment.variants, experiment.tasks, runs, end)]
     if references:
         lines += ["", tables.references(references, experiment.tasks, end)]
@@ -132,6 +147,10 @@ def section(
     return "\n".join(lines)
 
 
+def _beneath(records: Sequence[Record], roots: Sequence[Path], folder: str) -> list[Record]:
+    return [record for record in records if any(record.path.is_relative_to(root / folder) for root in roots)]
+
+
 def write(args: argparse.Namespace) -> Path:
     """The report ``report.md`` and its pictures."""
     names = list(EXPERIMENTS) if "all" in args.experiments else args.experiments
@@ -143,13 +162,15 @@ def write(args: argparse.Namespace) -> Path:
     references = read_reference(args.reference, args.methods, protocols) if args.reference else None
     records = find(args.results)
     args.output.mkdir(parents=True, exist_ok=True)
-    parts, empty = [], []
     seeds = sorted({record.config.seed for record in records})
     cells = {cell.path: cell for name in names for cell in EXPERIMENTS[name].cells(seeds)}
-    found = assign(records, list(cells.values()))
-    for name in names:
-        text = section(name, EXPERIMENTS[name], found, args, references)
-        parts.append(text) if text else empty.append(name)
+    parts = [Part(name, frames=args.frames) for name in names]
+    parts += ALSO if "all" in args.experiments and not (references or args.frames) else ()
+    found = {
+        folder: assign(_beneath(records, args.results, folder), list(cells.values())) for folder in {p.runs for p in parts}
+    }
+    sections = {part: section(part, found[part.runs], args.output, references) for part in parts}
+    empty = [part.name for part, text in sections.items() if not text and part not in ALSO]
     rates = next((root / "rates.csv" for root in args.results if (root / "rates.csv").exists()), None)
     head = [
         "# Results",
@@ -162,7 +183,7 @@ def write(args: argparse.Namespace) -> Path:
             "",
             f"Dashed: {', '.join(references)}; from {args.reference.name}. Their protocol differs from the runs' here.",
         ]
-    text = "\n".join([*head, "", *parts, tables.flops(rates), ""])
+    text = "\n".join([*head, "", *filter(None, sections.values()), tables.flops(rates), ""])
     path = args.output / "report.md"
     path.write_text(text)
     return path
