@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import rates
+import torch
+from conftest import make_batch, specs
 from experiments import EXPERIMENTS, TASKS, Cell, Variant, select
 from omegaconf import OmegaConf
 from rates import Rate, Rates
 from records import SIZES, config_of
 
-from omnet_torchrl.training.algorithms import ROWS
+from omnet_torchrl.training.algorithms import ROWS, build
 from omnet_torchrl.training.config import check_overrides, to_config
 from omnet_torchrl.training.logging import read_metrics
+from omnet_torchrl.training.options import TrainConfig
 
 LEARNING = Path(__file__).parent.parent / "benchmarks" / "learning"
 SMALL = [
@@ -46,6 +49,9 @@ def test_the_papers_experiments_have_the_papers_size():
     assert {name: len(EXPERIMENTS[name].cells()) for name in sizes} == sizes
     assert {cell.frames for cell in select(["all"])} == {300_000, 31_000, 30_000, 5_000}  # maze, readings, quick start
     assert len(EXPERIMENTS["table1"].cells()) == 8 * 4 * 10
+    assert (len(EXPERIMENTS["controls"].cells()), len(EXPERIMENTS["readings"].cells())) == (10 * 4 * 10, 11 * 2)
+    new = {cell.path for cell in EXPERIMENTS["readings"].cells()} - {cell.path for cell in select(["fig2a", "controls"])}
+    assert len(new) == 5 * 2
     assert len(select(["fig2a", "fig2b", "table1"])) == (6 + 4 - 1 + 8 - 2) * 4 * 10  # a chosen dropout rate is the row's own
 
 
@@ -60,6 +66,26 @@ def test_every_cell_is_a_valid_run_and_has_a_folder_of_its_own():
     names = {cell.variant.name: cell.variant.label for cell in cells}
     assert {"omnet", "redq", "droq-dropout-0.003", "omnet-num_subnets-2", "redq-observation_offset-0.1"} <= set(names)
     assert len(set(names.values())) == len(names)
+
+
+@pytest.mark.parametrize("name", ["controls", "readings"])
+def test_dropout_at_the_masks_own_rate_is_a_control(name):
+    rate = TrainConfig().network.sparsity
+    rows = {variant.name: variant for variant in EXPERIMENTS[name].variants}
+    config = config_of(rows[f"sin_droq-dropout-{rate}"], "Hopper-v4")
+    assert (config.network.num_subnets, config.network.dropout) == (1, rate)
+    variant = rows[f"omnet-dropout-{rate}"]
+    network = {**variant.nested()["network"], "num_cells": [16, 16]}
+    config = to_config({"algorithm": "omnet", "env": "Hopper-v4", "compile": False, "network": network})
+    critic = build(config, *specs()).loss.qvalue_network
+    batch = make_batch(6).select("observation", "action")
+    batch = batch.expand(2, 6).set("subnet", torch.arange(2)[:, None].expand(2, 6))
+    # Without masks, the networks that a target asks differ by the noise of their dropout alone.
+    first, second = critic(batch.clone())["state_action_value"]
+    assert not torch.isclose(first, second).any()
+    critic.eval()
+    first, second = critic(batch.clone())["state_action_value"]
+    assert torch.equal(first, second)
 
 
 def test_a_cell_of_several_experiments_is_there_once_and_the_first_seeds_come_first():

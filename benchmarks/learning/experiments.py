@@ -125,6 +125,10 @@ _DROQ, _SIN_DROQ = _dropouts("droq", 0.001, 0.003, 0.01, 0.03, 0.1), _dropouts("
 _FIG2A = _rows("sac", "sac_20", "redq", "droq", "sr_sac", "omnet")
 _FIG2B = _rows("sin_sac", "sin_droq", "sr_sin_sac", "omnet")
 _CONTROLS = _rows("redq_layer_norm", "sac_20_layer_norm", "sin_sac_layer_norm", "omnet_critic")
+# Dropout at the masks' own rate: of one critic, and of OMNet without masks, whose networks then differ by noise alone.
+_HALVES = _dropouts("sin_droq", 0.5) + _sweep(
+    "omnet", "OMNet, dropout {} for masks", (("network.dropout", 0.5), ("network.sparsity", 0.0))
+)
 
 
 def _maze(title: str, seeds: int = 10) -> Experiment:
@@ -180,7 +184,9 @@ EXPERIMENTS = {
         tasks=("InvertedDoublePendulum-v4",),
         frames=5_000,
     ),
-    "controls": Experiment("Masks or LayerNorm?", (*_rows("omnet", "redq", "sac_20", "sin_sac"), *_CONTROLS)),
+    "controls": Experiment(
+        "Masks, LayerNorm or dropout?", (*_rows("omnet", "redq", "sac_20", "sin_sac"), *_CONTROLS, *_HALVES)
+    ),
     "hopper_30k": Experiment(
         "A first equal budget",
         _rows("omnet", "redq", "sac_20", "droq", "sin_sac", "sin_sac_layer_norm"),
@@ -190,7 +196,7 @@ EXPERIMENTS = {
     ),
     # Where the paper leaves something open, and what OMNet and the methods that wait as it does have in common.
     "readings": Experiment(
-        "Other readings of the paper, and LayerNorm",
+        "Other readings of the paper, LayerNorm and dropout",
         (
             *_rows("omnet", "omnet_critic"),
             *_sweep("omnet", "OMNet, no LayerNorm in the critic", (("network.critic_layer_norm", False),)),
@@ -199,6 +205,7 @@ EXPERIMENTS = {
             *_sweep("omnet", "OMNet, lazy Adam", (("optim.lazy", True),)),
             *_sweep("omnet", "OMNet, drawn with replacement", (("loss.replacement", True),)),
             *_rows("sac_20", "sac_20_layer_norm"),
+            *_HALVES,
         ),
         tasks=("Hopper-v4",),
         seeds=2,
