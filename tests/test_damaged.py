@@ -63,3 +63,31 @@ def test_a_run_json_without_an_object_is_named_and_skipped(tmp_path, content):
     assert not run.is_done(each, tmp_path / "results")
     with pytest.warns(UserWarning, match=f"{folder / 'metrics.csv'} is skipped"):
         assert "Without a run so far: hopper_30k." in written(tmp_path / "results", "hopper_30k")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("status", ["diverged", "finished"])
+def test_a_run_with_numbers_that_are_not_finite_is_drawn_and_stays_in_the_tables(tmp_path, figures, value, status):
+    root = tmp_path / "results"
+    for seed in range(2):
+        (each,) = select(["hopper_30k"], rows=["omnet"], seeds=[seed])
+        folder = write_run(root, each, 100.0 * (1 + seed), status=status if seed else "finished")
+    path = folder / "metrics.csv"
+    lines = path.read_text().splitlines()
+    broken = [line if int(line.split(",")[0]) <= 15_000 else ",".join([*line.split(",")[:3], value]) for line in lines[1:]]
+    path.write_text("\n".join([lines[0], *broken]) + "\n")
+    text = written(root, "hopper_30k")
+    assert "| OMNet | 150 [-485, 785] (n=2, 1 diverged) |" in text
+    assert "| OMNet | Hopper-v4 | 2 | 30.0 [30.0, 30.0] |" in text
+    returns, bias = (figure.axes[0] for figure in figures)
+    for panel, last in ((returns, 200), (bias, 30)):
+        (cross,) = (line for line in panel.lines if line.get_marker() == "x")
+        assert (cross.get_xdata()[-1], cross.get_ydata()[-1]) == (15_000, last)
+
+
+def test_a_run_without_a_finite_value_is_missing(tmp_path):
+    (each,) = select(["hopper_30k"], rows=["omnet"], seeds=[0])
+    write_run(tmp_path / "results", each, "nan", bias="inf")
+    text = written(tmp_path / "results", "hopper_30k", "--frames", "30000")
+    assert "- Hopper-v4: 0 of 2 seeds, seed 0 at 0 (finished) of OMNet" in text
+    assert (tmp_path / "output" / "hopper_30k.png").exists()

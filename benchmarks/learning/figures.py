@@ -19,7 +19,10 @@ from omnet_torchrl.training.terminal import count
 
 Runs = Mapping[str, Mapping[str, Sequence[Record]]]  # variant's name, task: a run for each seed
 References = Mapping[str, Mapping[str, Sequence[tuple[Sequence[int], Sequence[float]]]]]  # label, task: curves
-COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f")
+COLOURS = (
+    *("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f"),
+    *("#393b79", "#637939"),
+)
 SEED = {"linewidth": 0.7, "alpha": 0.55}  # of the line of one seed
 AXES = {"frames": "frames", "hours": "wall-clock hours", "flops": "training PFLOPs (exact count)"}
 
@@ -47,9 +50,9 @@ def curves(
     """A metric of each row: a column per task, and below each other against frames, wall-clock and FLOPs.
 
     Thick lines are means over the seeds that have all frames, or, where none has, up to the last frame that every run has; thin
-    ones are the seeds; shaded, from three seeds on, is Student's 95 % interval, cut where it leaves the panel. A cross ends a
-    run that has diverged. Reference curves are dashed, means and seeds, against frames alone. Where a panel's values go
-    beyond ten times ``symlog``, those beyond ``symlog`` are on a logarithmic scale.
+    ones are the seeds; shaded, from three seeds on, is Student's 95 % interval, cut where it leaves the panel. A cross is the
+    last finite value of a run that has diverged. Reference curves are dashed, means and seeds, against frames alone. Where
+    values go beyond ten times ``symlog``, those of the panel beyond ``symlog`` are on a logarithmic scale.
     """
     figure = Figure(figsize=(4.2 * len(tasks) + 0.4, 3.1 * len(axes) + 1.2), dpi=120, layout="constrained")
     grid = figure.subplots(len(axes), len(tasks), squeeze=False)
@@ -83,7 +86,7 @@ def bias(path: Path, title: str, panels: Sequence[Sequence[Variant]], task: str,
     colour = colours([variant for variants in panels for variant in variants])
     for i, (panel, variants) in enumerate(zip(grid[0], panels, strict=True)):
         for variant in variants:
-            records = [r for r in runs.get(variant.name, {}).get(task, []) if "bias/mean" in r.metrics]
+            records = runs.get(variant.name, {}).get(task, [])
             _line(panel, records, "bias/mean", "frames", end, colour[variant.name], f"{variant.label} ({{}})")
         panel.axhline(0, color="0.3", linewidth=0.8)
         panel.set(xlabel="frames", xlim=(0, end), title=f"({'abc'[i]}) {task}")
@@ -133,12 +136,12 @@ def against(path: Path, title: str, lines: Mapping[str, Mapping[float, Interval]
 
 
 def _line(panel: Axes, records: Sequence[Record], metric: str, axis: str, end: int, colour: str, label: str) -> None:
-    records = [record for record in records if metric in record.metrics]
+    records = [record for record in records if record.curve(metric, end)[0]]
     for record in records:
-        if record.status == "diverged" and record.frames < end:
+        if record.diverged and record.frames < end:
             frames, values = record.curve(metric, end)
             panel.plot(_place([record], np.asarray(frames[-1:]), axis), values[-1:], "x", color=colour, markersize=8)
-    going = [record for record in records if record.status != "diverged"] or records
+    going = [record for record in records if not record.diverged] or records
     going = [record for record in going if record.frames >= end] or going
     frames, values = common_curve([record.curve(metric, end) for record in going])
     if not len(frames):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -44,20 +45,26 @@ class Record:
 
     @property
     def frames(self) -> int:
-        """Of the last evaluation."""
-        frames, _ = self.metrics.get("eval/return", ([0], []))
-        return frames[-1]
+        """Of the last evaluation with a finite return."""
+        frames, _ = self.curve("eval/return", math.inf)
+        return frames[-1] if frames else 0
 
-    def curve(self, name: str, end: int) -> tuple[list[int], list[float]]:
-        """A metric up to a number of frames."""
-        frames, values = self.metrics.get(name, ([], []))
-        count = sum(frame <= end for frame in frames)
-        return frames[:count], values[:count]
+    @property
+    def diverged(self) -> bool:
+        """Whether it has stopped as diverged, or would not stop and ends with a return that is not finite."""
+        _, returns = self.metrics.get("eval/return", ([], []))
+        return self.status == "diverged" or bool(returns and not math.isfinite(returns[-1]))
+
+    def curve(self, name: str, end: float) -> tuple[list[int], list[float]]:
+        """The finite values of a metric up to a number of frames."""
+        points = zip(*self.metrics.get(name, ([], [])), strict=True)
+        within = [(frame, value) for frame, value in points if frame <= end and math.isfinite(value)]
+        return [frame for frame, _ in within], [value for _, value in within]
 
     def score(self, total: int, name: str = "eval/return") -> float:
         """The mean of a metric at the end of ``total`` frames; a run that diverged before keeps its last value; else nan."""
         frames, values = self.curve(name, total)
-        if self.status == "diverged" and self.frames < total:
+        if self.diverged and self.frames < total:
             return values[-1] if values else float("nan")
         return final_score(frames, values, total) if self.frames >= total else float("nan")
 

@@ -67,7 +67,7 @@ def returns(variants: Sequence[Variant], tasks: Sequence[str], runs: Runs, end: 
 def _cell(values: Sequence[float], records: Sequence[Record]) -> str:
     if not values:
         return "missing"
-    diverged = sum(record.status == "diverged" for record in records)
+    diverged = sum(record.diverged for record in records)
     seeds = f"n={len(values)}" + (f", {diverged} diverged" if diverged else "")
     return f"{interval(mean_interval(values))} ({seeds})"
 
