@@ -291,7 +291,7 @@ def committed(pattern):
 
 @pytest.mark.filterwarnings("ignore:.*is the same cell")
 def test_all_draws_every_committed_picture_but_the_one_that_needs_published_curves(tmp_path, monkeypatch):
-    for name in ("curves", "bias", "scatter", "against"):
+    for name in ("curves", "bias", "scatter", "normalised", "against"):
         monkeypatch.setattr(report.figures, name, lambda path, *args, **kwargs: path)
     monkeypatch.setattr(report, "map_figure", lambda path: path)
     monkeypatch.setattr(maze_pictures, "draw", lambda name, path, *args: [path])

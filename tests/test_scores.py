@@ -9,6 +9,7 @@ from scores import (
     final_score,
     interquartile_mean,
     mean_interval,
+    mean_over_tasks,
     paper_score,
     shared_tasks,
     stratified_bootstrap,
@@ -64,6 +65,18 @@ def test_the_papers_score_is_relative_to_the_best_row_of_each_task():
     assert paper_score(returns["A"], best) == pytest.approx((0.5 + 1) / 2)
     assert shared_tasks(returns) == ["x", "y"]
     assert td3_normalised("Hopper-v4", [18.791, 3226.0]) == pytest.approx([0, 1])
+
+
+def test_the_mean_over_tasks_redraws_whole_seeds_within_each_task():
+    random = np.random.default_rng(0)
+    curves = [shift + random.normal(0, 1, (12, 1)) + np.arange(5) for shift in (0, 100)]
+    mean, low, high = mean_over_tasks(curves)
+    assert mean == pytest.approx(np.mean([each.mean(0) for each in curves], 0))
+    assert ((low < mean) & (mean < high)).all()
+    assert high - low == pytest.approx(np.full(5, high[0] - low[0]))  # a seed keeps its shift all along
+    of_scores = stratified_bootstrap({"a": curves[0][:, 0], "b": curves[1][:, 0]}, statistic=np.mean)
+    assert (low[0], high[0]) == pytest.approx(of_scores[1:], abs=0.1)
+    assert np.isnan(mean_over_tasks([curves[0], curves[1][:2]])[1:]).all()
 
 
 def test_a_common_curve_has_the_frames_of_all_runs():

@@ -1,5 +1,6 @@
 """benchmarks/learning/tables.py: the numbers of a report, and what it says is missing."""
 
+import numpy as np
 import pytest
 from experiments import select
 from test_report import report, write_run, written
@@ -22,6 +23,44 @@ def write_bias(root, row, seed, bias, *, task="Hopper-v4", name="fig2a", **more)
                 file.write(f"{frames},0,bias/{of},{value}\n")
             file.write(f"{frames},0,bias/min_mean,{last - 3}\n{frames},0,bias/min_std,6.0\n")
     return folder
+
+
+def write_scores(root, name, rows, tasks, seeds):
+    for task, scale in zip(tasks, (1.0, 10.0), strict=False):
+        for each in select([name], rows=list(rows), tasks=[task], seeds=range(seeds), frames=30_000):
+            write_run(root, each, scale * (rows[each.variant.name] + each.seed), bias=None)
+
+
+def test_figure_9_is_one_panel_of_the_score_over_the_tasks_of_all_rows(tmp_path, figures):
+    write_scores(tmp_path / "results", "fig9a", {"omnet": 99.0, "omnet-sparsity-0.3": 49.0}, ["Hopper-v4", "Ant-v4"], 3)
+    write_scores(tmp_path / "results", "fig9a", {"omnet": 5.0}, ["Walker2d-v4"], 3)
+    written(tmp_path / "results", "fig9a")
+    (figure,) = figures
+    (panel,) = figure.axes
+    assert {line.get_label(): line.get_ydata()[-1] for line in panel.lines} == pytest.approx({"OMNet": 1, "sparsity 0.3": 0.5})
+    assert len(panel.collections) == 2  # the intervals
+    assert "Hopper-v4 (n=3, divided by 100), Ant-v4 (n=3, divided by 1000)" in panel.get_title().replace("\n", " ")
+
+
+@pytest.mark.parametrize(("seeds", "bars"), [(2, 0), (3, 2)])
+def test_figure_3_says_what_it_is_made_of_and_has_bars_from_three_seeds_on(tmp_path, figures, seeds, bars):
+    write_scores(tmp_path / "results", "fig3", {"omnet": 99.0, "sac_20": 49.0}, ["Hopper-v4"], seeds)
+    written(tmp_path / "results", "fig3")
+    (panel,) = figures[0].axes
+    title = panel.get_title().replace("\n", " ")
+    assert f"Hopper-v4 (n={seeds}, divided by {99 + (seeds - 1) / 2:.0f})" in title
+    assert ("no interval: it needs three seeds" in title) == (not bars)
+    assert sum(np.isfinite(each.get_segments()).all() for each in panel.collections) == bars
+
+
+def test_a_diverged_run_keeps_its_last_score_in_figure_9(tmp_path, figures):
+    for each in select(["fig9a"], rows=["omnet"], tasks=["Hopper-v4"], seeds=range(2), frames=30_000):
+        more = {"status": "diverged", "frames": 10_000} if each.seed else {}
+        write_run(tmp_path / "results", each, 100.0 * (1 + each.seed), bias=None, **more)
+    written(tmp_path / "results", "fig9a", "--frames", "30000")
+    (line,) = figures[0].axes[0].lines
+    assert line.get_xdata().tolist() == list(range(5_000, 30_001, 5_000))
+    assert line.get_ydata() == pytest.approx(np.ones(6))
 
 
 @pytest.mark.usefixtures("without_pictures")

@@ -100,24 +100,42 @@ def bias(path: Path, title: str, panels: Sequence[Sequence[Variant]], task: str,
     return _save(figure, path)
 
 
-def scatter(path: Path, title: str, points: Mapping[str, tuple[float, float]], dots: Sequence[str] = ()) -> Path:
-    """Score against FLOPs (figure 3): a point per row; ``dots`` are the dropout rates of DroQ, green and small."""
+def scatter(path: Path, title: str, points: Mapping[str, tuple[float, Interval]], dots: Sequence[str] = ()) -> Path:
+    """Score with its interval against FLOPs (figure 3): a point per row; ``dots`` are DroQ's dropout rates, green and small."""
     figure = Figure(figsize=(6.4, 4.6), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for i, (name, (flops, score)) in enumerate(sorted(points.items(), key=lambda item: item[1])):
+    for i, (name, (flops, score)) in enumerate(sorted(points.items(), key=lambda item: item[1][0])):
         small = name in dots
         colour = "tab:green" if small else COLOURS[0] if name == "OMNet" else COLOURS[1 + i % 9]
-        axes.plot(flops, score, "o", color=colour, markersize=5 if small else 9)
-        axes.annotate(name, (flops, score), (6, 4), textcoords="offset points", fontsize=7 if small else 9)
-    axes.set(xlabel="training FLOPs of an update, relative to REDQ (paper's convention)", ylabel="score", title=title)
-    axes.title.set_fontsize(10)
+        axes.plot(flops, score.value, "o", color=colour, markersize=5 if small else 9)
+        if np.isfinite(score.low):
+            axes.vlines(flops, score.low, score.high, color=colour, linewidth=1.2)
+        axes.annotate(name, (flops, score.value), (6, 4), textcoords="offset points", fontsize=7 if small else 9)
+    axes.set(xlabel="training FLOPs of an update, relative to REDQ (paper's convention)", ylabel="score")
+    axes.set_title(textwrap.fill(title, 84), fontsize=9)
     axes.margins(0.15)
     _dress(axes)
     return _save(figure, path)
 
 
+def normalised(path: Path, title: str, lines: Mapping[str, tuple[np.ndarray, np.ndarray]], end: int) -> Path:
+    """Scores over tasks against frames (figure 9): one panel, a line per row, its interval ``(3, F)`` shaded."""
+    figure = Figure(figsize=(6.4, 4.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for i, (name, (frames, (mean, low, high))) in enumerate(sorted(lines.items(), key=lambda item: item[0] != "OMNet")):
+        axes.plot(frames, mean, color=COLOURS[i % len(COLOURS)], linewidth=1.8, label=name)
+        if np.isfinite(low).all():
+            axes.fill_between(frames, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.12, linewidth=0)
+    axes.set(xlabel="frames", ylabel="score", xlim=(0, end))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda frames, _: count(frames)))
+    axes.set_title(textwrap.fill(title, 84), fontsize=9)
+    axes.legend(fontsize=8, frameon=False)
+    _dress(axes)
+    return _save(figure, path)
+
+
 def against(path: Path, title: str, lines: Mapping[str, Mapping[float, Interval]], x: str, y: str) -> Path:
-    """Means with intervals against a number (figures 8 and 9)."""
+    """Means with intervals against a number (figure 8)."""
     figure = Figure(figsize=(5.6, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots()
     for i, (name, values) in enumerate(sorted(lines.items(), key=lambda item: item[0] != "OMNet")):

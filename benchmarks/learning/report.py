@@ -92,9 +92,9 @@ def draw(name: str, experiment: Experiment, runs: dict, end: int, folder: Path, 
     tasks = [task for task in experiment.tasks if any(runs[row].get(task) for row in runs)]
     variants = [variant for variant in experiment.variants if variant.name in runs]
     if name == "fig3":
-        points = tables.points(variants, runs, end)
+        said, points = tables.points(variants, runs, end)
         dots = [variant.label for variant in variants if variant.name.startswith("droq-")]
-        return [figures.scatter(path, title, points, dots)] if points else []
+        return [figures.scatter(path, f"{title}: {said}", points, dots)] if points else []
     if name == "fig4":
         panels = [[v for v in variants if (v.name in OVERESTIMATING) == first] for first in (True, False)]
         return [figures.bias(path, title, panels, task, runs, end) for task in tasks]
@@ -105,7 +105,11 @@ def draw(name: str, experiment: Experiment, runs: dict, end: int, folder: Path, 
     if name == "fig8":
         lines = tables.by_option(variants, runs, end, "observation_offset", 0.0)
         return [figures.against(path, title, lines, "scale of the noise", "evaluation return")]
-    drawn = [figures.curves(path, title, variants, tasks, runs, end, references=references)]
+    if name in ("fig9a", "fig9b"):
+        said, lines = tables.score_curves(variants, runs, end)
+        drawn = [figures.normalised(path, f"{title}: {said}", lines, end)] if lines else []
+    else:
+        drawn = [figures.curves(path, title, variants, tasks, runs, end, references=references)]
     if with_bias(name, runs):
         options = {"axes": ("frames",), "metric": "bias/mean", "label": "value bias", "symlog": 100}
         drawn.append(

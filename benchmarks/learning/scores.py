@@ -77,6 +77,24 @@ def stratified_bootstrap(
     return Interval(value, float(low), float(high))
 
 
+def mean_over_tasks(curves: Sequence[np.ndarray], repeats: int = 2_000, seed: int = 0) -> np.ndarray:
+    """Mean over tasks of the mean over seeds, and its percentile interval; see :func:`stratified_bootstrap`.
+
+    Args:
+        curves (sequence of array): for each task ``(seeds, F)``, normalised. Whole curves are drawn again.
+        repeats, seed (int): of the bootstrap.
+
+    Returns:
+        array: ``(3, F)``: mean, low and high, which are nan where a task has fewer than ``SEEDS``.
+    """
+    mean = np.mean([each.mean(0) for each in curves], 0)
+    if min(len(each) for each in curves) < SEEDS:
+        return np.stack([mean, *np.full((2, len(mean)), np.nan)])
+    random = np.random.default_rng(seed)
+    draws = [each[random.integers(len(each), size=(repeats, len(each)))].mean(1) for each in curves]
+    return np.stack([mean, *np.percentile(np.mean(draws, 0), [2.5, 97.5], axis=0)])
+
+
 def denominators(returns: Returns) -> dict[str, float]:
     """Task to the mean return of its best row: what the paper divides by, which depends on the rows that are there."""
     tasks = dict.fromkeys(task for of_row in returns.values() for task in of_row)

@@ -11,10 +11,13 @@ from experiments import EXPERIMENTS, TASKS, Experiment, Variant
 from rates import read
 from records import SIZES, Record, config_of
 from scores import (
+    SEEDS,
     TD3,
     Interval,
+    common_curve,
     denominators,
     mean_interval,
+    mean_over_tasks,
     paper_score,
     shared_tasks,
     stratified_bootstrap,
@@ -162,21 +165,54 @@ def references(curves: Mapping[str, Mapping[str, Sequence]], tasks: Sequence[str
     return "\n".join(lines)
 
 
-def points(variants: Sequence[Variant], runs: Runs, end: int) -> dict[str, tuple[float, float]]:
-    """Label to training FLOPs relative to REDQ (paper's convention) and the paper's score, over the tasks of all rows."""
-    found = every_score(variants, runs, end)
-    tasks = [task for task in shared_tasks(found) if task in SIZES]
-    best = denominators(found)
+def points(variants: Sequence[Variant], runs: Runs, end: int) -> tuple[str, dict[str, tuple[float, Interval]]]:
+    """Label to training FLOPs relative to REDQ (paper's convention) and the paper's score, over the tasks of all rows.
+
+    With them, in words: the tasks, their seeds and denominators.
+    """
+    said, found, best = _relative(variants, runs, end)
     labels = {variant.label: variant for variant in variants}
     redq = Variant("redq", "REDQ", "redq")
-    return {
+    return said, {
         label: (
-            float(np.mean([_flops(labels[label], task) / _flops(redq, task) for task in tasks])),
-            paper_score({task: of_row[task] for task in tasks}, best),
+            float(np.mean([_flops(labels[label], task) / _flops(redq, task) for task in of_row])),
+            Interval(*mean_over_tasks([np.asarray(of_row[task])[:, None] / best[task] for task in of_row])[:, 0]),
         )
         for label, of_row in found.items()
-        if tasks
     }
+
+
+def score_curves(variants: Sequence[Variant], runs: Runs, end: int) -> tuple[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Label to frames ``(F,)`` and the paper's score there with its interval ``(3, F)``, over the tasks of all rows (figure 9).
+
+    Divided by what divides the scores at the end; a diverged run keeps its last evaluation. With them, the same words.
+    """
+    said, found, best = _relative(variants, runs, end)
+    lines = {}
+    for variant in (variant for variant in variants if variant.label in found):
+        curves = {}
+        for task in found[variant.label]:
+            records = [record for record in runs[variant.name][task] if math.isfinite(record.score(end))]
+            whole = [record for record in records if record.frames >= end] or records
+            frames, _ = common_curve([record.curve("eval/return", end) for record in whole])
+            curves[task] = frames, [np.interp(frames, *record.curve("eval/return", end)) / best[task] for record in records]
+        shared = sorted(set.intersection(*(set(frames.tolist()) for frames, _ in curves.values())))
+        values = [np.asarray(each)[:, np.isin(frames, shared)] for frames, each in curves.values()]
+        lines[variant.label] = np.asarray(shared), mean_over_tasks(values)
+    return said, lines
+
+
+def _relative(variants: Sequence[Variant], runs: Runs, end: int) -> tuple[str, dict[str, dict[str, list[float]]], dict]:
+    """The scores of the tasks that all rows have, and what they are divided by: in words, as scores and as numbers."""
+    found = every_score(variants, runs, end)
+    tasks = [task for task in shared_tasks(found) if task in SIZES]
+    best, parts = denominators(found), []
+    for task in tasks:
+        seeds = sorted({len(of_row[task]) for of_row in found.values()})
+        parts.append(f"{task} (n={' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))}, divided by {best[task]:.0f})")
+    few = any(len(of_row[task]) < SEEDS for of_row in found.values() for task in tasks)
+    said = ", ".join(parts) + ("; no interval: it needs three seeds of each task" if few else "; 95 % bootstrap over seeds")
+    return said, {label: {task: of_row[task] for task in tasks} for label, of_row in found.items() if tasks}, best
 
 
 def by_option(variants: Sequence[Variant], runs: Runs, end: int, option: str, default: float) -> dict[str, dict]:
