@@ -139,6 +139,17 @@ def test_every_seed_that_there_is_counts(tmp_path):
     assert "of OMNet" not in text
 
 
+@pytest.mark.usefixtures("without_pictures")
+def test_more_seeds_than_an_experiments_own_count_where_they_have_its_frames(tmp_path):
+    cells = select(["hopper_30k"], rows=["omnet"], seeds=range(6))
+    for cell, frames in zip(cells, (30_000, 30_000, 10_000, 10_000, 30_000, 10_000), strict=True):
+        write_run(tmp_path / "results", cell, 100.0 * cell.seed, status="interrupted", frames=frames)
+    text = written(tmp_path / "results", "hopper_30k")
+    assert "| score at 30,000 frames | Hopper-v4 |" in text
+    assert "| OMNet | 167 [-350, 684] (n=3) |" in text
+    assert "of OMNet" not in text
+
+
 def test_a_run_is_told_by_its_options_and_the_longer_of_two_is_taken(tmp_path):
     cell = select(["fig2a"], rows=["omnet"], tasks=["Hopper-v4"], seeds=[0], frames=30_000)[0]
     sparse = select(["fig9a"], rows=["omnet-sparsity-0.3"], tasks=["Hopper-v4"], seeds=[0], frames=30_000)[0]

@@ -110,7 +110,9 @@ def scatter(path: Path, title: str, points: Mapping[str, tuple[float, Interval]]
         axes.plot(flops, score.value, "o", color=colour, markersize=5 if small else 9)
         if np.isfinite(score.low):
             axes.vlines(flops, score.low, score.high, color=colour, linewidth=1.2)
-        axes.annotate(name, (flops, score.value), (6, 4), textcoords="offset points", fontsize=7 if small else 9)
+        axes.annotate(
+            name, (flops, score.value), (6, -10 if small else 4), textcoords="offset points", fontsize=7 if small else 9
+        )
     axes.set(xlabel="training FLOPs of an update, relative to REDQ (paper's convention)", ylabel="score")
     axes.set_title(textwrap.fill(title, 84), fontsize=9)
     axes.margins(0.15)

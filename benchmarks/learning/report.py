@@ -13,6 +13,7 @@ with the runs, whose protocol differs.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import warnings
 from collections import defaultdict
@@ -80,9 +81,22 @@ def group(experiment: Experiment, found: dict[Path, Record]) -> dict[str, dict[s
 
 
 def budget(experiment: Experiment, runs: dict, frames: int | None) -> int:
-    """The frames that are reported: those asked for, or as many as half of the runs have."""
-    reached = [record.frames for tasks in runs.values() for records in tasks.values() for record in records]
-    return frames or min(experiment.frames, int(np.median(reached)))
+    """The frames that are reported: those asked for, or as many as half of the runs of its own seeds have."""
+    reached = [
+        (record.config.seed, record.frames) for tasks in runs.values() for records in tasks.values() for record in records
+    ]
+    own = [number for seed, number in reached if seed < experiment.seeds]
+    return frames or min(experiment.frames, int(np.median(own or [number for _, number in reached])))
+
+
+def counted(experiment: Experiment, runs: dict, end: int) -> dict[str, dict[str, list[Record]]]:
+    """The runs without those of further seeds that lack the frames."""
+    kept: dict = defaultdict(lambda: defaultdict(list))
+    for row, tasks in runs.items():
+        for task, records in tasks.items():
+            if own := [r for r in records if r.config.seed < experiment.seeds or math.isfinite(r.score(end))]:
+                kept[row][task] = own
+    return kept
 
 
 def draw(name: str, experiment: Experiment, runs: dict, end: int, folder: Path, references: dict | None) -> list[Path]:
@@ -132,6 +146,8 @@ def section(part: Part, found: dict[Path, Record], output: Path, references: dic
     if not runs or (part in ALSO and max(reached) < (part.frames or 0)):
         return ""
     end = budget(experiment, runs, part.frames)
+    if not (runs := counted(experiment, runs, end)):
+        return ""
     pictures = draw(name, experiment, runs, end, output / part.output, references)
     if name == "fig5" and not part.output:
         pictures.insert(0, map_figure(output / "fig5_map.png"))
