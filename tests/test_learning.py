@@ -224,6 +224,16 @@ def test_a_diverged_run_is_done(tmp_path):
     assert run.is_done(cell(), tmp_path)
 
 
+def test_a_cell_whose_checkpoints_are_gone_is_named_and_the_others_run(tmp_path):
+    folder = tmp_path / cell().path
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"status": "finished", "frames": 30}))
+    outcomes = runner(tmp_path).run([cell(), cell(1)])
+    assert outcomes["finished at 60 frames"] == 1
+    assert any(outcome.startswith("failed (its checkpoints are gone: ") for outcome in outcomes)
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
 def test_a_folder_that_was_left_half_made_is_made_anew_and_a_damaged_one_is_named(tmp_path):
     folder = tmp_path / cell().path
     (folder / "checkpoints").mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -143,6 +144,32 @@ def test_a_run_whose_evaluation_raises_has_failed_and_can_go_on(tmp_path, capsys
     assert info(tmp_path)["status"] == "finished"
     with (tmp_path / "run" / "metrics.csv").open() as file:
         assert [int(row["frames"]) for row in csv.DictReader(file) if row["name"] == "eval/return"] == [40, 80]
+
+
+def test_a_run_that_starts_anew_keeps_what_it_had_logged(tmp_path, capsys):
+    def broken(frames):
+        raise RuntimeError("no display")
+
+    before = []
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no display"):
+            train(Run({"resume": str(tmp_path / "run")} if before else options(tmp_path, log_interval=40)), broken)
+        before.append((tmp_path / "run" / "metrics.csv").read_bytes())
+        (tmp_path / "run" / "run.json").write_text(json.dumps({**info(tmp_path), "status": "running"}))  # kill -9
+    assert train(Run({"resume": str(tmp_path / "run")})) == "finished"
+    assert [(tmp_path / "run" / name).read_bytes() for name in ("metrics.csv.old", "metrics.csv.old1")] == before
+    assert "what metrics.csv had is in metrics.csv.old1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{}, {"status": "running"}, {"status": "running", "saved": None}, {"status": "diverged"}])
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_results(change, tmp_path):
+    train(Run(options(tmp_path, checkpoint={"interval": 30})))
+    before = (tmp_path / "run" / "metrics.csv").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**info(tmp_path), **change}))
+    with pytest.raises(ValueError, match=r"can't be resumed: .* has no checkpoint in it, .*: put its checkpoints back, or"):
+        Run({"resume": str(tmp_path / "run")}, ["total_frames=90"])
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
 
 
 def test_a_run_that_still_goes_on_is_not_resumed(tmp_path):

@@ -169,6 +169,8 @@ class Runner:
                 if (folder / "metrics.csv").exists():
                     return f"failed (there is no run.json that can be read in {folder}: move it away)"
                 shutil.rmtree(folder)  # killed while it was made
+            if state(folder).get("status") == "finished" and not any(folder.glob("checkpoints/checkpoint_*.json")):
+                return "failed (its checkpoints are gone: it can't be made longer; begin it in another --folder)"
             device = self.devices[slot % len(self.devices)]
             options = (f"num_threads={self.threads}", f"device={device}", *self.options)
             log = folder.with_suffix(".log")

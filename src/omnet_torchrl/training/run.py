@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import shlex
 import sys
@@ -17,10 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator
 from omnet_torchrl.training.algorithms import row, training_flops
-from omnet_torchrl.training.checkpoint import Checkpointer
+from omnet_torchrl.training.checkpoint import MANIFESTS, Checkpointer
 from omnet_torchrl.training.config import differences, load_config, resolve_device, save_config, to_config
 from omnet_torchrl.training.environments import check_env
-from omnet_torchrl.training.logging import BackgroundLogger, CSVLogger, check_logger, make_logger
+from omnet_torchrl.training.logging import BackgroundLogger, CSVLogger, check_logger, make_logger, read_metrics
 from omnet_torchrl.training.options import TrainConfig
 from omnet_torchrl.training.plots import learning_curve
 from omnet_torchrl.training.run_folder import RunFolder, now
@@ -37,7 +39,7 @@ class Run:
         overrides (sequence of str): ``name=value``, what a resumed run changes of its options; the others must be the same.
 
     Raises:
-        ValueError: a wrong option, environment or folder to resume, or one whose run still goes on.
+        ValueError: a wrong option, environment or folder to resume, one whose run still goes on, or whose checkpoints are gone.
     """
 
     def __init__(self, config: DictConfig | Mapping[str, Any] | TrainConfig, overrides: Sequence[str] = ()):
@@ -109,8 +111,9 @@ class Run:
                 sys.exit(f"error: {self.folder.path} can't be resumed: {error}")
             self._save_config(self.folder)
             self.say(f"goes on from frame {trainer.frames:,}" if found else "no checkpoint yet: starts from the beginning")
-        if not trainer.frames:
-            self.restore(None)
+        if self._csv is None:
+            self._keep_aside(self.folder.metrics_path)
+            self._csv = CSVLogger(self.folder.metrics_path)
         config = self.config
         self.folder.begin_session(trainer.frames, env=config.env, seed=config.seed, device=_device_name(self.device))
         options = {"frames": trainer.frames, "warn": self.say, **asdict(config.wandb)}
@@ -141,11 +144,15 @@ class Run:
         self._csv.sync()
         return self._csv.position
 
-    def restore(self, position: int | None) -> None:
-        """Go on with ``metrics.csv`` from ``position``; ``None``: anew."""
-        if position is None:
-            self.folder.metrics_path.unlink(missing_ok=True)
+    def restore(self, position: int) -> None:
+        """Go on with ``metrics.csv`` from ``position``."""
         self._csv = CSVLogger(self.folder.metrics_path, position)
+
+    def _keep_aside(self, path: Path) -> None:
+        if path.exists():
+            names = (path.with_name(f"{path.name}.old{number or ''}") for number in itertools.count())
+            kept = path.rename(next(name for name in names if not name.exists()))
+            self.say(f"what {path.name} had is in {kept.name}")
 
     def _show_warning(self, message: Warning | str, *_: Any, **__: Any) -> None:
         self.terminal.line(f"warning: {message}")
@@ -164,7 +171,8 @@ class Run:
             status = "failed"
             self.say(f"warning: {self.folder.metrics_path.name} could not be closed: {error}")
         self._logger.close()
-        self.folder.write_info(status=status, ended=now(), frames=trainer.frames, updates=trainer.updates)
+        counts = {"frames": trainer.frames, "updates": trainer.updates, "saved": trainer.saved}
+        self.folder.write_info(status=status, ended=now(), **counts)
         elapsed = trainer.elapsed
         rows: dict[str, object] = {
             "status": status,
@@ -244,7 +252,23 @@ def _resumed(folder: RunFolder, overrides: Sequence[str]) -> TrainConfig:
         listed = "; ".join(f"{name} is {before}, got {after}" for name, (before, after) in found.items())
         raise ValueError(f"resume={folder.path} goes on with the run's own options, and these differ: {listed}.")
     changed.folder, changed.resume = str(folder.path), None
+    _check_checkpoints(folder, stored.checkpoint.interval)
     return changed
+
+
+def _check_checkpoints(folder: RunFolder, interval: int) -> None:
+    """Raise if a run without checkpoints has ended, or has had one: it would start anew, over its results."""
+    if any(folder.checkpoint_path.glob(MANIFESTS)):
+        return
+    info, reached = folder.info, 0
+    with contextlib.suppress(OSError, ValueError):
+        reached = max(max(frames) for frames, _ in read_metrics(folder.metrics_path).values())
+    saved = info.get("saved") is not None or any(session["frames"] for session in info["sessions"])
+    if info["status"] in ("finished", "diverged") or saved or 0 < interval < reached:
+        raise ValueError(
+            f"{folder.path} can't be resumed: its run (status: {info['status']}) has no checkpoint in it, and would start from "
+            "frame 0: put its checkpoints back, or start another run."
+        )
 
 
 def _relative(path: Path) -> str:

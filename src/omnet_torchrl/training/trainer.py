@@ -109,7 +109,8 @@ class Trainer:
         self.elapsed = 0.0  # seconds, those before a resume included
         self.times = dict.fromkeys(("collect", "sample", "update", "log", "evaluate", "save"), 0.0)  # where they went
         self.last: dict[str, float] = {}  # the newest value of each metric
-        self._saved, self._stop, self._diverged = -1, 0, False
+        self.saved: int | None = None  # the frame of the newest checkpoint
+        self._stop, self._diverged = 0, False
         self._metrics: dict[str, Tensor] = {}  # the newest of the update
         self._keys: list[NestedKey] = []  # of what is stored of a frame
         self._log_due = False  # the interval of the log has passed, and no update since
@@ -130,7 +131,7 @@ class Trainer:
         self._random.load_state_dict(state["random"], state["frames"])
         self.frames, self.updates, self.last = state["frames"], state["updates"], state["last"]
         self._metrics, self._log_due = dict(state["metrics"]), state["log_due"]
-        self.elapsed, self.times, self._saved = state["elapsed"], state["times"], self.frames
+        self.elapsed, self.times, self.saved = state["elapsed"], state["times"], self.frames
         self.reporter.restore(state["log"])
         self.checkpointer.discard_after(self.frames)
         return True
@@ -169,7 +170,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint, unless this frame has one or the run has diverged."""
-        if self.frames == self._saved or self._diverged:
+        if self.frames == self.saved or self._diverged:
             return
         collector = self.collector.state_dict()
         state = {
@@ -190,7 +191,7 @@ class Trainer:
             "random": self._random.state_dict(),
         }
         self.checkpointer.save(self.frames, state, self.buffer)
-        self._saved = self.frames
+        self.saved = self.frames
 
     def run(self) -> str:
         """Train to the end; the status: ``"finished"``, ``"interrupted"`` or ``"diverged"``."""
