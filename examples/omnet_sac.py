@@ -37,7 +37,8 @@ from omnet_torchrl.training import (
     schedule,
 )
 from omnet_torchrl.training.algorithms import loss_options, network_options
-from omnet_torchrl.training.config import check_overrides, register
+from omnet_torchrl.training.command_line import check_command_line
+from omnet_torchrl.training.config import register
 from omnet_torchrl.training.global_numbers import derived_seed
 
 
@@ -100,7 +101,7 @@ def main(cfg: DictConfig) -> float:
 if __name__ == "__main__":
     register()
     try:
-        check_overrides(sys.argv[1:])
+        check_command_line(sys.argv[1:], __file__)
     except ValueError as error:
         sys.exit(f"error: {error}")
     main()

@@ -16,7 +16,6 @@ from omnet_torchrl.training import config as config_module
 from omnet_torchrl.training import options as options_module
 from omnet_torchrl.training.config import (
     MAY_CHANGE,
-    check_overrides,
     differences,
     load_config,
     register,
@@ -303,46 +302,7 @@ def test_a_device_of_another_kind_is_refused(name):
         resolve_device(name)
 
 
-# The command line
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["algorithm=omnet,redq", "-m"],
-        ["seed=0,1,2", "-m", "env=Walker2d-v4", "utd_ratio=range(1,5)"],
-        ["network.num_cells=[64,64]", "network.sparsity=[0,0.5,0]", "optim.lr=1e-4"],
-        ["network={num_subnets:3}"],
-        ["hydra.run.dir=x", "hydra/launcher=joblib", "+new=1", "++new.deep=1", "~seed", "~optim.lr=3e-4"],
-        ["--config-name", "other", "-cn", "other", "-cp", "conf", "--config-dir", "conf", "-p", "a.b", "--config-name=other"],
-        ["--config-path", "conf", "-cd", "conf", "--package", "a.b", "--info", "all", "--cfg=job"],
-    ],
-)
-def test_options_that_exist_pass(arguments):
-    check_overrides(arguments)
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("network.num_subnet=3", "unknown option 'network.num_subnet'; did you mean 'network.num_subnets'?"),
-        ("num_subnets=3", "unknown option 'num_subnets'; did you mean 'network.num_subnets'?"),
-        ("Seed=3", "unknown option 'Seed'; did you mean 'seed'?"),
-        ("utd=1,2", "unknown option 'utd'; did you mean 'utd_ratio'?"),
-        ("hydr.run.dir=x", "unknown option 'hydr.run.dir'; did you mean "),
-    ],
-)
-def test_an_unknown_option_names_the_closest(argument, message):
-    with pytest.raises(ValueError) as error:
-        check_overrides(["seed=1", "-m", argument])
-    assert str(error.value).startswith(message)
-
-
-@pytest.mark.parametrize("argument", ["seed", "seed=a=b"])
-def test_an_argument_that_is_no_option_is_repeated(argument):
-    with pytest.raises(ValueError, match=f"options have the form name=value, got '{argument}': "):
-        check_overrides([argument])
+# Hydra
 
 
 def test_hydra_composes_the_registered_config_and_to_config_takes_it():
@@ -365,10 +325,12 @@ def test_hydra_composes_a_row_under_what_is_given():
     assert (config.loss.num_trained_subnets, config.loss.num_target_subnets) == (None, 2)
 
 
-@pytest.mark.parametrize("argument", ["algorithm=red", "algorithm=omnet,red"])
-def test_an_unknown_row_on_the_command_line_names_the_closest(argument):
-    with pytest.raises(ValueError, match=r"algorithm must be one of omnet, .*, got 'red'; the closest are redq"):
-        check_overrides([argument])
+def test_an_option_that_was_added_to_hydras_is_unknown():
+    register()
+    with initialize(version_base="1.3", config_path=None):
+        composed = compose("train", ["+sed=3", "+network.foo=1"])
+    with pytest.raises(ValueError, match=r"unknown option '(sed|network\.foo)'; did you mean"):
+        to_config(composed)
 
 
 def test_the_folder_is_the_one_that_hydra_resolved():

@@ -289,11 +289,18 @@ def test_what_is_opened_is_closed(env_of):
         ("Hopper", "with its version, got 'Hopper'; the closest are Hopper-v"),
         ("no_such_module:Env-v0", "env 'no_such_module:Env-v0' needs a package that can't be imported: .*no_such_module"),
         ("gymnasium.envs:Hopper-v99", "env 'gymnasium.envs:Hopper-v99' can't be made: .*`v99`"),
+        ("a:b:c", "env 'a:b:c' can't be made: "),
+        (":x", "env ':x' can't be made: "),
+        ("Broken-v0", r"env 'Broken-v0' can't be made: FileNotFoundError: model\.xml"),
         ("CartPole-v1", r"the action of env must be .* finite bounds, got Discrete\(2\) from 'CartPole-v1'"),
         ("FrozenLake-v1", r"the observation of env must be a Box of floats with one dimension, got Discrete\(16\)"),
     ],
 )
-def test_an_env_that_cannot_be_trained_is_refused(name, message):
+def test_an_env_that_cannot_be_trained_is_refused(name, message, monkeypatch):
+    def make():
+        raise FileNotFoundError("model.xml")
+
+    monkeypatch.setitem(gymnasium.registry, "Broken-v0", gymnasium.envs.registration.EnvSpec("Broken-v0", make))
     with pytest.raises(ValueError, match=message):
         check_env(name)
 

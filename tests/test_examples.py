@@ -112,6 +112,9 @@ def values_so_far(run, name):
 
 
 def test_several_environments_and_a_sweep_over_seeds(tmp_path):
+    wrong = subprocess.run(command("-m", *PENDULUM, "seed=0,-1"), capture_output=True, text=True, cwd=tmp_path)
+    assert (wrong.returncode, list(tmp_path.iterdir())) == (1, [])
+    assert re.fullmatch(r"error: seed must be .* of the sweep; none was started\)\n", wrong.stderr)
     arguments = ["-m", *PENDULUM, "num_envs=4", "init_random_frames=52", "seed=0,1", "folder=sweep/seed${seed}"]
     result = subprocess.run(command(*arguments), capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -119,6 +122,13 @@ def test_several_environments_and_a_sweep_over_seeds(tmp_path):
         assert info(tmp_path / "sweep" / f"seed{seed}")["seed"] == seed
         assert info(tmp_path / "sweep" / f"seed{seed}")["updates"] == 2 * (200 - 52)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "sweep"]
+
+
+def test_hydras_flags_print_the_options_and_run_nothing(tmp_path):
+    result = subprocess.run(command("--cfg", "job", "seed=3"), capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "seed: 3\n" in result.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 BAD = {
@@ -130,6 +140,7 @@ BAD = {
     "policy_update_delay=1000": r"policy_update_delay must be at most 300",
     "utd_ratio=0": r"utd_ratio must be in \(0, inf\)",
     "resume=nowhere": r"is no run folder",
+    "+foo=3": r"unknown option 'foo'; did you mean",
     "logger=tensorbord": r"did you mean tensorboard",
 }
 

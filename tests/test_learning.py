@@ -19,7 +19,8 @@ from rates import Rate, Rates
 from records import SIZES, config_of
 
 from omnet_torchrl.training.algorithms import ROWS, build
-from omnet_torchrl.training.config import check_overrides, to_config
+from omnet_torchrl.training.command_line import check_overrides
+from omnet_torchrl.training.config import to_config
 from omnet_torchrl.training.logging import read_metrics
 from omnet_torchrl.training.options import TrainConfig
 

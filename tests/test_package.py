@@ -45,6 +45,7 @@ TRAINING = {
     "options": set(),
     "algorithms": {"adam", "global_numbers", "options", "update"},
     "config": {"algorithms", "files", "options"},
+    "command_line": {"algorithms", "config", "environments"},
     "terminal": set(),
     "files": set(),
     "run_folder": {"files"},
@@ -66,6 +67,7 @@ TRAINING = {
     "policy": {"algorithms", "config", "options", "run_folder", "environments", "checkpoint"},
     "run": {
         "algorithms",
+        "command_line",
         "config",
         "options",
         "environments",

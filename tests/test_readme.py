@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from omnet_torchrl.training.config import check_overrides
+from omnet_torchrl.training.command_line import check_overrides
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)

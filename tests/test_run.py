@@ -194,12 +194,22 @@ def test_a_resume_that_fails_changes_nothing_and_lets_go_of_the_folder(tmp_path)
 
 def test_a_resumed_run_keeps_its_own_options_but_those_that_are_given(tmp_path):
     train(Run(options(tmp_path)))
-    resumed = Run({"resume": str(tmp_path / "run")}, ["resume=x", "total_frames=90", "eval.episodes=2"])
+    resumed = Run({"resume": str(tmp_path / "run")}, ["resume='x(\\'y'", "++total_frames=90", "eval.episodes=2"])
     assert (resumed.config.total_frames, resumed.config.eval.episodes, resumed.config.optim.batch_size) == (90, 2, 8)
+    for wrong, message in (
+        ("+foo=3", "unknown option 'foo'"),
+        ("~seed", "own options, got '~seed': leave it"),
+        ("seed", "form"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Run({"resume": str(tmp_path / "run")}, [wrong])
     with pytest.raises(ValueError, match=r"optim.lr is 0.0003, got 0.1; seed is 0, got 1|seed is 0, got 1; .*optim.lr is"):
         Run({"resume": str(tmp_path / "run")}, ["seed=1", "optim.lr=0.1"])
     assert load_config(tmp_path / "run" / "config.yaml").total_frames == 80  # until it goes on
     train(resumed)
+    (tmp_path / "run" / "metrics.csv").rename(tmp_path / "elsewhere.csv")
+    with pytest.raises(ValueError, match=r"can't be resumed: its metrics.csv is missing, .*: put it back"):
+        Run({"resume": str(tmp_path / "run")})
     with pytest.raises(ValueError, match="total_frames is 90, got 60"):
         Run({"resume": str(tmp_path / "run")}, ["total_frames=60"])
 

@@ -110,6 +110,21 @@ def test_a_folder_that_is_missing_or_damaged_says_so(tmp_path):
         RunFolder.open(folder.path)
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", "3", '{"status": "finished"}', "\udcff"])
+def test_a_run_json_of_something_else_is_damaged(content, tmp_path):
+    folder = RunFolder.create(tmp_path / "run")
+    (folder.path / "run.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(ValueError, match=r"no run folder: its run.json can't be read \("):
+        RunFolder.open(folder.path)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "run", tmp_path / "file" / "deep" / "run", "/proc/x/y"):
+        with pytest.raises(ValueError, match=rf"folder must be one that can be made, got .*{path} \(.*: choose another"):
+            RunFolder.create(path)
+
+
 def test_versions_name_what_is_not_installed(monkeypatch):
     monkeypatch.setattr(run_folder, "PACKAGES", ("torch", "no-such-package"))
     found = versions()

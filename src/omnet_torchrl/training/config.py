@@ -9,17 +9,14 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, OverrideType
 from hydra.core.utils import setup_globals
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
@@ -49,8 +46,6 @@ _RANGES = {
     "(0, 1]": "optim.tau",
     "(-inf, inf)": "loss.target_entropy",
 }
-# Hydra's flags that are followed by a value.
-_FLAGS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p", "--info", "-i")
 _CHOICES = {
     "network.critic": ("masked", "separate"),
     "network.actor": ("masked", "dense"),
@@ -86,7 +81,9 @@ def validate(config: TrainConfig) -> None:
     for name, value in _leaves(config).items():
         if value == "":
             raise ValueError(f"{name} must not be empty.")
-        if value != values.get(name):
+        if name not in values:
+            raise ValueError(unknown(name))
+        if value != values[name]:
             raise ValueError(f"{name} must be of its type and resolved, got {value!r}: use what to_config returns.")
 
 
@@ -103,26 +100,10 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def check_overrides(arguments: Sequence[str]) -> None:
-    """Raise a ``ValueError`` with the closest option if the command line, ``sys.argv[1:]``, sets one that does not exist.
-
-    Hydra would say only that the key is not in its struct. What is added (``+``), deleted (``~``) or Hydra's own is left to it.
-    """
-    parser = OverridesParser.create()
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        if argument.startswith("-") or before in _FLAGS:
-            continue
-        try:
-            override = parser.parse_override(argument)
-        except HydraException as error:
-            raise ValueError(f"options have the form name=value, got {argument!r}: {error}") from error
-        key = override.key_or_group
-        if override.type is OverrideType.CHANGE and re.split("[./]", key)[0] != "hydra" and key not in _OPTIONS:
-            raise ValueError(_unknown(key))
-        if key == "algorithm":
-            value = override.value()
-            for name in value.list if isinstance(value, ChoiceSweep) else [value]:
-                row(str(name))
+def unknown(key: str) -> str:
+    """The message that there is no such option, with the closest one."""
+    same = [name for name in OPTIONS if name.split(".")[-1] == key.split(".")[-1]] or [_closest(key, OPTIONS)]
+    return f"unknown option {key!r}; did you mean {' or '.join(map(repr, same))}?"
 
 
 def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]:
@@ -225,7 +206,7 @@ def _typed(config: Any) -> TrainConfig:
         OmegaConf.copy_cache(from_config=given, to_config=merged)  # ${now:...} stays the time that Hydra's folder has
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except ConfigKeyError as error:
-        raise ValueError(_unknown(str(error.full_key))) from error
+        raise ValueError(unknown(str(error.full_key))) from error
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key or 'options'}: {str(error.msg).splitlines()[0]}") from error
 
@@ -252,10 +233,5 @@ def _closest(name: str, names: Iterable[str]) -> str:
     return "".join(difflib.get_close_matches(name, list(names), n=1, cutoff=0))
 
 
-def _unknown(key: str) -> str:
-    same = [name for name in _OPTIONS if name.split(".")[-1] == key.split(".")[-1]] or [_closest(key, _OPTIONS)]
-    return f"unknown option {key!r}; did you mean {' or '.join(map(repr, same))}?"
-
-
 # Every name that an option can have, those of groups included.
-_OPTIONS = {**vars(TrainConfig()), **_leaves(TrainConfig())}
+OPTIONS = {**vars(TrainConfig()), **_leaves(TrainConfig())}

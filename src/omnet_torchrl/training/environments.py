@@ -115,8 +115,9 @@ def check_env(name: str) -> None:
             env = gymnasium.make(name)
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         raise ValueError(f"env {name!r} needs a package that can't be imported: {error}") from error
-    except gymnasium.error.Error as error:
-        raise ValueError(f"env {name!r} can't be made: {error}") from error
+    except Exception as error:  # its own constructor may raise anything
+        kind = "" if isinstance(error, gymnasium.error.Error) else f"{type(error).__name__}: "
+        raise ValueError(f"env {name!r} can't be made: {kind}{error}") from error
     spaces = {"observation": env.observation_space, "action": env.action_space}
     env.close()
     for kind, space in spaces.items():

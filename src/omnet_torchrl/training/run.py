@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.override_parser.types import OverrideType
 from omegaconf import DictConfig, OmegaConf
 
 from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator
 from omnet_torchrl.training.algorithms import row, training_flops
 from omnet_torchrl.training.checkpoint import MANIFESTS, Checkpointer
+from omnet_torchrl.training.command_line import argument, parse
 from omnet_torchrl.training.config import differences, load_config, resolve_device, save_config, to_config
 from omnet_torchrl.training.environments import check_env
 from omnet_torchrl.training.logging import BackgroundLogger, CSVLogger, check_logger, make_logger, read_metrics
@@ -188,7 +190,7 @@ class Run:
         self.terminal.summary({**rows, "results": _relative(self.folder.path)}, "")
         if status in ("interrupted", "failed"):
             script = shlex.join(["python", _relative(Path(sys.argv[0]).resolve())])
-            self.say(f"to go on: {script} resume={shlex.quote(_relative(self.folder.path))}")
+            self.say(f"to go on: {script} {argument('resume', _relative(self.folder.path))}")
         self.terminal.close()
 
 
@@ -245,20 +247,29 @@ def describe(config: TrainConfig, actor: SubnetActor, qvalue: SubnetQValueOperat
 def _resumed(folder: RunFolder, overrides: Sequence[str]) -> TrainConfig:
     """The config of a run in ``folder``, with what the user changes for its next part."""
     stored = load_config(folder.config_path)
-    merged = OmegaConf.merge(OmegaConf.structured(stored), OmegaConf.from_dotlist(list(overrides)))
-    changed = to_config(merged)  # type: ignore[arg-type]
+    merged = OmegaConf.create(asdict(stored))
+    for override in map(parse, overrides):
+        if override.type is OverrideType.DEL:
+            raise ValueError(
+                f"resume={folder.path} goes on with the run's own options, got {override.input_line!r}: leave it out."
+            )
+        OmegaConf.update(merged, override.key_or_group, override.value(), force_add=True)
+    changed = to_config(merged)
     found = differences(stored, changed)
     if found:
         listed = "; ".join(f"{name} is {before}, got {after}" for name, (before, after) in found.items())
         raise ValueError(f"resume={folder.path} goes on with the run's own options, and these differ: {listed}.")
     changed.folder, changed.resume = str(folder.path), None
-    _check_checkpoints(folder, stored.checkpoint.interval)
+    _check_files(folder, stored.checkpoint.interval)
     return changed
 
 
-def _check_checkpoints(folder: RunFolder, interval: int) -> None:
+def _check_files(folder: RunFolder, interval: int) -> None:
     """Raise if a run without checkpoints has ended, or has had one: it would start anew, over its results."""
     if any(folder.checkpoint_path.glob(MANIFESTS)):
+        if not folder.metrics_path.exists():
+            name = folder.metrics_path.name
+            raise ValueError(f"{folder.path} can't be resumed: its {name} is missing, which it goes on with: put it back.")
         return
     info, reached = folder.info, 0
     with contextlib.suppress(OSError, ValueError):

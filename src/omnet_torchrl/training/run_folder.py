@@ -83,16 +83,22 @@ class RunFolder:
         """Make the folder of a new run: ``path`` or, if it exists already, the first free one of ``path-1, path-2, ...``.
 
         ``before`` gets it while it is no run yet: what it writes is there wherever a ``run.json`` is.
+
+        Raises:
+            ValueError: it can't be made.
         """
         path = Path(path).expanduser().resolve()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count():
-            # Two runs of a sweep may ask in the same second: whoever makes the folder has it.
-            folder = cls(path.with_name(f"{path.name}-{number}") if number else path)
-            with suppress(FileExistsError):
-                folder.path.mkdir()
-                break
-        folder.checkpoint_path.mkdir()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for number in itertools.count():
+                # Two runs of a sweep may ask in the same second: whoever makes the folder has it.
+                folder = cls(path.with_name(f"{path.name}-{number}") if number else path)
+                with suppress(FileExistsError):
+                    folder.path.mkdir()
+                    break
+            folder.checkpoint_path.mkdir()
+        except OSError as error:
+            raise ValueError(f"folder must be one that can be made, got {path} ({error.strerror}): choose another.") from error
         before(folder)
         folder._write({"status": "running", "started": now(), "ended": None, **_code(), "sessions": []})
         return folder
@@ -102,17 +108,18 @@ class RunFolder:
         """The folder of a run that was started before.
 
         Raises:
-            ValueError: there is no ``run.json``, or it can't be read; names runs beneath the folder.
+            ValueError: there is no ``run.json``, or none that can be read; names runs beneath the folder.
         """
         folder = cls(Path(path).expanduser().resolve())
         try:
-            folder.info  # noqa: B018
+            if not {"status", "sessions"} <= dict(folder.info).keys():
+                raise ValueError("it has no status or no sessions")
         except FileNotFoundError:
             found = [str(run.parent) for run in itertools.islice(folder.path.rglob("run.json"), 3)]
             hint = f"; there are runs beneath it, e.g. {', '.join(found)}" if found else ""
             missing = "expected run.json in it, which is missing" if folder.path.exists() else "it does not exist"
             raise ValueError(f"{folder.path} is no run folder: {missing}{hint}.") from None
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"{folder.path} is no run folder: its run.json can't be read ({error}).") from error
         return folder
 

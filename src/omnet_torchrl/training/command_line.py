@@ -1,0 +1,92 @@
+"""Hydra's command line: checked before Hydra reads it, whose errors say little, and written so that it reads what is meant."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, OverrideType, Quote, QuotedString
+from hydra.errors import HydraException
+
+from omnet_torchrl.training.algorithms import row
+from omnet_torchrl.training.config import OPTIONS, to_config, unknown
+from omnet_torchrl.training.environments import check_env
+
+
+def parse(argument: str) -> Override:
+    """An option as Hydra reads it; a ``ValueError`` repeats what is none."""
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException as error:
+        raise ValueError(f"options have the form name=value, got {argument!r}: {error}") from error
+
+
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Raise a ``ValueError`` with the closest option if the command line, ``sys.argv[1:]``, sets one that does not exist.
+
+    Hydra would say only that the key is not in its struct. What is added (``+``), deleted (``~``) or Hydra's own is left to it.
+    """
+    for override in map(parse, _split(arguments)[1]):
+        key = override.key_or_group
+        if override.type is OverrideType.CHANGE and not _is_hydras(override) and key not in OPTIONS:
+            raise ValueError(unknown(key))
+        value = override.value()
+        if key == "algorithm" and not isinstance(value, Glob):
+            for name in value.list if isinstance(value, ChoiceSweep) else [value]:
+                row(str(name))
+
+
+def check_command_line(arguments: Sequence[str], script: str | Path) -> None:
+    """As :func:`check_overrides`; of a sweep, check the options and the environment of every job too.
+
+    Jobs of sweepers other than Hydra's own, of ``glob()`` and of other folders of configurations are checked as they start.
+
+    Args:
+        arguments (sequence of str): ``sys.argv[1:]``.
+        script (str or Path): the file whose configurations lie beside it, the default one under its own name.
+    """
+    check_overrides(arguments)
+    script, (flags, options) = Path(script).resolve(), _split(arguments)
+    overrides = [override for override in map(parse, options) if not _is_hydras(override)]
+    beyond = any(isinstance(override.value(), Glob | IntervalSweep) for override in overrides)
+    if not flags.multirun or flags.config_path or flags.config_dir or beyond:
+        return
+    environments = set()
+    with initialize_config_dir(str(script.parent), version_base="1.3"):
+        for job in BasicSweeper.split_arguments(overrides, None)[0]:
+            try:
+                config = to_config(compose(flags.config_name or script.stem, job))
+                if config.env not in environments:
+                    check_env(config.env)
+                environments.add(config.env)
+            except (ValueError, HydraException) as error:
+                raise ValueError(f"{error} (the job {shlex.join(job)} of the sweep; none was started)") from error
+
+
+def argument(name: str, value: str) -> str:
+    """``name=value`` for a shell, such that Hydra reads just this value."""
+    given = f"{name}={value}"
+    try:
+        as_it_is: Any = parse(given).value()
+    except ValueError:
+        as_it_is = None
+    return shlex.quote(given if as_it_is == value else f"{name}={QuotedString(value, Quote.single).with_quotes()}")
+
+
+def _split(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """Hydra's flags, and the options; ``install=bash`` is none."""
+    flags, others = get_args_parser().parse_known_args(list(arguments))  # others: options after flags, and flags unknown to it
+    options = [*flags.overrides, *(each for each in others if not each.startswith("-"))]
+    return flags, [] if flags.shell_completion else options
+
+
+def _is_hydras(override: Override) -> bool:
+    return re.split("[./]", override.key_or_group)[0] == "hydra"

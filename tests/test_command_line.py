@@ -1,0 +1,97 @@
+"""What is said of a command line before Hydra reads it, and what Hydra reads of what we write."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from omnet_torchrl.training.command_line import argument, check_command_line, check_overrides, parse
+from omnet_torchrl.training.config import register
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "omnet_sac.py"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["algorithm=omnet,redq", "-m"],
+        ["seed=0,1,2", "-m", "env=Walker2d-v4", "utd_ratio=range(1,5)"],
+        ["network.num_cells=[64,64]", "network.sparsity=[0,0.5,0]", "optim.lr=1e-4"],
+        ["network={num_subnets:3}"],
+        ["hydra.run.dir=x", "hydra/launcher=joblib", "+new=1", "++new.deep=1", "~seed", "~optim.lr=3e-4"],
+        ["--config-name", "other", "-cn", "other", "-cp", "conf", "--config-dir", "conf", "-p", "a.b", "--config-name=other"],
+        ["--config-path", "conf", "-cd", "conf", "--package", "a.b", "--info", "all", "--cfg=job"],
+        *(["--cfg", "job"], ["-c", "job", "seed=1"], ["--cfg", "all", "--resolve"], ["-sc", "install=bash"], ["--info"]),
+    ],
+)
+def test_options_that_exist_pass(arguments):
+    check_overrides(arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("network.num_subnet=3", "unknown option 'network.num_subnet'; did you mean 'network.num_subnets'?"),
+        ("num_subnets=3", "unknown option 'num_subnets'; did you mean 'network.num_subnets'?"),
+        ("Seed=3", "unknown option 'Seed'; did you mean 'seed'?"),
+        ("utd=1,2", "unknown option 'utd'; did you mean 'utd_ratio'?"),
+        ("hydr.run.dir=x", "unknown option 'hydr.run.dir'; did you mean "),
+    ],
+)
+def test_an_unknown_option_names_the_closest(argument, message):
+    with pytest.raises(ValueError) as error:
+        check_overrides(["seed=1", "-m", argument])
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("word", ["seed", "seed=a=b"])
+def test_an_argument_that_is_no_option_is_repeated(word):
+    with pytest.raises(ValueError, match=f"options have the form name=value, got '{word}': "):
+        check_overrides([word])
+
+
+@pytest.mark.parametrize("argument", ["algorithm=red", "algorithm=omnet,red"])
+def test_an_unknown_row_on_the_command_line_names_the_closest(argument):
+    with pytest.raises(ValueError, match=r"algorithm must be one of omnet, .*, got 'red'; the closest are redq"):
+        check_overrides([argument])
+
+
+SWEEPS = {
+    "network.num_subnets=5,1,8": "loss.num_target_subnets must be in [1, network.num_subnets=1], got 2: ",
+    "env=Hopper-v4,Nope-v4": "env must be a gymnasium id with its version, got 'Nope-v4'; ",
+    "seed=range(-1,2)": "seed must be in [0, 2147483648), got -1.",
+}
+
+
+@pytest.mark.parametrize("option", SWEEPS)
+def test_every_job_of_a_sweep_is_checked_before_the_first(option):
+    register()
+    with pytest.raises(ValueError) as error:
+        check_command_line(["compile=false", option, "--multirun", "hydra/launcher=basic"], EXAMPLE)
+    assert str(error.value).startswith(SWEEPS[option])
+    assert f"(the job compile=False {option.split('=')[0]}=" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["-m", "seed=0,1", "env=Hopper-v4,Walker2d-v4"], ["-m", "-cn", "quick_start", "algorithm=omnet,redq"]),
+        *(["-m", "algorithm=glob(*)", "seed=-1"], ["-m", "optim.lr=interval(0,1)"], ["seed=-1"], ["-c", "job", "seed=3"]),
+    ],
+)
+def test_what_is_no_wrong_sweep_passes(arguments):
+    register()
+    check_command_line(arguments, EXAMPLE)
+
+
+@pytest.mark.parametrize(
+    "value", ["runs/x", "runs/lr=0.1", "a(b)", "my runs/x", "it's", "0", "1e3", "a,b", "null", "[x]", " x"]
+)
+def test_hydra_reads_an_argument_as_it_was_meant(value):
+    (word,) = shlex.split(argument("resume", value))
+    assert parse(word).value() == value
+
+
+def test_an_argument_is_quoted_only_where_it_must_be():
+    assert argument("resume", "runs/x-1") == "resume=runs/x-1"
