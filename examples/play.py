@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from statistics import fmean, pstdev
 
 # Libraries import MuJoCo, which fails where MUJOCO_GL can't draw, and only drawing needs it: see make.
 os.environ["USER_MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "")
@@ -101,7 +100,8 @@ def play(
 
 def row(name: object, episodes: Sequence[tuple[float, int]]) -> str:
     returns, lengths = zip(*episodes, strict=True)
-    return f"{name:>8}{len(episodes):>10}{fmean(returns):>11.1f} ± {pstdev(returns):<7.1f}{fmean(lengths):>10.1f}"
+    with np.errstate(invalid="ignore"):  # of returns that are not finite
+        return f"{name:>8}{len(episodes):>10}{np.mean(returns):>11.1f} ± {np.std(returns):<7.1f}{np.mean(lengths):>10.1f}"
 
 
 def make(name: str, draw: bool) -> gymnasium.Env:

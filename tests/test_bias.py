@@ -12,6 +12,7 @@ from torchrl.objectives import SoftUpdate
 
 from omnet_torchrl import EnsembleMLP, Maze2DEnv, OMNetSACLoss, make_actor, make_qvalue
 from omnet_torchrl.training.bias import evaluate_bias
+from omnet_torchrl.training.divergence import DivergenceError
 
 LENGTHS = (2, 3, 5)
 
@@ -50,6 +51,19 @@ def expected(returns):
         "bias/return": returns.mean(),
         "bias/pairs": len(returns),
     }
+
+
+def test_a_reward_that_is_not_finite_is_named_and_the_critic_is_left_as_it_was(monkeypatch):
+    def broken(self, state, step=CountingEnv._step):
+        out = step(self, state)
+        out["reward"][1] = torch.nan
+        return out
+
+    monkeypatch.setattr(CountingEnv, "_step", broken)
+    loss = make_loss()
+    with pytest.raises(DivergenceError, match=r"reward of environment 1 is not finite at step 1 of an .* bias: \[nan\]"):
+        evaluate_bias(loss, CountingEnv(LENGTHS))
+    assert loss.qvalue_network.training
 
 
 def test_returns_of_terminal_episodes_are_the_discounted_rewards():

@@ -199,7 +199,17 @@ def test_a_finished_run_that_is_made_longer_equals_a_longer_one(wholes, tmp_path
 
 PARTS = [
     *("update/loss", "update/critic_optim", "update/actor_optim", "writer", "replay", "transforms", "carrier", "episodes"),
-    *("random/exploration", "random/draws", "random/replay", "log", "frames", "updates", "metrics", "log_due"),
+    *(
+        "random/exploration",
+        "random/draws",
+        "random/replay",
+        "log",
+        "frames",
+        "updates",
+        "metrics",
+        "log_due",
+        "evaluation_due",
+    ),
 ]
 
 
@@ -237,12 +247,13 @@ def test_every_part_of_a_checkpoint_is_needed(part, wholes, tmp_path):
 
 
 def test_the_parts_are_all_there_are(tmp_path):
-    """What is not in the list above: the policy, for those who only play, and what the clock, a person or a warning says."""
+    """What is not in the list above: the policy, for those who only play, an evaluation that a signal ended (test_training.py),
+    and what the clock, a person or a warning says."""
     trainer = make_trainer(tmp_path, diary=Stopping([], 0), **SCHEDULE)
     trainer.save()
     state, _ = trainer.checkpointer.load()
     found = {f"{name}/{key}" for name in ("update", "random") for key in state[name]} | state.keys() - {"update", "random"}
-    assert found | {"replay"} == {*PARTS, "policy", "random/device", "elapsed", "times", "last"}
+    assert found | {"replay"} == {*PARTS, "policy", "evaluation_due", "random/device", "elapsed", "times", "last"}
 
 
 @pytest.mark.parametrize(("num_envs", "stop", "start"), [(1, 43, 40), (3, 20, 18)])

@@ -117,3 +117,11 @@ def test_duration_and_shares():
     assert [duration(s) for s in (0, 59.6, 3599, 3600, 90_061)] == ["0:00", "1:00", "59:59", "1:00:00", "25:01:01"]
     assert shares({"collect": 1.0, "update": 3.0}) == "update 75%, collect 25%"
     assert shares({"update": 0.0}) == "update 0%"
+
+
+@pytest.mark.filterwarnings("error")
+def test_returns_that_are_not_finite_are_a_line():
+    file = io.StringIO()
+    returns = {"eval/return": float("inf"), "eval/return_subnet_0": 1.0, "eval/return_subnet_1": float("inf")}
+    Terminal(100, file=file).evaluation(10, returns, 60)
+    assert file.getvalue() == "         10 frames   return       inf ± nan          1.0 min\n"

@@ -566,6 +566,21 @@ def test_a_run_may_go_on_though_it_diverged_but_without_checkpoints(tmp_path):
     assert trainer.checkpointer.load()[0]["frames"] == 30
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_an_evaluation_that_is_not_finite_is_a_divergence(goes_on, breaking, tmp_path):
+    trainer = make_trainer(tmp_path, checkpoint_interval=20, stop_when_diverged=not goes_on)
+    env = make_env(breaking("reward", 5, math.inf), num_envs=2)
+    env.base_env._env.envs[0].unwrapped.at = 10**6
+    actor = make_actor(env.observation_spec, env.action_spec, num_cells=(8,), num_subnets=2, sparsity=0.0)
+    trainer.evaluate = lambda frames: evaluate(actor, env, seed=0)
+    assert trainer.run() == "diverged"
+    assert trainer.frames == (60 if goes_on else 30)
+    (said,) = trainer.reporter.said
+    assert "at the evaluation of frame 30, reward of environment 1 is not finite at step 5 of an evaluation: [inf]" in said
+    assert trainer.reporter.frames("eval/return") == ([60] if goes_on else [])  # which breaks at one step alone
+    assert trainer.checkpointer.load()[0]["frames"] == 20
+
+
 def test_an_error_of_the_environment_is_an_error(tmp_path, breaking):
     trainer = make_trainer(tmp_path, breaking("reward", 25, "text"))
     with pytest.raises(Exception, match=r"text|str"):
@@ -578,27 +593,65 @@ def test_an_error_of_the_environment_is_an_error(tmp_path, breaking):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_the_frame_and_it_is_saved(number, tmp_path):
     before = signal.getsignal(number)
-    trainer = make_trainer(tmp_path, eval_interval=30)
-    trainer.evaluate = lambda frames: os.kill(os.getpid(), number) or {"eval/return": 1.0}
+    trainer = make_trainer(tmp_path)
+    trainer.reporter.progress = lambda frames, *rest: frames == 30 and os.kill(os.getpid(), number)
     assert trainer.run() == "interrupted"
     assert signal.getsignal(number) is before
     assert trainer.frames == 30
-    assert trainer.reporter.rows[-1] == (30, "eval/return", 1.0)
+    assert trainer.reporter.rows[-1] == (30, "eval/return", 30.0)
     assert trainer.reporter.said == ["stopping: the run is saved first"]
     assert trainer.checkpointer.load()[0]["frames"] == 30
+
+
+@pytest.mark.parametrize("at", [30, 60])
+@pytest.mark.parametrize("interval", [0, 30])
+def test_an_evaluation_without_an_end_is_abandoned_and_made_by_the_run_that_goes_on(at, interval, tmp_path):
+    expected = make_trainer(tmp_path / "whole", checkpoint_interval=interval)
+    expected.run()
+    trainer, calls = make_trainer(tmp_path / "run", checkpoint_interval=interval), []
+
+    def endless(frames):
+        while frames == at:
+            calls.append(frames) or os.kill(os.getpid(), signal.SIGINT)
+        return {"eval/return": float(frames)}
+
+    trainer.evaluate = endless
+    assert trainer.run() == "interrupted"
+    assert (calls, trainer.frames) == ([at], at)
+    assert "eval/return" not in [name for frames, name, _ in trainer.reporter.rows if frames == at]
+    for _ in range(2):
+        resumed = make_trainer(tmp_path / "run", checkpoint_interval=interval, diary=trainer.reporter)
+        assert resumed.resume()
+        assert resumed.run() == "finished"
+        assert trainer.reporter.untimed() == expected.reporter.untimed()
+    assert trainer.reporter.frames("eval/return") == [30, 60]
+    assert_equal(weights(resumed), weights(expected))
+
+
+def test_a_run_that_is_told_to_stop_begins_no_evaluation(tmp_path):
+    trainer = make_trainer(tmp_path)
+    train, evaluated = trainer._train, []
+    trainer._train = lambda before: (before == 29 and os.kill(os.getpid(), signal.SIGTERM)) or train(before)
+    trainer.evaluate = lambda frames: evaluated.append(frames) or {}
+    assert trainer.run() == "interrupted"
+    assert (evaluated, trainer.frames) == ([], 30)
+    resumed = make_trainer(tmp_path, diary=trainer.reporter)
+    resumed.resume()
+    resumed.run()
+    assert trainer.reporter.frames("eval/return") == [30, 60]
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job does not have
     trainer = make_trainer(tmp_path, eval_interval=30, checkpoint_interval=20)
 
-    def twice(frames):
+    def twice():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)
 
-    trainer.evaluate = twice
+    trainer.reporter.progress = lambda frames, *rest: frames == 30 and twice()
     try:
         with pytest.raises(KeyboardInterrupt):
             trainer.run()
@@ -614,7 +667,7 @@ def test_a_second_signal_of_another_kind_does_what_it_did_before(tmp_path):
     try:
         trainer = make_trainer(tmp_path)
         kinds = (signal.SIGINT, signal.SIGTERM)
-        trainer.evaluate = lambda frames: [os.kill(os.getpid(), kind) for kind in kinds] and {"eval/return": 1.0}
+        trainer.reporter.progress = lambda frames, *rest: frames == 30 and [os.kill(os.getpid(), kind) for kind in kinds]
         assert trainer.run() == "interrupted"
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -634,7 +687,7 @@ def test_a_reporter_that_is_in_the_middle_of_a_line_does_not_end_the_run(tmp_pat
     """Python's buffered files refuse a print of a signal handler that interrupted another print."""
     trainer = make_trainer(tmp_path, eval_interval=30)
     trainer.reporter.say = lambda text: (_ for _ in ()).throw(RuntimeError("reentrant call inside <_io.BufferedWriter>"))
-    trainer.evaluate = lambda frames: os.kill(os.getpid(), signal.SIGINT) or {"eval/return": 1.0}
+    trainer.reporter.progress = lambda frames, *rest: frames == 30 and os.kill(os.getpid(), signal.SIGINT)
     assert trainer.run() == "interrupted"
     assert trainer.checkpointer.load()[0]["frames"] == 30
 

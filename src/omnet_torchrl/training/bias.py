@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -9,6 +11,7 @@ from torchrl.envs import EnvBase
 
 from omnet_torchrl.metrics import soft_returns, value_bias
 from omnet_torchrl.objectives import OMNetSACLoss
+from omnet_torchrl.training.divergence import check_finite
 from omnet_torchrl.training.environments import resting, seed_env
 
 
@@ -38,20 +41,29 @@ def evaluate_bias(
 
     Returns:
         dict: of :func:`~omnet_torchrl.metrics.value_bias`, and ``bias/pairs``, how many counted.
+
+    Raises:
+        DivergenceError: an observation, action or reward is not finite.
     """
-    device, critic = loss.log_alpha.device, loss.qvalue_network
-    training = critic.training
-    critic.eval()
+    device, critic, actor = loss.log_alpha.device, loss.qvalue_network, loss.actor_network
     generator = torch.Generator(device).manual_seed(seed)
     seed_env(env, seed)
-    state, records = env.reset(), []
+    state, records = env.reset(), list[dict[str, Tensor]]()
     playing = torch.ones(env.batch_size.numel(), dtype=torch.bool, device=device)
-    with resting(env) as rest:
+    seen = [key for key in actor.in_keys if key != loss.tensor_keys.subnet]
+    watched = [loss.tensor_keys.action, *(("next", key) for key in seen), ("next", "reward")]
+    for key in seen:
+        check_finite(key, state.get(key), "at the start of an evaluation of the value bias")
+    with resting(env) as rest, ExitStack() as stack:
+        stack.callback(critic.train, critic.training)
+        critic.eval()
         while playing.any():
             action, value, log_prob = _act(loss, state, generator)
             state.set(loss.tensor_keys.action, action.to(env.device))
             # Who is done begins another episode, which does not count, and rests.
             state, following = env.step_and_maybe_reset(state)
+            for key in watched:
+                check_finite(key, state.get(key), f"at step {len(records) + 1} of an evaluation of the value bias")
             step, state = state.get("next"), following
             reward, done, terminated = (step.get(key).view(-1).to(device) for key in ("reward", "done", "terminated"))
             record = {"value": value, "log_prob": log_prob, "reward": reward, "terminated": terminated, "counted": playing}
@@ -66,7 +78,6 @@ def evaluate_bias(
     value, counted, after = data.pop("value"), data.pop("counted"), data.pop("after")
     returns = soft_returns(**data, alpha=loss.log_alpha.exp(), gamma=gamma, bootstrap=after)
     counted = counted[:, :first_steps]
-    critic.train(training)
     bias = value_bias(value[..., :first_steps][:, counted], returns[:, :first_steps][counted])
     return {**{name: float(number) for name, number in bias.items()}, "bias/pairs": float(counted.sum())}
 

@@ -13,6 +13,7 @@ from omnet_torchrl.modules import SubnetActor
 from omnet_torchrl.objectives import OMNetSACLoss
 from omnet_torchrl.training.acting import CompiledPolicy
 from omnet_torchrl.training.bias import evaluate_bias
+from omnet_torchrl.training.divergence import check_finite
 from omnet_torchrl.training.environments import MAZE, make_env, resting, seed_env
 from omnet_torchrl.training.global_numbers import derived_seed
 from omnet_torchrl.training.maze import subnet_trajectories, write_trajectories
@@ -76,6 +77,9 @@ def evaluate(policy: SubnetActor | CompiledPolicy, env: EnvBase, *, seed: int | 
     Returns:
         dict: ``eval/return`` and ``eval/length``, means over the episodes; ``eval/return_subnet_k`` for each subnetwork that
         played.
+
+    Raises:
+        DivergenceError: an observation, action or reward is not finite.
     """
     if seed is not None:
         seed_env(env, seed)
@@ -85,7 +89,11 @@ def evaluate(policy: SubnetActor | CompiledPolicy, env: EnvBase, *, seed: int | 
     episodes = env.batch_size.numel()
     subnet = torch.arange(episodes) % actor.num_subnets
     total, length, playing = torch.zeros(episodes), torch.zeros(episodes), torch.ones(episodes, dtype=torch.bool)
-    state = env.reset()
+    state, steps = env.reset(), 0
+    seen = [key for key in actor.in_keys if key != actor.subnet_key]
+    watched = [actor.action_key, *(("next", key) for key in seen), ("next", "reward")]
+    for key in seen:
+        check_finite(key, state.get(key), "at the start of an evaluation")
     with set_exploration_type(ExplorationType.DETERMINISTIC), resting(env) as rest:
         while playing.any():
             inputs = state.select(*actor.in_keys, strict=False).set(actor.subnet_key, subnet)
@@ -93,6 +101,9 @@ def evaluate(policy: SubnetActor | CompiledPolicy, env: EnvBase, *, seed: int | 
             state.set(actor.action_key, action.to(env.device))
             # Who is done begins another episode, which does not count, and rests.
             state, following = env.step_and_maybe_reset(state)
+            steps += 1
+            for key in watched:
+                check_finite(key, state.get(key), f"at step {steps} of an evaluation")
             step, state = state.get("next"), following
             total += step.get("reward").view(-1).cpu() * playing
             length += playing

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import statistics
 import sys
 import textwrap
 import time
@@ -16,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TextIO
 
+import numpy as np
 from tqdm import tqdm
 
 BAR_SECONDS, LINE_SECONDS, WINDOW_SECONDS = 0.1, 60.0, 10.0
@@ -94,7 +94,8 @@ class Terminal:
         """
         seconds = time.monotonic() - self._start if seconds is None else seconds
         subnets = [value for name, value in metrics.items() if name.startswith("eval/return_subnet_")]
-        spread = f" ± {statistics.pstdev(subnets):<7.1f}" if len(subnets) > 1 else ""
+        with np.errstate(invalid="ignore"):  # of returns that are not finite
+            spread = f" ± {np.std(subnets):<7.1f}" if len(subnets) > 1 else ""
         text = f"{frames:>11,} frames   return {metrics['eval/return']:>9.1f}{spread}"
         if "eval/length" in metrics:
             text += f"   length {metrics['eval/length']:>6.1f}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -23,14 +22,12 @@ from torchrl.data import PrioritizedSampler, ReplayBuffer
 
 from omnet_torchrl.training.acting import CompiledPolicy
 from omnet_torchrl.training.checkpoint import Checkpointer, load_replay
+from omnet_torchrl.training.divergence import DivergenceError, check_finite
 from omnet_torchrl.training.environments import ReplayError, recorders
 from omnet_torchrl.training.global_numbers import GlobalNumbers, Streams, derived_seed
+from omnet_torchrl.training.stopping import Abandoned, Stop
 from omnet_torchrl.training.storage import Batches
 from omnet_torchrl.training.update import INDEX, SACUpdate
-
-
-class DivergenceError(RuntimeError):
-    """Something is not finite any more."""
 
 
 class Reporter(Protocol):
@@ -110,7 +107,8 @@ class Trainer:
         self.times = dict.fromkeys(("collect", "sample", "update", "log", "evaluate", "save"), 0.0)  # where they went
         self.last: dict[str, float] = {}  # the newest value of each metric
         self.saved: int | None = None  # the frame of the newest checkpoint
-        self._stop, self._diverged = 0, False
+        self._stop = Stop(lambda text: self.reporter.say(text))
+        self._diverged = self._evaluation_due = False
         self._metrics: dict[str, Tensor] = {}  # the newest of the update
         self._keys: list[NestedKey] = []  # of what is stored of a frame
         self._log_due = False  # the interval of the log has passed, and no update since
@@ -131,6 +129,7 @@ class Trainer:
         self._random.load_state_dict(state["random"], state["frames"])
         self.frames, self.updates, self.last = state["frames"], state["updates"], state["last"]
         self._metrics, self._log_due = dict(state["metrics"]), state["log_due"]
+        self._evaluation_due = state["evaluation_due"]
         self.elapsed, self.times, self.saved = state["elapsed"], state["times"], self.frames
         self.reporter.restore(state["log"])
         self.checkpointer.discard_after(self.frames)
@@ -181,6 +180,7 @@ class Trainer:
             "last": self.last,
             "metrics": {name: value.cpu() for name, value in self._metrics.items()},
             "log_due": self._log_due,
+            "evaluation_due": self._evaluation_due,
             "log": self.reporter.position(),
             "policy": dict(collector["policy_state_dict"]),
             "update": self.update.state_dict(),
@@ -196,10 +196,11 @@ class Trainer:
     def run(self) -> str:
         """Train to the end; the status: ``"finished"``, ``"interrupted"`` or ``"diverged"``."""
         start = time.perf_counter() - self.elapsed
-        with self._signals():
+        with self._stop.signals():
             try:
+                self._evaluate()  # what the run that goes on was stopped in
                 collected = iter(self.collector)
-                while self.frames < self.total_frames and not self._stop:
+                while self.frames < self.total_frames and not self._stop.wanted:
                     before = self.frames
                     self._reset_networks()
                     batch = self._collect(collected)
@@ -212,7 +213,7 @@ class Trainer:
             except DivergenceError as error:
                 self.reporter.say(f"diverged: {error}")
                 return "diverged"
-        if self._stop:
+        if self._stop.wanted:
             return "interrupted"
         return "diverged" if self._diverged else "finished"
 
@@ -226,15 +227,11 @@ class Trainer:
 
     def _collect(self, collected: Iterator[TensorDictBase]) -> TensorDictBase:
         with self._timed("collect"), self._random.exploration:
-            _check_finite("observation", self.collector._carrier.get("observation"), self.frames)
-            try:
+            check_finite("observation", self.collector._carrier.get("observation"), f"at frame {self.frames}")
+            with self._blamed():
                 data = next(collected)
-            except Exception as error:  # a policy that is not finite may raise before its action is seen
-                if not self.update.is_finite():
-                    raise DivergenceError(f"the networks are not finite at frame {self.frames} ({error}).") from error
-                raise
             for key in ("action", ("next", "observation"), ("next", "reward")):
-                _check_finite(key if isinstance(key, str) else key[-1], data.get(key), self.frames + data.numel())
+                check_finite(key, data.get(key), f"at frame {self.frames + data.numel()}")
             self._keys = self._keys or self._kept(data)
             self.buffer.extend(data.select(*self._keys).reshape(-1))
             self.frames += data.numel()
@@ -270,14 +267,30 @@ class Trainer:
         frames = self.frames
         with self._timed("log"):
             self._log_training(before, data, metrics)
-        if _crosses(self.eval_interval, before, frames) or frames >= self.total_frames:
-            with self._timed("evaluate"):
-                self._log(dict(self.evaluate(frames)))
+        self._evaluation_due = _crosses(self.eval_interval, before, frames) or frames >= self.total_frames
+        self._evaluate()
         if self.checkpoint_interval and _crosses(self.checkpoint_interval, before, frames):
             with self._timed("save"):
                 self._check_networks()
                 self.save()
         self.reporter.progress(frames, self.updates, self.last)
+
+    def _evaluate(self) -> None:
+        """Evaluate, where it is due. One that a signal ends stays due, for the run that goes on."""
+        if not self._evaluation_due or self._stop.wanted:
+            return
+        metrics: Mapping[str, float] = {}
+        try:
+            with self._timed("evaluate"), self._stop.abandonable(), self._blamed():
+                metrics = dict(self.evaluate(self.frames))
+        except Abandoned:
+            return
+        except DivergenceError as error:
+            self._diverge(f"at the evaluation of frame {self.frames}, {error}")
+        self._evaluation_due = False
+        if self.saved == self.frames:  # without this evaluation
+            self.saved = None
+        self._log(metrics)
 
     def _log_training(self, before: int, data: TensorDictBase, metrics: dict[str, Tensor]) -> None:
         for i in data.get(("next", "done")).view(-1).nonzero().flatten().tolist():
@@ -314,38 +327,22 @@ class Trainer:
         self._diverged = True
 
     @contextlib.contextmanager
+    def _blamed(self) -> Iterator[None]:
+        """A policy that is not finite may raise before its action is seen."""
+        try:
+            yield
+        except DivergenceError:
+            raise
+        except Exception as error:
+            if not self.update.is_finite():
+                raise DivergenceError(f"the networks are not finite at frame {self.frames} ({error}).") from error
+            raise
+
+    @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.times[name] += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM ends the loop after the frame; the second one is as ever."""
-
-        def stop(number: int, frame: Any) -> None:
-            self._stop = number
-            for each, handler in before.items():
-                signal.signal(each, handler)
-            with contextlib.suppress(RuntimeError):  # Python's files refuse a print that interrupts another
-                self.reporter.say("stopping: the run is saved first")
-
-        before: dict[int, Any] = {}
-        with contextlib.ExitStack() as stack:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                with contextlib.suppress(ValueError):  # not in the main thread: whoever has it decides
-                    before[number] = signal.signal(number, stop)
-                    stack.callback(signal.signal, number, before[number])
-            yield
-
-
-def _check_finite(name: str, value: Tensor, frames: int) -> None:
-    # One number of a sum tells: a sum of finite numbers that overflows is looked at more closely.
-    if not math.isfinite(value.sum().item()) and not bool(value.isfinite().all()):
-        rows = value.reshape(-1, value.shape[-1])
-        wrong = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
-        where = ", ".join(map(str, wrong))
-        raise DivergenceError(f"{name} of environment {where} is not finite at frame {frames}: {rows[wrong[0]].tolist()}.")
 
 
 def _crosses(interval: int, before: int, after: int) -> bool:
