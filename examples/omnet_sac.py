@@ -17,6 +17,7 @@ import sys
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from torch.optim import Adam
 from torchrl.collectors import Collector
@@ -95,6 +96,8 @@ def main(cfg: DictConfig) -> float:
     status = run.train(trainer, describe(config, actor, qvalue))
     if status == "interrupted":
         sys.exit(130)
+    if status == "diverged" and HydraConfig.get().mode is not RunMode.MULTIRUN:  # a sweep goes on
+        sys.exit(1)
     return trainer.last.get("eval/return", float("nan"))
 
 

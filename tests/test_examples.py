@@ -107,6 +107,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_going_on_changes_nothing(tmp_pat
     assert repeatable(stopped / "run")[: len(repeatable(whole / "run"))] == repeatable(whole / "run")
 
 
+def test_a_run_that_diverges_ends_with_status_1_and_a_sweep_goes_on(tmp_path):
+    wrong = ["optim.lr=1e30", "log_interval=10", "total_frames=80"]
+    assert "diverged: " in run_example(tmp_path, *PENDULUM, *wrong, ok=False).stderr
+    assert info(tmp_path / "run")["status"] == "diverged"
+    sweep = ["-m", *PENDULUM, *wrong, "optim.lr=1e30,1e-3", "folder=sweep/${optim.lr}"]
+    result = subprocess.run(command(*sweep), capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert {info(run)["status"] for run in (tmp_path / "sweep").iterdir()} == {"diverged", "finished"}
+
+
 def values_so_far(run, name):
     return (run / "metrics.csv").exists() and name in (run / "metrics.csv").read_text()
 
@@ -179,6 +189,8 @@ def test_a_short_run_on_a_gpu_reaches_its_evaluations(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_quick_start_solves_its_task(tmp_path):
+    start = time.monotonic()
     run_example(tmp_path, "--config-name", "quick_start")
+    assert time.monotonic() - start < 300  # compiling included
     returns = values(tmp_path / "run", "eval/return")
     assert returns[max(returns)] > 9_000

@@ -76,6 +76,7 @@ TRAINING = {
         "run_folder",
         "logging",
         "plots",
+        "stopping",
         "terminal",
         "checkpoint",
         "trainer",

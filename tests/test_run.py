@@ -2,11 +2,15 @@
 
 import csv
 import json
+import os
+import re
 import shutil
+import signal
 
 import pytest
 import torch
 from tensordict import TensorDict
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 from torch.optim import Adam
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
@@ -170,6 +174,32 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_results(cha
     with pytest.raises(ValueError, match=r"can't be resumed: .* has no checkpoint in it, .*: put its checkpoints back, or"):
         Run({"resume": str(tmp_path / "run")}, ["total_frames=90"])
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_frame_leaves_a_run_that_can_go_on(number, tmp_path, monkeypatch, capsys):
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    Run.start(options(tmp_path))
+    with pytest.raises(SystemExit, match="130"):
+        os.kill(os.getpid(), number)  # while networks are made
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "prepare", lambda self: os.kill(os.getpid(), number))  # while it compiles
+        assert train(Run.start(options(tmp_path))) == "interrupted"
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    for name in ("run", "run-1"):
+        assert json.loads((tmp_path / name / "run.json").read_text())["status"] == "interrupted"
+    assert len(re.findall(r"to go on: python \S+ resume=\S+/run(?:-1)?\n", capsys.readouterr().err)) == 2
+    assert train(Run({"resume": str(tmp_path / "run-1")})) == "finished"
+
+
+def test_a_missing_compiler_is_one_line(tmp_path, monkeypatch):
+    def prepare(trainer):
+        raise InductorError(InvalidCxxCompiler(), None)
+
+    monkeypatch.setattr(Trainer, "prepare", prepare)
+    with pytest.raises(SystemExit, match=r"error: compiling needs a C\+\+ compiler, .* or set compile=false"):
+        train(Run(options(tmp_path)))
+    assert info(tmp_path)["status"] == "failed"
 
 
 def test_a_run_that_still_goes_on_is_not_resumed(tmp_path):

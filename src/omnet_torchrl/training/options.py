@@ -104,6 +104,6 @@ class TrainConfig:
     logger: str = "csv"  # csv, tensorboard or wandb; metrics.csv is written in any case
     log_interval: int = 100  # frames between rows of training metrics
     progress: bool = True  # show a progress bar
-    stop_when_diverged: bool = True  # end the run when a loss is no longer finite
+    stop_when_diverged: bool = True  # end the run at a loss that is not finite; false: where the actor is not; nothing is saved
     folder: str = "runs/${env}/${algorithm}/seed${seed}/${now:%Y-%m-%d_%H-%M-%S}"  # of the run's files
     resume: str | None = None  # folder of the run to go on with; None: a new run

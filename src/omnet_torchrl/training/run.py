@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from omnet_torchrl.training.logging import BackgroundLogger, CSVLogger, check_lo
 from omnet_torchrl.training.options import TrainConfig
 from omnet_torchrl.training.plots import learning_curve
 from omnet_torchrl.training.run_folder import RunFolder, now
+from omnet_torchrl.training.stopping import handled
 from omnet_torchrl.training.terminal import Terminal, duration, shares
 from omnet_torchrl.training.trainer import Trainer
 
@@ -67,6 +69,7 @@ class Run:
         self.terminal = Terminal(self.config.total_frames, enabled=self.config.progress)
         self._csv: CSVLogger | None = None
         self._logger = BackgroundLogger()
+        self._signals = contextlib.ExitStack()
 
     def _save_config(self, folder: RunFolder) -> None:
         self.config.folder = str(folder.path)
@@ -74,29 +77,44 @@ class Run:
 
     @classmethod
     def start(cls, config: DictConfig | Mapping[str, Any] | TrainConfig, overrides: Sequence[str] = ()) -> Run:
-        """As the constructor, for a script: a wrong option ends it with a line instead of a traceback."""
+        """As the constructor, for a script: a wrong option ends it with a line instead of a traceback.
+
+        From here to the end of :meth:`train`, Ctrl-C and SIGTERM leave the status ``interrupted`` and say how to go on.
+        """
         try:
-            return cls(config, overrides)
+            run = cls(config, overrides)
         except ValueError as error:
             sys.exit(f"error: {error}")
+        run._signals.enter_context(handled(run._give_up, {}))
+        return run
+
+    def _give_up(self, *_: object) -> None:
+        """Before anything is trained."""
+        if self.folder.info["status"] == "running":
+            self.folder.write_info(status="interrupted", ended=now())
+        self._say_how_to_go_on()
+        self._signals.close()
+        sys.exit(130)
 
     def train(self, trainer: Trainer, description: Mapping[str, object]) -> str:
         """Run ``trainer`` and say so; the status: ``finished``, ``interrupted`` or ``diverged``."""
         try:
             return self._train(trainer, description)
         finally:
+            self._signals.close()
             self.folder.unlock()
 
     def _train(self, trainer: Trainer, description: Mapping[str, object]) -> str:
         title = f"{self.config.env}, seed {self.config.seed}, on {_device_name(self.device)}"
         self.terminal.header({**description, "results": _relative(self.folder.path)}, title)
         self._begin(trainer)
+        self._signals.enter_context(handled(signal.default_int_handler, {}))  # a KeyboardInterrupt
         warn, warnings.showwarning = warnings.showwarning, self._show_warning
         status = "failed"
         try:
             if trainer.update.compiled:
                 self.say("compiling the update; this takes up to a minute ...")
-            trainer.prepare()
+            _prepare(trainer)
             status = trainer.run()
         except KeyboardInterrupt:
             status = "interrupted"
@@ -172,9 +190,9 @@ class Run:
         except OSError as error:  # a full disk
             status = "failed"
             self.say(f"warning: {self.folder.metrics_path.name} could not be closed: {error}")
-        self._logger.close()
         counts = {"frames": trainer.frames, "updates": trainer.updates, "saved": trainer.saved}
         self.folder.write_info(status=status, ended=now(), **counts)
+        self._logger.close()
         elapsed = trainer.elapsed
         rows: dict[str, object] = {
             "status": status,
@@ -189,9 +207,22 @@ class Run:
             rows["evaluation return"] = f"{trainer.last['eval/return']:.1f}"
         self.terminal.summary({**rows, "results": _relative(self.folder.path)}, "")
         if status in ("interrupted", "failed"):
-            script = shlex.join(["python", _relative(Path(sys.argv[0]).resolve())])
-            self.say(f"to go on: {script} {argument('resume', _relative(self.folder.path))}")
+            self._say_how_to_go_on()
         self.terminal.close()
+
+    def _say_how_to_go_on(self) -> None:
+        script = shlex.join(["python", _relative(Path(sys.argv[0]).resolve())])
+        self.say(f"to go on: {script} {argument('resume', _relative(self.folder.path))}")
+
+
+def _prepare(trainer: Trainer) -> None:
+    try:
+        trainer.prepare()
+    except RuntimeError as error:
+        if "InvalidCxxCompiler" not in f"{type(error).__name__}: {error}":
+            raise
+        advice = "install one (apt install g++), name yours in the environment variable CXX, or set compile=false"
+        sys.exit(f"error: compiling needs a C++ compiler, and none works here: {advice}.")
 
 
 def schedule(config: TrainConfig) -> dict[str, Any]:
