@@ -178,12 +178,18 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_results(cha
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_the_first_frame_leaves_a_run_that_can_go_on(number, tmp_path, monkeypatch, capsys):
+
+    def compiling(trainer):
+        params = trainer.update.loss.actor_network_params
+        with params.to_module(trainer.update.loss.actor_network):  # which raises a RuntimeError in the place of the signal's
+            os.kill(os.getpid(), number)
+
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     Run.start(options(tmp_path))
     with pytest.raises(SystemExit, match="130"):
         os.kill(os.getpid(), number)  # while networks are made
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "prepare", lambda self: os.kill(os.getpid(), number))  # while it compiles
+        patch.setattr(Trainer, "prepare", compiling)
         assert train(Run.start(options(tmp_path))) == "interrupted"
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     for name in ("run", "run-1"):

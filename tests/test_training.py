@@ -18,6 +18,7 @@ from omnet_torchrl import OMNetSACLoss, SubnetPrimer, make_actor, make_qvalue
 from omnet_torchrl.training import GatherStorage, SACUpdate, Trainer, evaluate, make_env
 from omnet_torchrl.training import compiled as compiled_module
 from omnet_torchrl.training.checkpoint import Checkpointer
+from omnet_torchrl.training.stopping import check_stop
 
 PENDULUM = "InvertedPendulum-v4"
 
@@ -613,6 +614,7 @@ def test_an_evaluation_without_an_end_is_abandoned_and_made_by_the_run_that_goes
     def endless(frames):
         while frames == at:
             calls.append(frames) or os.kill(os.getpid(), signal.SIGINT)
+            check_stop()
         return {"eval/return": float(frames)}
 
     trainer.evaluate = endless
@@ -626,6 +628,28 @@ def test_an_evaluation_without_an_end_is_abandoned_and_made_by_the_run_that_goes
         assert trainer.reporter.untimed() == expected.reporter.untimed()
     assert trainer.reporter.frames("eval/return") == [30, 60]
     assert_equal(weights(resumed), weights(expected))
+
+
+def test_an_evaluation_of_episodes_without_an_end_is_abandoned(tmp_path):
+    told = []
+
+    class Endless(Breaking):
+        def step(self, action):
+            self.steps += 1
+            if self.steps == 50 and not told:
+                told.append(os.kill(os.getpid(), signal.SIGTERM))
+            return self._observation("observation"), 1.0, False, False, {}
+
+    trainer = make_trainer(tmp_path)
+    gymnasium.register("Endless-v0", Endless, disable_env_checker=True, kwargs={"what": "", "at": 0, "value": 0.0})
+    try:
+        env = make_env("Endless-v0", num_envs=2)
+    finally:
+        del gymnasium.registry["Endless-v0"]
+    actor = make_actor(env.observation_spec, env.action_spec, num_cells=(8,), num_subnets=2, sparsity=0.0)
+    trainer.evaluate = lambda frames: evaluate(actor, env, seed=0)
+    assert trainer.run() == "interrupted"
+    assert (trainer.frames, trainer.reporter.frames("eval/return")) == (30, [])
 
 
 def test_a_run_that_is_told_to_stop_begins_no_evaluation(tmp_path):

@@ -13,6 +13,7 @@ from omnet_torchrl.metrics import soft_returns, value_bias
 from omnet_torchrl.objectives import OMNetSACLoss
 from omnet_torchrl.training.divergence import check_finite
 from omnet_torchrl.training.environments import resting, seed_env
+from omnet_torchrl.training.stopping import check_stop
 
 
 @torch.no_grad()
@@ -58,6 +59,7 @@ def evaluate_bias(
         stack.callback(critic.train, critic.training)
         critic.eval()
         while playing.any():
+            check_stop()
             action, value, log_prob = _act(loss, state, generator)
             state.set(loss.tensor_keys.action, action.to(env.device))
             # Who is done begins another episode, which does not count, and rests.

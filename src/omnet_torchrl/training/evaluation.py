@@ -18,6 +18,7 @@ from omnet_torchrl.training.environments import MAZE, make_env, resting, seed_en
 from omnet_torchrl.training.global_numbers import derived_seed
 from omnet_torchrl.training.maze import subnet_trajectories, write_trajectories
 from omnet_torchrl.training.options import TrainConfig
+from omnet_torchrl.training.stopping import check_stop
 
 # Updates of the policy: the paper's gradient steps.
 FIGURE_7 = (500, 4_800, 5_000, 6_000, 30_000)
@@ -96,6 +97,7 @@ def evaluate(policy: SubnetActor | CompiledPolicy, env: EnvBase, *, seed: int | 
         check_finite(key, state.get(key), "at the start of an evaluation")
     with set_exploration_type(ExplorationType.DETERMINISTIC), resting(env) as rest:
         while playing.any():
+            check_stop()
             inputs = state.select(*actor.in_keys, strict=False).set(actor.subnet_key, subnet)
             action = policy(inputs.to(device) if elsewhere else inputs).get(actor.action_key)
             state.set(actor.action_key, action.to(env.device))

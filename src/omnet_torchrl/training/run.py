@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import logging
 import shlex
-import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -69,7 +68,7 @@ class Run:
         self.terminal = Terminal(self.config.total_frames, enabled=self.config.progress)
         self._csv: CSVLogger | None = None
         self._logger = BackgroundLogger()
-        self._signals = contextlib.ExitStack()
+        self._signals, self._interrupted = contextlib.ExitStack(), False
 
     def _save_config(self, folder: RunFolder) -> None:
         self.config.folder = str(folder.path)
@@ -96,6 +95,10 @@ class Run:
         self._signals.close()
         sys.exit(130)
 
+    def _interrupt(self, *_: object) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
     def train(self, trainer: Trainer, description: Mapping[str, object]) -> str:
         """Run ``trainer`` and say so; the status: ``finished``, ``interrupted`` or ``diverged``."""
         try:
@@ -108,7 +111,7 @@ class Run:
         title = f"{self.config.env}, seed {self.config.seed}, on {_device_name(self.device)}"
         self.terminal.header({**description, "results": _relative(self.folder.path)}, title)
         self._begin(trainer)
-        self._signals.enter_context(handled(signal.default_int_handler, {}))  # a KeyboardInterrupt
+        self._signals.enter_context(handled(self._interrupt, {}))
         warn, warnings.showwarning = warnings.showwarning, self._show_warning
         status = "failed"
         try:
@@ -117,6 +120,10 @@ class Run:
             _prepare(trainer)
             status = trainer.run()
         except KeyboardInterrupt:
+            status = "interrupted"
+        except Exception:  # which tensordict's contexts raise in the place of a KeyboardInterrupt
+            if not self._interrupted:
+                raise
             status = "interrupted"
         finally:
             warnings.showwarning = warn

@@ -5,13 +5,21 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 Handler = Callable[[int, Any], Any]
 
 
-class Abandoned(KeyboardInterrupt):
-    """A signal ended what is made anew by the run that goes on."""
+class AbandonedError(Exception):
+    """A signal ended what the run that goes on makes anew."""
+
+
+def check_stop() -> None:
+    """Raise :class:`AbandonedError` within :meth:`Stop.abandonable` where a signal was seen: for loops without an end."""
+    stop = _abandonable.get()
+    if stop is not None and stop.wanted:
+        raise AbandonedError
 
 
 class Stop:
@@ -22,8 +30,7 @@ class Stop:
     """
 
     def __init__(self, say: Callable[[str], None]):
-        self.wanted = False
-        self._say, self._abandonable = say, False
+        self.wanted, self._say = False, say
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -36,20 +43,21 @@ class Stop:
                 signal.signal(each, handler)
             with contextlib.suppress(RuntimeError):  # Python's files refuse a print that interrupts another
                 self._say("stopping: the run is saved first")
-            if self._abandonable:
-                raise Abandoned
 
         with handled(stop, before):
             yield
 
     @contextlib.contextmanager
     def abandonable(self) -> Iterator[None]:
-        """Within, that signal raises :class:`Abandoned` at once: what may last for ever."""
-        self._abandonable = True
+        """Within, :func:`check_stop` looks at ``wanted``."""
+        token = _abandonable.set(self)
         try:
             yield
         finally:
-            self._abandonable = False
+            _abandonable.reset(token)
+
+
+_abandonable: ContextVar[Stop | None] = ContextVar("abandonable", default=None)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from omnet_torchrl.training.checkpoint import Checkpointer, load_replay
 from omnet_torchrl.training.divergence import DivergenceError, check_finite
 from omnet_torchrl.training.environments import ReplayError, recorders
 from omnet_torchrl.training.global_numbers import GlobalNumbers, Streams, derived_seed
-from omnet_torchrl.training.stopping import Abandoned, Stop
+from omnet_torchrl.training.stopping import AbandonedError, Stop
 from omnet_torchrl.training.storage import Batches
 from omnet_torchrl.training.update import INDEX, SACUpdate
 
@@ -283,7 +283,7 @@ class Trainer:
         try:
             with self._timed("evaluate"), self._stop.abandonable(), self._blamed():
                 metrics = dict(self.evaluate(self.frames))
-        except Abandoned:
+        except AbandonedError:
             return
         except DivergenceError as error:
             self._diverge(f"at the evaluation of frame {self.frames}, {error}")
@@ -331,7 +331,7 @@ class Trainer:
         """A policy that is not finite may raise before its action is seen."""
         try:
             yield
-        except DivergenceError:
+        except (AbandonedError, DivergenceError):
             raise
         except Exception as error:
             if not self.update.is_finite():
