@@ -20,6 +20,7 @@ from torchrl.objectives import SoftUpdate
 from omnet_torchrl import OMNetSACLoss, SubnetPrimer, make_actor, make_qvalue
 from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.training import Run, SACUpdate, Trainer, describe, evaluate, load_policy, make_env, schedule
+from omnet_torchrl.training import trainer as trainer_module
 from omnet_torchrl.training.algorithms import network_options
 from omnet_torchrl.training.config import load_config
 
@@ -40,13 +41,15 @@ OPTIONS = {
 def train(run, evaluation=None):
     """What examples/omnet_sac.py does."""
     config = run.config
-    env = make_env(config.env, SubnetPrimer(3, generator=0), num_envs=1, seed=config.seed)
+    env = make_env(config.env, SubnetPrimer(3, generator=0), num_envs=config.num_envs, seed=config.seed)
     actor = make_actor(env.observation_spec, env.action_spec, **network_options(config, "actor"))
     qvalue = make_qvalue(env.observation_spec, env.action_spec, **network_options(config, "critic"))
     loss = OMNetSACLoss(actor, qvalue)
     optims = Adam(qvalue.parameters()), Adam([*actor.parameters(), loss.log_alpha])
     update = SACUpdate(loss, *optims, SoftUpdate(loss, tau=config.optim.tau), compile=False)
-    collector = Collector(env, actor, frames_per_batch=1, init_random_frames=40, auto_register_policy_transforms=False)
+    collector = Collector(
+        env, actor, frames_per_batch=config.num_envs, init_random_frames=40, auto_register_policy_transforms=False
+    )
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames))
     eval_env = make_env(config.env, num_envs=3)
     evaluation = evaluation or (lambda frames: evaluate(actor, eval_env, seed=frames))
@@ -248,6 +251,31 @@ def test_a_resumed_run_keeps_its_own_options_but_those_that_are_given(tmp_path):
         Run({"resume": str(tmp_path / "run")})
     with pytest.raises(ValueError, match="total_frames is 90, got 60"):
         Run({"resume": str(tmp_path / "run")}, ["total_frames=60"])
+
+
+EDITS = {
+    "- 16\n  - 16": ("- 8\n  - 8", r"weight must be \(16, 4\), got \(8, 4\); .*; and \d+ more: use the options"),
+    "num_subnets: 3": ("num_subnets: 4", r"masks must be \(3, 16, 4\), got \(4, 16, 4\); "),
+    "actor_layer_norm: true": ("actor_layer_norm: false", r"bias must be \(16,\), got nothing; "),
+    "num_envs: 1": ("num_envs: 2", r"observation must be \(1, 4\), got \(2, 4\): use the options"),
+}
+
+
+@pytest.mark.parametrize("before", EDITS)
+def test_options_that_were_edited_are_named_before_anything_is_loaded(before, tmp_path, monkeypatch):
+    train(Run(options(tmp_path)))
+    path = tmp_path / "run" / "config.yaml"
+    text, (after, message) = path.read_text(), EDITS[before]
+    assert before in text
+    path.write_text(text.replace(before, after))
+    monkeypatch.setattr(trainer_module, "load_replay", lambda *_: pytest.fail("something is loaded"))
+    with pytest.raises(
+        SystemExit, match=r"can't be resumed: the checkpoint is of other networks or environments: .*" + message
+    ):
+        train(Run({"resume": str(tmp_path / "run")}))
+    if "num_envs" not in before:
+        with pytest.raises(ValueError, match=message):
+            load_policy(tmp_path / "run")
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_line_and_no_end(tmp_path, capsys):

@@ -14,11 +14,13 @@ import io
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from omnet_torchrl.training.files import replace_file
@@ -176,6 +178,19 @@ def load_replay(buffer: ReplayBuffer, files: list[Path], writer: dict[str, Any])
         last = slice(max(0, len(data) - capacity), None)
         buffer.storage.set(index[last] % capacity, data[last].to(buffer.storage.device))
     buffer.writer.load_state_dict({**writer, "_cursor": written % capacity})
+
+
+def check_shapes(stored: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+    """Raise a ``ValueError`` if the tensors of a checkpoint and those that they go to differ in name or shape."""
+    expected, got = ({name: tuple(value.shape) for name, value in each.items()} for each in (stored, live))
+    names = [name for name in {**expected, **got} if expected.get(name) != got.get(name)]
+    wrong = [f"{name} must be {expected.get(name, 'left out')}, got {got.get(name, 'nothing')}" for name in names]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"the checkpoint is of other networks or environments: {'; '.join(wrong[:3])}{more}: use the options that it was "
+            "saved with (was the run's config.yaml edited?)."
+        )
 
 
 def _sha256(content: bytes) -> str:

@@ -14,7 +14,7 @@ from torchrl.modules import ProbabilisticActor
 from omnet_torchrl.builders import make_actor
 from omnet_torchrl.modules import SubnetActor
 from omnet_torchrl.training.algorithms import network_options
-from omnet_torchrl.training.checkpoint import Checkpointer
+from omnet_torchrl.training.checkpoint import Checkpointer, check_shapes
 from omnet_torchrl.training.config import load_config, resolve_device
 from omnet_torchrl.training.environments import check_env, make_env
 from omnet_torchrl.training.options import TrainConfig
@@ -36,8 +36,9 @@ def load_policy(folder: str | Path, subnet: int | None = None, *, device: torch.
         device (torch.device or str): of the policy, whatever the run's was: cpu, cuda, cuda:1 or auto.
 
     Raises:
-        ValueError: no run in the folder, no checkpoint yet or none that is whole, no such subnetwork or device, or an
-            environment that can't be made here. A damaged checkpoint is passed over for the one before, with a warning.
+        ValueError: no run in the folder, no checkpoint yet or none that is whole, a checkpoint of other networks than
+            ``config.yaml`` has, no such subnetwork or device, or an environment that can't be made here. A damaged checkpoint
+            is passed over for the one before, with a warning.
         TypeError: ``subnet`` is not an int.
 
     Examples:
@@ -51,6 +52,7 @@ def load_policy(folder: str | Path, subnet: int | None = None, *, device: torch.
         raise ValueError(f"{run.path} has no checkpoint yet (status: {run.info['status']}): {advice}.")
     state, _ = loaded
     actor = _build(load_config(run.config_path), where)
+    check_shapes(state["policy"], actor.state_dict())
     actor.load_state_dict(state["policy"])
     policy = actor if subnet is None else actor.extract(subnet)
     return policy.eval().requires_grad_(False)

@@ -21,7 +21,7 @@ from torchrl.collectors import Collector
 from torchrl.data import PrioritizedSampler, ReplayBuffer
 
 from omnet_torchrl.training.acting import CompiledPolicy
-from omnet_torchrl.training.checkpoint import Checkpointer, load_replay
+from omnet_torchrl.training.checkpoint import Checkpointer, check_shapes, load_replay
 from omnet_torchrl.training.divergence import DivergenceError, check_finite
 from omnet_torchrl.training.environments import ReplayError, recorders
 from omnet_torchrl.training.global_numbers import GlobalNumbers, Streams, derived_seed
@@ -122,7 +122,7 @@ class Trainer:
         if loaded is None:
             return False
         state, files = loaded
-        self._check_transforms(state)
+        self._check(state)
         load_replay(self.buffer, files, state["writer"])
         self.update.load_state_dict(state["update"])
         self._load_collection(state)
@@ -147,10 +147,15 @@ class Trainer:
         if like is not None:
             self.update.prepare(*like)
 
-    def _check_transforms(self, state: dict[str, Any]) -> None:
+    def _check(self, state: dict[str, Any]) -> None:
+        """Raise if a checkpoint does not fit, before anything is changed."""
         known, stored = (set(each) for each in (self.collector.state_dict()["env_state_dict"], state["transforms"]))
         if known != stored:
             raise ValueError(f"the environment's transforms keep {sorted(known)}, the checkpoint has {sorted(stored)}.")
+        check_shapes(
+            {"observation": state["carrier"]["observation"], **state["update"]["loss"]},
+            {"observation": self.collector._carrier["observation"], **self.update.loss.state_dict()},
+        )
 
     def _load_collection(self, state: dict[str, Any]) -> None:
         carrier = self.collector._carrier
