@@ -111,7 +111,11 @@ def test_the_replay_buffer_is_not_read(copy):
     for path in (copy / "checkpoints").glob("replay_*"):
         path.unlink()
     assert torch.equal(locs(load_policy(copy, 0)), locs(load_policy(copy, 0)))
-    with pytest.raises(ValueError, match="is whole"):
+    with pytest.raises(ValueError, match=r"is whole: .* Its networks are: load_policy and examples/play\.py read them\."):
+        Checkpointer(copy / "checkpoints").load()
+    for path in (copy / "checkpoints").glob("state_*"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"is not what was written\.$"):
         Checkpointer(copy / "checkpoints").load()
 
 

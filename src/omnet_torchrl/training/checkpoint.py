@@ -94,8 +94,15 @@ class Checkpointer:
             self._segments = manifest["replay"]
             return state, [self.path / segment["file"] for segment in manifest["replay"]]
         if faults:
-            raise CheckpointError(f"no checkpoint in {self.path} is whole: " + "; ".join(faults))
+            hint = " Its networks are: load_policy and examples/play.py read them." if replay and self._has_networks() else ""
+            raise CheckpointError(f"no checkpoint in {self.path} is whole: {'; '.join(faults).rstrip('.')}.{hint}")
         return None
+
+    def _has_networks(self) -> bool:
+        with warnings.catch_warnings(), contextlib.suppress(CheckpointError):
+            warnings.simplefilter("ignore")
+            return Checkpointer(self.path).load(replay=False) is not None
+        return False
 
     def _checked(self, path: Path, replay: bool) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
