@@ -199,17 +199,7 @@ def test_a_finished_run_that_is_made_longer_equals_a_longer_one(wholes, tmp_path
 
 PARTS = [
     *("update/loss", "update/critic_optim", "update/actor_optim", "writer", "replay", "transforms", "carrier", "episodes"),
-    *(
-        "random/exploration",
-        "random/draws",
-        "random/replay",
-        "log",
-        "frames",
-        "updates",
-        "metrics",
-        "log_due",
-        "evaluation_due",
-    ),
+    *("random/exploration", "random/draws", "random/replay", "log", "frames", "updates", "metrics", "log_due"),
 ]
 
 
