@@ -129,7 +129,7 @@ class Trainer:
         self._random.load_state_dict(state["random"], state["frames"])
         self.frames, self.updates, self.last = state["frames"], state["updates"], state["last"]
         self._metrics, self._log_due = dict(state["metrics"]), state["log_due"]
-        self._evaluation_due = state["evaluation_due"]
+        self._evaluation_due = state.get("evaluation_due", False)
         self.elapsed, self.times, self.saved = state["elapsed"], state["times"], self.frames
         self.reporter.restore(state["log"])
         self.checkpointer.discard_after(self.frames)
