@@ -7,11 +7,12 @@ import torch
 from torchrl.envs import ParallelEnv, SerialEnv
 from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 
-from omnet_torchrl import make_actor
+from omnet_torchrl import OMNetSACLoss, make_actor, make_qvalue
 from omnet_torchrl.training import CompiledPolicy, Evaluation, evaluate, make_env
 from omnet_torchrl.training.algorithms import build
+from omnet_torchrl.training.bias import evaluate_bias
 from omnet_torchrl.training.config import to_config
-from omnet_torchrl.training.environments import recorders
+from omnet_torchrl.training.environments import MAZE, recorders
 
 
 def make(name, episodes, num_subnets=3):
@@ -145,3 +146,13 @@ def test_a_run_evaluates_the_compiled_policy(monkeypatch):
     expected = plain(1_000)
     monkeypatch.setattr(parts.actor, "forward", lambda *_: pytest.fail("the actor was asked"))
     assert compiled(1_000) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["Hopper-v4", MAZE])
+def test_an_actor_on_a_gpu_plays_in_environments_of_the_cpu(name):
+    env, actor = make(name, 5)
+    result = evaluate(actor.to("cuda"), env, seed=11)
+    assert {f"eval/return_subnet_{k}" for k in range(3)} < set(result)
+    qvalue = make_qvalue(env.observation_spec, env.action_spec, num_cells=(16, 16), device="cuda")
+    assert evaluate_bias(OMNetSACLoss(actor, qvalue), env)["bias/pairs"] > 0

@@ -61,7 +61,7 @@ def evaluate_bias(
         while playing.any():
             check_stop()
             action, value, log_prob = _act(loss, state, generator)
-            state.set(loss.tensor_keys.action, action.to(env.device))
+            state.set(loss.tensor_keys.action, action.to(env.device or torch.device("cpu")))
             # Who is done begins another episode, which does not count, and rests.
             state, following = env.step_and_maybe_reset(state)
             for key in watched:

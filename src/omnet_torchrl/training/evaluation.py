@@ -86,7 +86,7 @@ def evaluate(policy: SubnetActor | CompiledPolicy, env: EnvBase, *, seed: int | 
         seed_env(env, seed)
     actor = _actor(policy)
     device = next(actor.parameters()).device
-    elsewhere = device != (env.device or torch.device("cpu"))
+    home = env.device or torch.device("cpu")
     episodes = env.batch_size.numel()
     subnet = torch.arange(episodes) % actor.num_subnets
     total, length, playing = torch.zeros(episodes), torch.zeros(episodes), torch.ones(episodes, dtype=torch.bool)
@@ -99,8 +99,8 @@ def evaluate(policy: SubnetActor | CompiledPolicy, env: EnvBase, *, seed: int | 
         while playing.any():
             check_stop()
             inputs = state.select(*actor.in_keys, strict=False).set(actor.subnet_key, subnet)
-            action = policy(inputs.to(device) if elsewhere else inputs).get(actor.action_key)
-            state.set(actor.action_key, action.to(env.device))
+            action = policy(inputs.to(device) if device != home else inputs).get(actor.action_key)
+            state.set(actor.action_key, action.to(home))
             # Who is done begins another episode, which does not count, and rests.
             state, following = env.step_and_maybe_reset(state)
             steps += 1

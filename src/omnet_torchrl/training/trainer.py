@@ -231,6 +231,9 @@ class Trainer:
             self._log({"train/reset": 1.0})
 
     def _collect(self, collected: Iterator[TensorDictBase]) -> TensorDictBase:
+        if self.update.device.type == "cuda":  # where updates are only begun: what is left of them is no collecting
+            with self._timed("update"):
+                torch.cuda.synchronize(self.update.device)
         with self._timed("collect"), self._random.exploration:
             check_finite("observation", self.collector._carrier.get("observation"), f"at frame {self.frames}")
             with self._blamed():
