@@ -30,7 +30,7 @@ def write_run(root, cell, score, *, status="finished", frames=None, bias=30.0, n
     folder.mkdir(parents=True)
     options = {**cell.variant.nested(), "env": cell.task, "seed": cell.seed, "total_frames": cell.frames}
     save_config(to_config({**options, "folder": str(folder)}), folder / "config.yaml")
-    (folder / "run.json").write_text(json.dumps({"status": status, "frames": cell.frames}))
+    (folder / "run.json").write_text(json.dumps({"status": status, "frames": cell.frames, "sessions": []}))
     lines = ["frames,seconds,name,value"]
     for at in range(5_000, (frames or cell.frames) + 1, 5_000):
         lines += [f"{at},0,eval/return,{score}", f"{at},0,time/frames_per_second,10"]

@@ -91,8 +91,6 @@ def find(roots: Iterable[Path]) -> list[Record]:
                 metrics = read_metrics(path)
                 if not metrics.get("eval/return", ([], []))[0]:
                     raise ValueError("it has no evaluation yet")
-                if not isinstance(folder.info, dict) or "status" not in folder.info:
-                    raise ValueError(f"its run.json must be an object with a status, got {folder.info!r}: is it damaged?")
                 records.append(Record(path.parent, load_config(folder.config_path), folder.info["status"], metrics))
             except (OSError, ValueError) as error:
                 warnings.warn(f"{path} is skipped: {error}", stacklevel=2)
