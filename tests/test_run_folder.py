@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
+import torch
 
 from omnet_torchrl.training import run_folder
-from omnet_torchrl.training.run_folder import RunFolder, git_commit, versions
+from omnet_torchrl.training.run_folder import RunFolder, git_commit, peak_memory, versions
 
 
 def test_a_new_run_never_takes_the_folder_of_another(tmp_path):
@@ -50,6 +52,34 @@ def test_info_is_kept_across_open_and_write(tmp_path):
     assert [session["frames"] for session in info["sessions"]] == [0, 500]
     assert "versions" not in info["sessions"][0]
     assert info["sessions"][1]["versions"] == versions()
+
+
+def test_the_end_of_a_session_keeps_its_peak_memory(tmp_path):
+    folder = RunFolder.create(tmp_path / "run")
+    folder.begin_session()
+    folder.end_session("interrupted", torch.device("cpu"), frames=500)
+    folder.begin_session(frames=500)
+    folder.end_session("finished", torch.device("cpu"), frames=900)
+    info, (first, second) = folder.info, folder.info["sessions"]
+    assert (info["status"], info["frames"], second["frames"]) == ("finished", 900, 500)
+    assert info["ended"] is not None
+    assert first["peak_memory_mib"] <= second["peak_memory_mib"]
+    assert "peak_gpu_memory_mib" not in second
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_the_peak_memory_is_what_the_kernel_says():
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    kernel = int(lines["VmHWM"].split()[0]) / 1024  # of kB
+    assert peak_memory(torch.device("cpu")) == {"peak_memory_mib": pytest.approx(kernel, abs=64)}
+
+
+@pytest.mark.gpu
+def test_the_peak_memory_of_a_gpu_is_that_of_its_tensors():
+    device = torch.device("cuda")
+    torch.cuda.reset_peak_memory_stats(device)
+    tensor = torch.ones(2**26, device=device)
+    assert peak_memory(device)["peak_gpu_memory_mib"] >= tensor.nbytes // 2**20
 
 
 def test_run_json_stays_whole_when_writing_fails(tmp_path, monkeypatch):

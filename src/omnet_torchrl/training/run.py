@@ -27,7 +27,7 @@ from omnet_torchrl.training.environments import check_env
 from omnet_torchrl.training.logging import BackgroundLogger, CSVLogger, check_logger, make_logger, read_metrics
 from omnet_torchrl.training.options import TrainConfig
 from omnet_torchrl.training.plots import learning_curve
-from omnet_torchrl.training.run_folder import RunFolder, now
+from omnet_torchrl.training.run_folder import RunFolder, now, peak_memory
 from omnet_torchrl.training.stopping import handled
 from omnet_torchrl.training.terminal import Terminal, duration, shares
 from omnet_torchrl.training.trainer import Trainer
@@ -198,7 +198,7 @@ class Run:
             status = "failed"
             self.say(f"warning: {self.folder.metrics_path.name} could not be closed: {error}")
         counts = {"frames": trainer.frames, "updates": trainer.updates, "saved": trainer.saved}
-        self.folder.write_info(status=status, ended=now(), **counts)
+        self.folder.end_session(status, self.device, **counts)
         self._logger.close()
         elapsed = trainer.elapsed
         rows: dict[str, object] = {
@@ -210,6 +210,9 @@ class Run:
         }
         if elapsed and trainer.frames:
             rows["rate"] = f"{trainer.frames / elapsed:.1f} frames/s, {trainer.updates / elapsed:.0f} updates/s"
+        peaks = [f"{peak:,} MiB{' of the GPU' * ('gpu' in name)}" for name, peak in peak_memory(self.device).items()]
+        if peaks:
+            rows["memory at most"] = ", ".join(peaks)
         if "eval/return" in trainer.last:
             rows["evaluation return"] = f"{trainer.last['eval/return']:.1f}"
         self.terminal.summary({**rows, "results": _relative(self.folder.path)}, "")

@@ -16,12 +16,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from omnet_torchrl.training.files import replace_file
 
 try:
     import fcntl
+    import resource
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = resource = None  # type: ignore[assignment]
 
 PACKAGES = ("omnet-torchrl", "torch", "tensordict", "torchrl", "gymnasium", "mujoco", "numpy")
 
@@ -63,12 +66,27 @@ def _code() -> dict[str, Any]:
     return {"command": sys.argv, "versions": versions(), "git_commit": git_commit()}
 
 
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most that this process, its children left out, has had at a time so far, in MiB.
+
+    ``peak_memory_mib`` of the machine (not on Windows) and, on a CUDA ``device``, ``peak_gpu_memory_mib`` of PyTorch's tensors.
+    """
+    peaks = {}
+    if resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peaks["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
+    if device.type == "cuda":
+        peaks["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated(device) // 2**20
+    return peaks
+
+
 class RunFolder:
     """The folder of a run: ``run.json, config.yaml, metrics.csv, checkpoints/, learning_curve.png``.
 
     ``run.json`` says what ran and how it ended: ``status`` (running, finished, interrupted, diverged, failed), ``started``,
-    ``ended``, ``command``, ``versions``, ``git_commit``, ``sessions`` (each start: when, from how many frames and, when the run
-    was resumed, with which code) and what :meth:`write_info` adds. Made by :meth:`create` or :meth:`open`.
+    ``ended``, ``command``, ``versions``, ``git_commit``, ``sessions`` (each start: when, from how many frames, when the run was
+    resumed also with which code, and :func:`peak_memory` at its end, unless it was killed) and what :meth:`write_info` adds.
+    Made by :meth:`create` or :meth:`open`.
 
     Args:
         path (str or Path): the folder.
@@ -157,6 +175,12 @@ class RunFolder:
         sessions = self.info["sessions"]
         session = {"started": now(), "frames": frames, **(_code() if sessions else {})}
         self.write_info(status="running", ended=None, **fields, sessions=[*sessions, session])
+
+    def end_session(self, status: str, device: torch.device, **fields: Any) -> None:
+        """Note how what :meth:`begin_session` began has ended, and its peak memory; sets ``fields`` as well."""
+        *before, session = self.info["sessions"]
+        sessions = [*before, {**session, **peak_memory(device)}]
+        self.write_info(status=status, ended=now(), **fields, sessions=sessions)
 
     def _write(self, info: Mapping[str, Any]) -> None:
         replace_file(self.path / "run.json", json.dumps(info, indent=2, default=str).encode())
