@@ -227,7 +227,8 @@ def test_the_grids_tables_pivot_on_the_last_parameter_and_keep_the_newer_result(
     older = result("2026-01-01T00:00", growth("omnet", "width", 1024, 9.0), growth("omnet", "width", 256, 0.0352))
     newer = result("2026-01-02T00:00", growth("omnet", "width", 1024, 0.367), growth("unit", "width", 1024, 0.132))
     lines = grid.tables([older, newer]).splitlines()
-    assert lines[0] == "2026-01-01T00:00, commit abcdef0+; a cpu, 2 cores, Python 3.11."
+    assert lines[0] == "# a cpu, 2 cores, Python 3.11"
+    assert lines[2] == "Measured at 2026-01-01T00:00 (commit abcdef0+), 2026-01-02T00:00 (commit abcdef0+)."
     table = [line for line in lines if line.startswith("|")]
     assert table == [
         "| what | value | omnet | unit |",
@@ -242,6 +243,29 @@ def test_the_grids_tables_pivot_on_the_last_parameter_and_keep_the_newer_result(
     assert (tmp_path / "grid.md").read_text().splitlines() == lines
     assert "data" not in (tmp_path / "grid.json").read_text()
     assert grid.main([], tmp_path).splitlines() == lines
+
+
+def test_a_grid_of_two_machines_compares_within_each():
+    def file(cpu, pace):
+        seconds = {"none": [pace, 2 * pace, 3 * pace], "outside": [1.5 * pace, 3 * pace, 4.5 * pace]}
+        record = {"name": "test_collectors[Collector-ZeroWork-4]", "extra_info": {"seconds": seconds, "frames": 200}}
+        record |= {"params": {"collector": "Collector", "env": "ZeroWork", "num_envs": 4}}
+        machine = {"cpu": {"brand_raw": cpu, "count": 2}, "python_version": "3.11"}
+        return {
+            "datetime": "2026-01-01T00:00",
+            "machine_info": machine,
+            "commit_info": {"id": "abcdef012", "dirty": False},
+            "benchmarks": [record],
+        }
+
+    lines = grid.tables([file("fast", 0.1), file("slow", 0.2)]).splitlines()
+    found = [line for line in lines if line.startswith(("# ", "| Collector"))]
+    assert found == [
+        "# fast, 2 cores, Python 3.11",
+        "| Collector | ZeroWork | 4 | 1,000 | 667 · 1.50 [1.50, 1.50] |",
+        "# slow, 2 cores, Python 3.11",
+        "| Collector | ZeroWork | 4 | 500 | 333 · 1.50 [1.50, 1.50] |",
+    ]
 
 
 @pytest.mark.slow

@@ -91,7 +91,8 @@ def make_update(
     """The update of a row; ``kwargs`` are options of its networks."""
     torch.manual_seed(0)
     network = {**ROWS[row].get("network", {}), "num_cells": [width, width], **kwargs}
-    config = to_config({**ROWS[row], "network": network, "compile": compile})
+    loss = {"num_target_subnets": 1} if network.get("num_subnets") == 1 else {}  # one subnetwork can't be two targets
+    config = to_config({**ROWS[row], "network": network, "loss": loss, "compile": compile})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # small networks have units without inputs: their speed is the same
         return build(config, *task.specs(), device).update

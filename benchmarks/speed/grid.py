@@ -3,15 +3,18 @@
     pytest benchmarks/speed -k "growth or main_job" --benchmark-json grid.json
     python benchmarks/speed/grid.py grid.json [more.json ...]      # adds them to results/grid.json, writes results/grid.md
 
-A table per test, one of its parameters across and the others down. Times are medians; of a test that was measured twice, the
-newer one counts. Put together only files of one machine; tests of a GPU are in no table.
+A table per test and machine, one of its parameters across and the others down. Times are medians; of a test that one machine
+measured twice, the newer one counts. Tests of a GPU are in no table.
 """
 
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
+
+from report import ratio
 
 HERE = Path(__file__).parent
 Record = dict[str, Any]
@@ -31,15 +34,32 @@ def milliseconds(record: Record) -> str:
     return f"{1e3 * record['stats']['median']:.3g}"
 
 
-def extra(name: str) -> Callable[[Record], str]:
-    """Something that a test noted beside its time."""
-    return lambda record: f"{record['extra_info'][name]:,.0f}" if name in record["extra_info"] else ""
-
-
 def job(record: Record) -> str:
     """Frames per second, memory and where the time went."""
     noted = record["extra_info"]
     return f"{noted['frames_per_second']:.1f} frames/s, {noted['peak_mib']:,.0f} MiB; {noted['where_it_went']}"
+
+
+def collected(record: Record) -> str:
+    """Frames per second, and a frame's time over that of the same collector without a primer, [95 % interval]."""
+    noted = record["extra_info"]
+    rate = f"{noted['frames'] / median(noted['turns']):,.0f}"
+    if noted["turns"] == noted["none"]:
+        return rate
+    best, low, high = ratio([[x] for x in noted["turns"]], [[x] for x in noted["none"]], paired=True)
+    return f"{rate} · {best:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def each_way(record: Record) -> list[Record]:
+    """A record whose cases took turns, as one for each of them."""
+    noted = record["extra_info"]
+    if "seconds" not in noted:
+        return [record]
+    shared = {"frames": noted["frames"], "none": noted["seconds"]["none"]}
+    return [
+        {**record, "params": {**record["params"], "way": way}, "extra_info": {**shared, "turns": turns}}
+        for way, turns in noted["seconds"].items()
+    ]
 
 
 BLOCK = "ms for a block of 20 critic updates and one actor update, sampling included"
@@ -59,8 +79,11 @@ TABLES = {
     ),
     "test_acting_in_one_environment": Table("200 actions in one environment, ms", (), "kind", milliseconds),
     "test_acting_in_many": Table("Actions in several environments, ms", ("kind",), "num_envs", milliseconds),
-    "test_collecting": Table(
-        "Collectors, frames per second", ("collector", "env", "placement", "indexed"), "num_envs", extra("frames_per_second")
+    "test_collectors": Table(
+        "Collectors, frames per second, and a frame's time over `none`'s, in turns [95 % interval of this process]",
+        ("collector", "env", "num_envs"),
+        "way",
+        collected,
     ),
     "test_replay_sampling": Table("20 batches from the replay buffer, ms", ("batch",), "task", milliseconds),
     "test_draws": Table("The draws of 20 updates, ms", (), "task", milliseconds),
@@ -68,23 +91,36 @@ TABLES = {
 
 
 def tables(files: list[dict[str, Any]]) -> str:
-    """Markdown of all results; of a test with the same parameters twice, the newer one."""
-    lines = []
+    """Markdown of all results, machine by machine; of a test with the same parameters twice, the newer one."""
+    machines: dict[str, list[dict[str, Any]]] = {}
     for file in files:
-        machine, commit = file["machine_info"], file["commit_info"]
-        cpu = f"{machine['cpu']['brand_raw']}, {machine['cpu']['count']} cores"
-        dirty = "+" if commit["dirty"] else ""
-        lines.append(f"{file['datetime'][:16]}, commit {commit['id'][:7]}{dirty}; {cpu}, Python {machine['python_version']}.")
+        machine = file["machine_info"]
+        name = f"{machine['cpu']['brand_raw']}, {machine['cpu']['count']} cores, Python {machine['python_version']}"
+        machines.setdefault(name, []).append(file)
+    parts = []
+    for name, measured in machines.items():
+        sittings = ", ".join(
+            f"{file['datetime'][:16]} (commit {file['commit_info']['id'][:7]}{'+' * file['commit_info']['dirty']})"
+            for file in measured
+        )
+        parts += [f"# {name}\n\nMeasured at {sittings}.\n", *_tables(measured)]
+    return "\n".join(parts)
+
+
+def _tables(files: list[dict[str, Any]]) -> list[str]:
     records: dict[str, dict[str, Record]] = {name: {} for name in TABLES}
     for file in files:
         for record in file["benchmarks"]:
             name = record["name"].partition("[")[0]
             if name in records:
                 records[name][record["name"]] = record
-    for name, table in TABLES.items():
-        if records[name]:
-            lines += ["", f"## {table.title}", "", *_rows(table, list(records[name].values()))]
-    return "\n".join(lines) + "\n"
+    return [
+        "\n".join(
+            [f"## {table.title}", "", *_rows(table, [way for record in records[name].values() for way in each_way(record)]), ""]
+        )
+        for name, table in TABLES.items()
+        if records[name]
+    ]
 
 
 def _rows(table: Table, records: list[Record]) -> list[str]:
@@ -132,9 +168,6 @@ def main(names: list[str], results: Path) -> str:
     kept = json.loads(raw.read_text()) if raw.exists() else []
     files = {file["datetime"]: file for file in [*kept, *(essential(json.loads(Path(name).read_text())) for name in names)]}
     ordered = [files[when] for when in sorted(files)]
-    machines = sorted({str(file["machine_info"]) for file in ordered})
-    if len(machines) > 1:
-        raise ValueError(f"results must be of one machine, got {' and '.join(machines)}: move {raw} away to begin anew.")
     text = tables(ordered)
     raw.write_text(json.dumps(ordered, indent=1) + "\n")
     (results / "grid.md").write_text(text)
