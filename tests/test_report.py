@@ -1,5 +1,6 @@
 """benchmarks/learning: what a report says of runs, and what it refuses."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -286,6 +287,17 @@ def test_a_mean_is_over_the_runs_that_have_all_frames(figures, results):
     title = figures[0]._suptitle.get_window_extent()
     assert title.x0 >= 0
     assert title.x1 <= figures[0].bbox.width
+
+
+def test_names_of_points_that_lie_close_do_not_touch(figures, tmp_path):
+    scores = {"Sin-SAC": (0.15, 0.16), "OMNet": (0.19, 0.14), "SAC-20": (0.27, 0.15), "DroQ": (0.27, 0.16), "REDQ": (1.0, 1.0)}
+    points = {name: (flops, report.figures.Interval(score, np.nan, np.nan)) for name, (flops, score) in scores.items()}
+    report.figures.scatter(tmp_path / "points.png", "title", points)
+    figures[-1].canvas.draw()
+    names = {text.get_text(): text.get_window_extent() for text in figures[-1].axes[0].texts}
+    assert names.keys() == scores.keys()
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(names.values(), 2))
+    assert all(figures[-1].axes[0].bbox.x1 > box.x1 for box in names.values())
 
 
 def test_an_unknown_experiment_lists_the_known_ones(results):

@@ -12,6 +12,7 @@ from experiments import Variant
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import Bbox
 from records import Record
 from scores import Interval, common_curve, mean_interval
 
@@ -23,6 +24,7 @@ COLOURS = (
     *("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f"),
     *("#393b79", "#637939"),
 )
+PLACES = ((8, 5), (8, -6), (8, 12), (8, -13), (-8, 5), (-8, -6), (-8, 12), (-8, -13), (0, 18), (0, -18))  # of a name, in points
 SEED = {"linewidth": 0.7, "alpha": 0.55}  # of the line of one seed
 AXES = {"frames": "frames", "hours": "wall-clock hours", "flops": "training PFLOPs (exact count)"}
 
@@ -110,13 +112,11 @@ def scatter(path: Path, title: str, points: Mapping[str, tuple[float, Interval]]
         axes.plot(flops, score.value, "o", color=colour, markersize=5 if small else 9)
         if np.isfinite(score.low):
             axes.vlines(flops, score.low, score.high, color=colour, linewidth=1.2)
-        axes.annotate(
-            name, (flops, score.value), (6, -10 if small else 4), textcoords="offset points", fontsize=7 if small else 9
-        )
     axes.set(xlabel="training FLOPs of an update, relative to REDQ (paper's convention)", ylabel="score")
     axes.set_title(textwrap.fill(title, 84), fontsize=9)
     axes.margins(0.15)
     _dress(axes)
+    _name(axes, {name: (flops, score.value) for name, (flops, score) in points.items()}, dots)
     return _save(figure, path)
 
 
@@ -201,6 +201,25 @@ def _until(curve: tuple[Sequence[int], Sequence[float]], end: int) -> tuple[list
     frames, values = curve
     last = sum(frame < end for frame in frames) + 1
     return list(frames[:last]), list(values[:last])
+
+
+def _name(axes: Axes, points: Mapping[str, tuple[float, float]], small: Sequence[str]) -> None:
+    """Write beside each point what it is, where no other name or point is, if there is such a place."""
+    figure: Any = axes.figure
+    figure.draw_without_rendering()  # the layout, on which places on the canvas depend
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform(list(points.values()))]
+    for name, point in sorted(points.items(), key=lambda item: item[0] in small):
+        for place in PLACES:
+            across = "left" if place[0] > 0 else "right" if place[0] < 0 else "center"
+            options: dict[str, Any] = {"textcoords": "offset points", "ha": across, "va": "center"}
+            text = axes.annotate(name, point, place, fontsize=7 if name in small else 9, **options)
+            box = text.get_window_extent()
+            free = not any(box.overlaps(other) for other in taken)
+            if free and axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1:
+                break
+            if place is not PLACES[-1]:
+                text.remove()
+        taken.append(box)
 
 
 def _limit(panel: Axes) -> None:
