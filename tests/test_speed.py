@@ -158,6 +158,7 @@ def test_a_worker_builds_a_case_once_and_times_it():
 @pytest.mark.parametrize(("others", "verdicts"), [(0.01, ["met", "not met"]), (0.5, ["disturbed", "disturbed"])])
 def test_the_report_judges_bars_unless_it_was_disturbed(tmp_path, others, verdicts):
     seconds = {"omnet hopper": [[1.0, 3.0], [2.0]], "bare torch hopper": [[2.0]], "matmul floor hopper": [[0.5, 0.5], [0.5]]}
+    seconds["unit 29 % hopper"] = [[1.2]]
     results = {"command": "run", "minutes": 1, "date": "now", "commit": "c", "others": others, "seconds": seconds}
     results |= {"machine": {"cpu": "a cpu", "cores": "2"}, "versions": {"torch": "2"}}
     text = report.write_report(results, tmp_path)
@@ -166,6 +167,7 @@ def test_the_report_judges_bars_unless_it_was_disturbed(tmp_path, others, verdic
         assert f"| {ratio} | {ratio}, {ratio} |" in lines[f"OMNet / {what}, Hopper"]
         assert lines[f"OMNet / {what}, Hopper"].endswith(f"| {verdict} |")
     assert "not measured" in lines["OMNet / SBX DroQ"]
+    assert lines["unit masks, 29 % / weight masks, S 0.5, width 256"].endswith("| 0.600 | 0.600, 0.600 |  |  |")
     assert (tmp_path / "report.md").read_text() == text + "\n"
     assert (tmp_path / "report.png").stat().st_size > 1000
 
