@@ -1,7 +1,8 @@
 """The matmul floor: the matrix products of OMNet's block and nothing else, back to back.
 
-Counted are exactly the products that the block cannot do without, at their shapes, forward and backward, with their results
-written into memory that is there already: no masks, biases, activations, normalisation, losses, optimisers, replay.
+Counted are exactly the products that the block cannot do without, at their shapes, forward and backward, by the library that
+the update calls (MKL, with results written into memory that is there already, or oneDNN, see ``training/products.py``): no
+masks, biases, activations, normalisation, losses, optimisers, replay.
 
 * critic update: the actor for the next action (forward); M target critics (forward); K critics (forward, gradients of the
   weights, gradients of the inputs of all layers but the first);
@@ -13,9 +14,12 @@ thus includes gradients of the first layer's inputs that nobody needs.
 
 from collections.abc import Iterator
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor
+
+from omnet_torchrl.training import products as libraries
 
 Product = tuple[int, int, int]  # rows, inner size, columns
 
@@ -64,10 +68,14 @@ def block(shapes: list[Product], device: str = "cpu"):
         if (rows, inner, columns) not in made:
             left, right = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
             made[rows, inner, columns] = left, right, left @ right
-    calls = [made[shape] for shape in shapes]
+    mkl = device != "cpu" or not libraries.onednn_is_faster()
+    calls = [(*made[shape], mkl or prod(shape) < libraries.WORTH) for shape in shapes]
 
     def run() -> None:
-        for left, right, out in calls:
-            torch.mm(left, right, out=out)
+        for left, right, out, simple in calls:
+            if simple:
+                torch.mm(left, right, out=out)
+            else:
+                torch.ops.omnet_torchrl.mm(left, right)
 
     return run

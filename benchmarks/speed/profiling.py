@@ -14,7 +14,7 @@ import torch
 from torch._inductor import config
 from torch.profiler import ProfilerActivity, profile
 
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "linear")
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "linear", "_linear_pointwise")
 BLOCKS = 20
 
 

@@ -23,6 +23,8 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from omnet_torchrl.training import products
+
 Step = Callable[[Any, TensorDictBase, TensorDictBase], dict[str, Tensor]]
 Schedule = tuple[tuple[str, int], ...]
 Kind = tuple[torch.Size, torch.dtype, torch.device]
@@ -251,7 +253,7 @@ def _mm(a: Tensor, b: Tensor) -> Any:
         return a * b
     if a.shape[0] == 1:
         return (a.t() * b).sum(0, keepdim=True)
-    return NotImplemented
+    return products.mm(a, b)
 
 
 def _index_select(tensor: Tensor, dim: int, index: Tensor) -> Any:
@@ -264,12 +266,13 @@ def _index_select(tensor: Tensor, dim: int, index: Tensor) -> Any:
 
 
 # What Inductor computes slowly on a CPU as it stands: a product with a bias copies the bias over its whole output before,
-# the products of a layer with one output are calls of a library, and the deviation of a row is computed anew for every few of
-# its elements.
+# the products of a layer with one output are calls of a library, the deviation of a row is computed anew for every few of its
+# elements, and on some CPUs the library of products is not the fastest.
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.native_layer_norm.default: _layer_norm,
     torch.ops.aten.index_select.default: _index_select,
     torch.ops.aten.mm.default: _mm,
+    torch.ops.aten.bmm.default: products.bmm,
     torch.ops.aten.addmm.default: _addmm,
     torch.ops.aten.baddbmm.default: _baddbmm,
 }

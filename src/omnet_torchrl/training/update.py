@@ -45,6 +45,7 @@ class SACUpdate:
     Keyword Args:
         compile (bool): compile each step whole, see :mod:`~omnet_torchrl.training.compiled`; on a CUDA device capture what
             one call makes in a CUDA graph too. The first call then takes a while, see :meth:`prepare`. Defaults to ``True``.
+            Matrix products are oneDNN's where it is faster, see :mod:`~omnet_torchrl.training.products`.
 
     Shape:
         the batch is a TensorDict ``(B,)`` with ``loss.in_keys`` and what there is of ``loss.optional_in_keys``, the draws are

@@ -1,0 +1,95 @@
+"""Matrix products: where oneDNN makes them, and that they are the same products."""
+
+import pytest
+import torch
+from test_update import BATCH, CLOSE, assert_outputs_close, assert_same_state, make_batch, make_parts, make_update, train
+
+from omnet_torchrl.training import SACUpdate, products
+from omnet_torchrl.training import compiled as compiled_module
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a PyTorch with oneDNN")
+AMD, INTEL = "vendor_id : AuthenticAMD", "vendor_id : GenuineIntel"
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """As on a CPU where oneDNN is faster, for products of any size."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "WORTH", 0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(5, 3, 4), (256, 11, 256), (1, 7, 5), (33, 64, 1)])
+def test_a_product_is_torchs(shape, transposed, chosen):
+    rows, inner, columns = shape
+    a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+    if transposed:
+        a, b = a.t().contiguous().t(), b.t().contiguous().t()
+    got = products.mm(a, b)
+    assert got.shape == (rows, columns)
+    torch.testing.assert_close(got, a @ b)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_products_of_a_batch_are_torchs(count, chosen):
+    a, b = torch.randn(count, 8, 6), torch.randn(count, 6, 5)
+    torch.testing.assert_close(products.bmm(a, b), a @ b)
+
+
+def test_what_onednn_is_not_better_at_stays_where_it_is(chosen, monkeypatch):
+    a, b = torch.randn(8, 8), torch.randn(8, 8)
+    assert products.mm(a.double(), b.double()) is NotImplemented
+    assert products.bmm(a.expand(products.MOST + 1, 8, 8), b.expand(products.MOST + 1, 8, 8)) is NotImplemented
+    monkeypatch.setattr(products, "WORTH", 8**3 + 1)
+    assert products.mm(a, b) is NotImplemented
+    assert products.bmm(a.expand(2, 8, 8), b.expand(2, 8, 8)) is NotImplemented
+
+
+def test_it_is_switched_off_where_pytorchs_onednn_is(chosen):
+    a = torch.randn(8, 8)
+    torch.backends.mkldnn.enabled = False
+    try:
+        assert products.mm(a, a) is NotImplemented
+    finally:
+        torch.backends.mkldnn.enabled = True
+    assert products.mm(a, a) is not NotImplemented
+
+
+@pytest.mark.parametrize(
+    ("capability", "cpu", "faster"),
+    [("AVX512", AMD, True), ("AVX512", INTEL, False), ("AVX2", AMD, False), ("AVX2", INTEL, False)],
+)
+def test_it_is_chosen_by_the_kind_of_cpu(capability, cpu, faster, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(products, "_cpu", lambda: cpu)
+    assert products.onednn_is_faster.__wrapped__() is faster
+
+
+def test_without_mkl_nothing_is_chosen(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert products.onednn_is_faster.__wrapped__() is False
+
+
+def test_the_cpu_is_asked_for_where_the_system_says_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(products.platform, "processor", lambda: "AMD64 Family 26, AuthenticAMD")
+    monkeypatch.setattr(products, "Path", lambda name: tmp_path / "none")
+    assert products._cpu() == "AMD64 Family 26, AuthenticAMD"
+
+
+def test_a_compiled_update_by_onednn_agrees_with_eager(chosen, monkeypatch):
+    graphs, decomposed = [], compiled_module.decomposed
+
+    def keep(*args):
+        graphs.append(decomposed(*args))
+        return graphs[-1]
+
+    monkeypatch.setattr(compiled_module, "decomposed", keep)
+    update, eager = SACUpdate(*make_parts()), make_update()
+    update.prepare(make_batch(BATCH))
+    targets = [node.target for graph in graphs for node in graph.graph.nodes]
+    assert targets.count(torch.ops.omnet_torchrl.mm.default) > 10
+    assert torch.ops.aten.bmm.default not in targets
+    outputs = train(update, 50, every=5), train(eager, 50, every=5)
+    assert_same_state(update, eager, **CLOSE)
+    assert_outputs_close(*outputs)
