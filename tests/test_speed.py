@@ -143,6 +143,15 @@ def test_collectors_draw_the_index_where_they_are_told(placement, indexed, num_e
     end()
 
 
+def test_the_primers_cost_is_measured_on_the_same_frames():
+    blocks = [collecting.collect_block("Hopper-v4", placement, frames=30) for placement in ("none", "outside")]
+    for _ in range(3):
+        without, drawn = (block() for block in blocks)
+        assert "subnet" in drawn.keys()
+        for key in ("observation", "action", ("next", "done")):
+            assert torch.equal(without[key], drawn[key]), key
+
+
 def test_a_worker_builds_a_case_once_and_times_it():
     code = (
         "from protocol import serve; import time; "

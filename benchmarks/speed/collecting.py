@@ -1,6 +1,7 @@
 """Collectors with subnet sampling: who draws the index, where, in how many environments."""
 
 import gc
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -80,7 +81,11 @@ def collect(
     workers = 1 if collector == "Collector" else min(2, num_envs)
     make = Make(env, placement, num_envs // workers)
     proof = make.one()
-    actor = make_actor(proof.observation_spec, proof.action_spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(
+            0
+        )  # one policy everywhere: another one would have other episodes, and a reset costs as much as frames
+        actor = make_actor(proof.observation_spec, proof.action_spec)
     proof.close()
     policy = actor if indexed or placement == "policy" else actor.extract(0)
     made = COLLECTORS[collector](
@@ -90,6 +95,7 @@ def collect(
         total_frames=-1,
         auto_register_policy_transforms=placement == "policy",
     )
+    made.set_seed(0)
 
     def stream() -> Iterator[TensorDictBase]:
         yield from made
@@ -106,12 +112,16 @@ def collect(
     return batches, end
 
 
-def collect_block(env: str, placement: str, *, num_envs: int = 1, frames: int = 200, **kwargs: Any) -> Callable[[], None]:
-    """A batch of a collector, so many frames of each environment."""
+def collect_block(
+    env: str, placement: str, *, num_envs: int = 1, frames: int = 200, **kwargs: Any
+) -> Callable[[], TensorDictBase]:
+    """A batch of a collector, so many frames of each environment; the n-th is the same in every placement."""
     batches, _ = collect(env, placement, num_envs=num_envs, frames_per_batch=frames * num_envs, **kwargs)
+    seeds = itertools.count()
 
-    def block() -> None:
-        next(batches)
+    def block() -> TensorDictBase:
+        torch.manual_seed(next(seeds))
+        return next(batches)
 
     block()
     return block
