@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from omnet_torchrl.training import products
+from omnet_torchrl.training.products import bmm, mm
 
 Step = Callable[[Any, TensorDictBase, TensorDictBase], dict[str, Tensor]]
 Schedule = tuple[tuple[str, int], ...]
@@ -253,7 +253,7 @@ def _mm(a: Tensor, b: Tensor) -> Any:
         return a * b
     if a.shape[0] == 1:
         return (a.t() * b).sum(0, keepdim=True)
-    return products.mm(a, b)
+    return mm(a, b)
 
 
 def _index_select(tensor: Tensor, dim: int, index: Tensor) -> Any:
@@ -272,7 +272,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.native_layer_norm.default: _layer_norm,
     torch.ops.aten.index_select.default: _index_select,
     torch.ops.aten.mm.default: _mm,
-    torch.ops.aten.bmm.default: products.bmm,
+    torch.ops.aten.bmm.default: bmm,
     torch.ops.aten.addmm.default: _addmm,
     torch.ops.aten.baddbmm.default: _baddbmm,
 }
