@@ -59,7 +59,7 @@ def _preferred(tensor: Tensor, size: int) -> bool:
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether this CPU has AVX-512 and is not Intel's; ``torch.backends.mkldnn.enabled = False`` leaves all products to MKL."""
+    """Whether this is a CPU of AMD with AVX-512; ``torch.backends.mkldnn.enabled = False`` leaves all products to MKL."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _cpu()
