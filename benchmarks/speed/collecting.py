@@ -82,9 +82,7 @@ def collect(
     make = Make(env, placement, num_envs // workers)
     proof = make.one()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(
-            0
-        )  # one policy everywhere: another one would have other episodes, and a reset costs as much as frames
+        torch.manual_seed(0)  # one policy everywhere: another would have other episodes, and resets are a good part of the time
         actor = make_actor(proof.observation_spec, proof.action_spec)
     proof.close()
     policy = actor if indexed or placement == "policy" else actor.extract(0)

@@ -14,7 +14,6 @@ thus includes gradients of the first layer's inputs that nobody needs.
 
 from collections.abc import Iterator
 from itertools import pairwise
-from math import prod
 
 import torch
 from torch import Tensor
@@ -68,14 +67,14 @@ def block(shapes: list[Product], device: str = "cpu"):
         if (rows, inner, columns) not in made:
             left, right = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
             made[rows, inner, columns] = left, right, left @ right
-    mkl = device != "cpu" or not libraries.onednn_is_faster()
-    calls = [(*made[shape], mkl or prod(shape) < libraries.WORTH) for shape in shapes]
+    by_onednn = {shape for shape, (left, right, _) in made.items() if libraries.mm(left, right) is not NotImplemented}
+    calls = [(*made[shape], shape in by_onednn) for shape in shapes]
 
     def run() -> None:
-        for left, right, out, simple in calls:
-            if simple:
-                torch.mm(left, right, out=out)
-            else:
+        for left, right, out, onednn in calls:
+            if onednn:
                 torch.ops.omnet_torchrl.mm(left, right)
+            else:
+                torch.mm(left, right, out=out)
 
     return run

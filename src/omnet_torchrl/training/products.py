@@ -53,8 +53,9 @@ def bmm(a: Tensor, b: Tensor) -> Any:
 
 def _preferred(tensor: Tensor, size: int) -> bool:
     """Of a product of so many multiply-adds."""
-    allowed = bool(torch.backends.mkldnn.enabled)
-    return size >= WORTH and tensor.dtype == torch.float32 and allowed and onednn_is_faster()
+    if size < WORTH or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        return False
+    return bool(torch.backends.mkldnn.enabled) and onednn_is_faster()
 
 
 @cache
