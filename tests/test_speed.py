@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+from pathlib import Path
 
 import bare
 import collecting
@@ -138,9 +140,29 @@ def test_the_other_blocks_run():
 @pytest.mark.parametrize("num_envs", [1, 2])
 @pytest.mark.parametrize(("placement", "indexed"), [("none", False), ("outside", False), ("inside", True), ("policy", True)])
 def test_collectors_draw_the_index_where_they_are_told(placement, indexed, num_envs):
-    batches, end = collecting.collect("ZeroWork", placement, indexed=indexed, num_envs=num_envs, frames_per_batch=4)
+    batches = collecting.Collecting("ZeroWork", placement, indexed=indexed, num_envs=num_envs, frames_per_batch=4)
     assert ("subnet" in next(batches).keys()) == (placement != "none")
-    end()
+    batches.end()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads what processes have computed from /proc")
+def test_asynchronous_workers_stand_still_while_others_have_their_turns():
+    def ticks():
+        stats = [Path(f"/proc/{process.pid}/stat").read_text() for process in batches._collector.procs]
+        return sum(int(number) for stat in stats for number in stat.rpartition(")")[2].split()[11:13])
+
+    batches = collecting.Collecting("ZeroWork", "outside", collector="MultiAsync", num_envs=2, frames_per_batch=2000)
+    try:
+        next(batches)
+        batches.rest()
+        before = ticks()
+        time.sleep(2.5)  # of a collector that is left alone, one worker drops its batch after a second, and makes another
+        assert ticks() == before
+        batches.wake()
+        assert all(len(next(batches)) == 2000 for _ in range(4))
+    finally:
+        batches.end()
 
 
 def test_the_primers_cost_is_measured_on_the_same_frames():

@@ -4,7 +4,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
-from collecting import COLLECTORS, collect
+from collecting import COLLECTORS, Collecting
 
 # Where the index is drawn, and who acts: the dense extract(0), which leaves the primer's own cost, or all subnetworks.
 DRAWN = {
@@ -32,29 +32,28 @@ def test_collectors(benchmark, collector, env, num_envs):
     with ExitStack() as ends:
         streams = {}
         for way, (placement, indexed) in DRAWN.items():
-            streams[way], end = collect(env, placement, indexed=indexed, **options)
-            ends.callback(end)
-            settle(streams[way], batches, collector)
+            streams[way] = Collecting(env, placement, indexed=indexed, **options)
+            ends.callback(streams[way].end)
+            turn(streams[way], batches)
 
         def turns():
             done = len(seconds["none"])
             ways = list(DRAWN)[done % len(DRAWN) :] + list(DRAWN)[: done % len(DRAWN)]
             for way in ways:
-                seconds[way].append(settle(streams[way], batches, collector))
+                seconds[way].append(turn(streams[way], batches))
 
         benchmark.pedantic(turns, rounds=ROUNDS)
     benchmark.extra_info.update(seconds=seconds, frames=batches * frames)
 
 
-def settle(stream, batches, collector):
-    """The seconds of so many batches. Asynchronous workers are first set going, and then left to themselves until they wait."""
-    if collector == "MultiAsync":
-        for _ in range(2):
-            next(stream)
+def turn(stream, batches):
+    """The seconds of so many batches; where workers collect several by themselves, of those in the middle of such a flow."""
+    stream.wake()
+    for _ in range(batches if batches > 1 else 0):
+        next(stream)
     start = time.perf_counter()
     for _ in range(batches):
         next(stream)
     seconds = time.perf_counter() - start
-    if collector == "MultiAsync":
-        time.sleep(4 * seconds / batches)
+    stream.rest()
     return seconds

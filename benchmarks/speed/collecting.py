@@ -2,6 +2,8 @@
 
 import gc
 import itertools
+import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -56,16 +58,8 @@ class Make:
         return TransformedEnv(env, SubnetPrimer(5), auto_unwrap=True) if self.placement == "outside" else env
 
 
-def collect(
-    env: str,
-    placement: str,
-    *,
-    indexed: bool = False,
-    collector: str = "Collector",
-    num_envs: int = 1,
-    frames_per_batch: int = 200,
-) -> tuple[Iterator[TensorDictBase], Callable[[], None]]:
-    """An endless stream of batches and the function that ends it.
+class Collecting(Iterator[TensorDictBase]):
+    """An endless stream of batches of a collector, which others may take turns with.
 
     Args:
         env (str): a gymnasium id or ``ZeroWork``.
@@ -78,43 +72,68 @@ def collect(
         num_envs (int): environments in all.
         frames_per_batch (int): frames of a batch, of all environments.
     """
-    workers = 1 if collector == "Collector" else min(2, num_envs)
-    make = Make(env, placement, num_envs // workers)
-    proof = make.one()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # one policy everywhere: another would have other episodes, and resets are a good part of the time
-        actor = make_actor(proof.observation_spec, proof.action_spec)
-    proof.close()
-    policy = actor if indexed or placement == "policy" else actor.extract(0)
-    made = COLLECTORS[collector](
-        make if collector == "Collector" else [make] * workers,
-        policy,
-        frames_per_batch=frames_per_batch,
-        total_frames=-1,
-        auto_register_policy_transforms=placement == "policy",
-    )
-    made.set_seed(0)
 
-    def stream() -> Iterator[TensorDictBase]:
-        yield from made
+    def __init__(
+        self,
+        env: str,
+        placement: str,
+        *,
+        indexed: bool = False,
+        collector: str = "Collector",
+        num_envs: int = 1,
+        frames_per_batch: int = 200,
+    ):
+        workers = 1 if collector == "Collector" else min(2, num_envs)
+        make = Make(env, placement, num_envs // workers)
+        proof = make.one()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # one policy everywhere: others have other episodes, and resets are a good part of the time
+            actor = make_actor(proof.observation_spec, proof.action_spec)
+        proof.close()
+        policy = actor if indexed or placement == "policy" else actor.extract(0)
+        self._collector = COLLECTORS[collector](
+            make if collector == "Collector" else [make] * workers,
+            policy,
+            frames_per_batch=frames_per_batch,
+            total_frames=-1,
+            auto_register_policy_transforms=placement == "policy",
+        )
+        self._collector.set_seed(0)
+        self._batches = iter(self._collector)
 
-    def end() -> None:
-        nonlocal made
-        batches.close()
-        made.shutdown()
+    def __next__(self) -> TensorDictBase:
+        return next(self._batches)
+
+    def rest(self) -> None:
+        """Stop the workers, until :meth:`wake`; those that collect by themselves would never wait for long.
+
+        A worker of a ``MultiAsyncCollector`` whose batch nobody fetches for a second drops it and collects another one.
+        """
+        self._signal(signal.SIGSTOP)
+
+    def wake(self) -> None:
+        """Let the workers go on."""
+        self._signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        """Shut the collector down."""
+        self.wake()
+        self._batches.close()
+        self._collector.shutdown()
         # What sends weights to workers stops when it is collected; in the last moments of the process that waits for ever.
-        made = None
+        del self._batches, self._collector
         gc.collect()
 
-    batches = stream()
-    return batches, end
+    def _signal(self, number: signal.Signals) -> None:
+        for process in getattr(self._collector, "procs", ()):
+            os.kill(process.pid, number)
 
 
 def collect_block(
     env: str, placement: str, *, num_envs: int = 1, frames: int = 200, **kwargs: Any
 ) -> Callable[[], TensorDictBase]:
     """A batch of a collector, so many frames of each environment; the n-th is the same in every placement."""
-    batches, _ = collect(env, placement, num_envs=num_envs, frames_per_batch=frames * num_envs, **kwargs)
+    batches = Collecting(env, placement, num_envs=num_envs, frames_per_batch=frames * num_envs, **kwargs)
     seeds = itertools.count()
 
     def block() -> TensorDictBase:

@@ -7,8 +7,8 @@ A table per test and machine, one of its parameters across and the others down. 
 measured twice, the newer one counts. Tests of a GPU are in no table.
 """
 
+import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -175,4 +175,9 @@ def main(names: list[str], results: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1:], HERE / "results"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", metavar="FILE", help="what pytest-benchmark wrote, to be added")
+    files = parser.parse_args().files
+    for missing in (file for file in files if not Path(file).is_file()):
+        parser.error(f"{missing} is no file: expected what `pytest --benchmark-json FILE` writes.")
+    print(main(files, HERE / "results"))
