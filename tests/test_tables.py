@@ -53,6 +53,16 @@ def test_figure_3_says_what_it_is_made_of_and_has_bars_from_three_seeds_on(tmp_p
     assert sum(np.isfinite(each.get_segments()).all() for each in panel.collections) == bars
 
 
+def test_figure_3_says_which_rows_have_a_bar_where_not_all_have(tmp_path, figures):
+    write_scores(tmp_path / "results", "fig3", {"omnet": 99.0}, ["Hopper-v4"], 3)
+    write_scores(tmp_path / "results", "fig3", {"sac_20": 49.0}, ["Hopper-v4"], 2)
+    written(tmp_path / "results", "fig3")
+    (panel,) = figures[0].axes
+    title = panel.get_title().replace("\n", " ")
+    assert title.endswith("95 % bootstrap over seeds, of rows with three seeds of each task")
+    assert sum(np.isfinite(each.get_segments()).all() for each in panel.collections) == 1
+
+
 def test_a_diverged_run_keeps_its_last_score_in_figure_9(tmp_path, figures):
     for each in select(["fig9a"], rows=["omnet"], tasks=["Hopper-v4"], seeds=range(2), frames=30_000):
         more = {"status": "diverged", "frames": 10_000} if each.seed else {}

@@ -210,8 +210,9 @@ def _relative(variants: Sequence[Variant], runs: Runs, end: int) -> tuple[str, d
     for task in tasks:
         seeds = sorted({len(of_row[task]) for of_row in found.values()})
         parts.append(f"{task} (n={' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))}, divided by {best[task]:.0f})")
-    few = any(len(of_row[task]) < SEEDS for of_row in found.values() for task in tasks)
-    said = ", ".join(parts) + ("; no interval: it needs three seeds of each task" if few else "; 95 % bootstrap over seeds")
+    barred = {all(len(of_row[task]) >= SEEDS for task in tasks) for of_row in found.values()}
+    bars = "95 % bootstrap over seeds" if True in barred else "no interval: it needs three seeds of each task"
+    said = f"{', '.join(parts)}; {bars}" + (", of rows with three seeds of each task" if len(barred) > 1 else "")
     return said, {label: {task: of_row[task] for task in tasks} for label, of_row in found.items() if tasks}, best
 
 
