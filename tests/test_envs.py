@@ -10,7 +10,7 @@ from torchrl.collectors import Collector
 from torchrl.envs import Compose, InitTracker, ParallelEnv, SerialEnv, StepCounter, TransformedEnv, check_env_specs, step_mdp
 
 from omnet_torchrl import Maze2DEnv, SubnetPrimer, make_actor
-from omnet_torchrl.envs import BORDER, ENCLOSURE, GAP, HALF_THICKNESS
+from omnet_torchrl.envs.maze import BORDER, ENCLOSURE, GAP, HALF_THICKNESS
 
 # From Python 3.12 on, forking warns wherever there is a thread, and torch always has some; TorchRL's workers are used to it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")

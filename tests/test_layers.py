@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
-from torchrl.modules import MLP
+from torchrl.modules import MLP, NormalParamExtractor
 
 from omnet_torchrl import (
     EnsembleLayerNorm,
@@ -15,6 +16,7 @@ from omnet_torchrl import (
     EnsembleMLP,
     MaskedLinear,
     MaskedMLP,
+    UnitLayerNorm,
     UnitLinear,
     UnitMaskedMLP,
     bernoulli_masks,
@@ -446,6 +448,61 @@ def test_masks_survive_state_dict_and_decide_the_output():
     assert torch.equal(other(x, subnet), net(x, subnet))
 
 
+WRITES = {
+    "copy": lambda layer, name, new: getattr(layer, name).copy_(new),
+    "copy to data": lambda layer, name, new: getattr(layer, name).data.copy_(new),
+    "load": lambda layer, name, new: layer.load_state_dict({**layer.state_dict(), name: new}),
+    "one entry": lambda layer, name, new: [getattr(layer, name)[k].copy_(row) for k, row in enumerate(new)],
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+@pytest.mark.parametrize("index_shape", [(), (2, 1), (6,)])
+def test_masks_written_in_place_are_those_of_the_next_call(write, index_shape):
+    net, (x, index) = make("masked_mlp", sparsity=0.5), draw(index_shape, (6,))
+    before = net(x, index)
+    fresh = make("masked_mlp", sparsity=0.3, generator=7)
+    parameters = dict(net.named_parameters())
+    fresh.load_state_dict({**fresh.state_dict(), **{name: p.detach().clone() for name, p in parameters.items()}})
+    for layer, other in zip(net, fresh, strict=True):
+        for name, new in other.named_buffers():
+            write(layer, name, new)
+    after, expected = net(x, index), fresh(x, index)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, expected)
+    assert torch.equal(net.extract(1)(x), fresh.extract(1)(x))
+    weight = torch.randn_like(after)
+    gradients = torch.autograd.grad((after * weight).sum(), list(parameters.values()))
+    others = torch.autograd.grad((expected * weight).sum(), list(fresh.parameters()))
+    assert all(torch.equal(gradient, other) for gradient, other in zip(gradients, others, strict=True))
+
+
+@pytest.mark.parametrize("index_shape", [(), (2, 1)])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float64, torch.bool])
+def test_masks_may_be_numbers_where_they_are_put_in_place_for_a_call(index_shape, kind):
+    net, (x, index) = make("masked_mlp"), draw(index_shape, (6,))
+    buffers = {name: b.to(kind) for name, b in net.named_buffers()}
+    assert torch.equal(torch.func.functional_call(net, buffers, (x, index)), net(x, index))
+    assert all(b.dtype == torch.bool for b in net.buffers())
+
+
+def test_a_compiled_call_sees_masks_written_in_place(compiler):
+    net, (x, index) = make("masked_mlp"), draw((2, 1), (6,))
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, index), net(x, index))
+    for buffer in net.buffers():
+        buffer.copy_(~buffer)
+    torch.testing.assert_close(compiled(x, index), net(x, index))
+
+
+def test_a_traced_call_sees_masks_written_in_place():
+    net, (x, index) = make("masked_mlp"), draw((2, 1), (6,))
+    traced = make_fx(net)(x, index)
+    for buffer in net.buffers():
+        buffer.copy_(~buffer)
+    assert torch.equal(traced(x, index), net(x, index))
+
+
 def test_a_copy_has_masks_of_its_own():
     net = make("masked_mlp")
     clone = copy.deepcopy(net)
@@ -659,8 +716,29 @@ def test_only_a_subnet_that_exists_can_be_extracted(kind, subnet, error):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.bool])
 @pytest.mark.parametrize("shape", [(), (6,), (3, 1)])
 def test_an_index_that_is_not_int64_is_refused(kind, dtype, shape):
-    with pytest.raises(TypeError, match=f"the subnet index must be an int64 tensor, got {dtype}"):
+    with pytest.raises(TypeError, match=f"the subnet index must be an int64 tensor or an int, got {dtype}"):
         make(kind)(torch.zeros(6, IN, dtype=torch.float64), torch.zeros(shape, dtype=dtype))
+
+
+@each_kind
+def test_an_int_is_an_index_without_dimensions(kind):
+    net, (x, _) = make(kind), draw((), (6,))
+    assert torch.equal(net(x, N - 1), net(x, torch.tensor(N - 1)))
+    assert net(x[0], 0).shape == (OUT,)
+    for wrong in (-1, N):
+        with pytest.raises(ValueError, match=rf"subnet must be in \[0, num_subnets={N}\), got {wrong}"):
+            net(x, wrong)
+    for wrong in (True, 1.0, None):
+        with pytest.raises(TypeError, match=f"subnet must be an int64 tensor or an int, got {wrong}"):
+            net(x, wrong)
+
+
+@pytest.mark.parametrize("layer", [EnsembleLayerNorm(7, num_subnets=N), UnitLayerNorm(7, num_subnets=N)])
+def test_an_int_is_an_index_of_a_normalisation_too(layer):
+    x = torch.randn(6, 7)
+    assert torch.equal(layer(x, 2), layer(x, torch.tensor(2)))
+    with pytest.raises(TypeError, match=r"must be an int64 tensor or an int, got torch\.float32"):
+        layer(x, torch.tensor(2.0))
 
 
 @each_kind
@@ -682,7 +760,9 @@ def test_an_index_out_of_range_never_goes_unnoticed_on_the_cpu(kind, subnet, sha
 def test_a_forgotten_index_is_an_error_that_says_so(network_class):
     with pytest.raises(TypeError, match="takes its inputs and then the subnet index, got one argument"):
         network_class(IN, OUT)(torch.zeros(6, IN))
-    with pytest.raises(TypeError, match="the subnet index must be an int64 tensor, got torch"):
+    with pytest.raises(TypeError, match=f"give SubnetActor the {network_class.__name__} alone, without NormalParamExtractor"):
+        nn.Sequential(network_class(IN, 2 * OUT), NormalParamExtractor())(torch.zeros(6, IN))
+    with pytest.raises(TypeError, match="the subnet index must be an int64 tensor or an int, got torch"):
         network_class(IN, OUT)(torch.zeros(6, 5), torch.zeros(6, 3))
 
 

@@ -15,12 +15,13 @@ from torch.nn import functional as F
 from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import ExplorationType, GymEnv, SerialEnv, TransformedEnv, set_exploration_type
 from torchrl.envs.transforms import TensorDictPrimer
-from torchrl.modules import ProbabilisticActor, ValueOperator
+from torchrl.modules import NormalParamExtractor, ProbabilisticActor, ValueOperator
 
 from omnet_torchrl import (
     EnsembleMLP,
     MaskedLinear,
     MaskedMLP,
+    RedrawnMLP,
     SubnetActor,
     SubnetModule,
     SubnetPrimer,
@@ -241,8 +242,35 @@ def test_an_index_out_of_range_is_refused(make, network_class, wrong, index_shap
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.bool])
 @pytest.mark.parametrize("shape", [(), (4,), (2, 1)])
 def test_an_index_that_is_not_int64_is_refused(make, dtype, shape):
-    with pytest.raises(TypeError, match=f"must be an int64 tensor, got {dtype}"):
+    with pytest.raises(TypeError, match=f"must be an int64 tensor or an int, got {dtype}"):
         make(N)(indexed(subnet=torch.zeros(shape, dtype=dtype)))
+
+
+@pytest.mark.parametrize("make", [small_actor, small_qvalue])
+def test_an_int_is_an_index_without_dimensions(make):
+    module, td = make(N).eval(), indexed(subnet=torch.tensor(2))
+    with set_exploration_type(DETERMINISTIC):
+        expected = module(td.clone())[module.out_keys[-1]]
+        inputs = {str(key): td[key] for key in module.in_keys if key != "subnet"}
+        assert torch.equal(module(td.set("subnet", 2))[module.out_keys[-1]], expected)
+        answer = module(**inputs, subnet=2)
+    assert torch.equal(answer[-1] if isinstance(answer, tuple) else answer, expected)
+    with pytest.raises(ValueError, match=rf"must be in \[0, num_subnets={N}\), got"):
+        module(**inputs, subnet=N)
+
+
+@pytest.mark.parametrize("make", [small_actor, small_qvalue])
+@pytest.mark.parametrize("batch", [(4,), (1,), (2, 3)])
+def test_an_index_of_the_shape_of_a_reward_is_refused(make, batch):
+    td = make_batch(*batch)
+    with pytest.raises(ValueError, match=r"'subnet' must have shape \(\S.*\) in .* got \(.*, 1\), which .*: use squeeze\(-1\)"):
+        make(N)(td.set("subnet", torch.zeros(*batch, 1, dtype=torch.int64)))
+    make(N)(td.set("subnet", torch.zeros(batch, dtype=torch.int64)))
+
+
+def test_an_index_for_each_row_of_a_batch_of_rows_is_none_of_the_shape_of_a_reward():
+    td = TensorDict(make_batch(3, 4).select("observation", "action").to_dict(), batch_size=[3])
+    assert small_actor(N)(td.set("subnet", torch.arange(3)[:, None]))["action"].shape == (3, 4, ACT)
 
 
 def test_a_missing_observation_is_named():
@@ -310,6 +338,14 @@ def test_a_network_that_does_not_say_how_many_it_is_is_refused():
     for make in (SubnetQValueOperator, lambda net: SubnetActor(net, specs()[1])):
         with pytest.raises(TypeError, match="int attribute num_subnets; Linear has none"):
             make(nn.Linear(3, 1))
+
+
+def test_torchrls_usual_body_of_an_actor_is_refused_with_what_to_use():
+    body = nn.Sequential(MaskedMLP(OBS, 2 * ACT, num_cells=[8], sparsity=0.0), NormalParamExtractor())
+    with pytest.raises(
+        TypeError, match=r"Sequential has none\. It holds a MaskedMLP, .*: pass the MaskedMLP alone. SubnetActor"
+    ):
+        SubnetActor(body, specs()[1])
 
 
 @pytest.mark.parametrize("build", ["actor", "builder"])
@@ -463,6 +499,43 @@ def test_nested_keys_are_read_and_written():
     assert actor.extract(1).out_keys == ["loc", "scale", ("agent", "act")]
     with pytest.raises(KeyError, match="'agent', 'k'"):
         actor(td.exclude(("agent", "k")))
+
+
+WRONG_KEYWORDS = {
+    "a typo": (MaskedMLP, {"sparcity": 0.5}, "MaskedMLP takes no 'sparcity': did you mean 'sparsity'. It takes .*mask_bias.*"),
+    "of no network": (EnsembleMLP, {"zzz": 1}, "EnsembleMLP takes no 'zzz'. It takes .*num_subnets"),
+    "of another network": (EnsembleMLP, {"sparsity": 0.5}, "EnsembleMLP takes no 'sparsity'. It takes .*num_subnets"),
+    "a number that is given": (RedrawnMLP, {"num_subnets": 5}, "RedrawnMLP takes no 'num_subnets'. It takes .*generator"),
+    "the builder's own": (MaskedMLP, {"layer_class": nn.Linear}, "MaskedMLP takes no 'layer_class'"),
+}
+
+
+@pytest.mark.parametrize("make", [make_actor, make_qvalue])
+@pytest.mark.parametrize(("network_class", "kwargs", "message"), WRONG_KEYWORDS.values(), ids=WRONG_KEYWORDS.keys())
+def test_a_keyword_that_the_network_does_not_take_is_refused_with_the_closest_one(make, network_class, kwargs, message):
+    with pytest.raises(TypeError, match=message):
+        make(*specs(), network_class=network_class, **kwargs)
+
+
+@pytest.mark.parametrize("make", [make_actor, make_qvalue])
+def test_a_function_may_make_the_network_and_none_is_the_default(make):
+    module = make(*specs(), network_class=lambda **kwargs: MaskedMLP(num_subnets=2, **kwargs), sparsity=0.0, device=None)
+    assert module.num_subnets == 2
+    assert make(*specs(), init_fn=None, num_subnets=None, sparsity=0.0).num_subnets == 5
+    assert make(*specs(), network_class=RedrawnMLP, sparsity=0.0).num_subnets == 2**31
+
+
+@pytest.mark.parametrize("make", [make_actor, make_qvalue])
+def test_an_observation_of_another_dtype_than_the_networks_is_refused(make):
+    double = Unbounded((OBS,), dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"of the network's torch.float32, got torch.float64: append .*DoubleToFloat\(\)"):
+        make(double, specs()[1], sparsity=0.0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert next(make(double, specs()[1], sparsity=0.0).parameters()).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("make", [make_actor, make_qvalue])
@@ -871,10 +944,22 @@ def test_any_network_refuses_more_batch_dimensions_than_its_index_has():
         module(torch.zeros(4, 2, 5, 8), torch.zeros(2, 1, dtype=torch.int64))
 
 
+def test_any_network_takes_an_int_and_sees_masks_written_in_place():
+    module, x = any_network("cnn")[0], torch.randn(2, 2, 5, 5, dtype=torch.float64)
+    before = module(x, 1)
+    assert torch.equal(before, module(x, torch.tensor(1)))
+    with pytest.raises(ValueError, match=rf"subnet must be in \[0, num_subnets={N}\), got {N}"):
+        module(x, N)
+    for masks in module.buffers():
+        masks.copy_(masks.roll(1, 0))
+    assert torch.equal(module(x, 2), before)
+    assert torch.equal(module.extract(2)(x), before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.bool])
 @pytest.mark.parametrize("shape", [(), (2, 1)])
 def test_any_network_refuses_an_index_that_is_not_int64(dtype, shape):
-    with pytest.raises(TypeError, match=f"the subnet index must be an int64 tensor, got {dtype}"):
+    with pytest.raises(TypeError, match=f"the subnet index must be an int64 tensor or an int, got {dtype}"):
         any_network("cnn")[0](torch.zeros(5, 2, 5, 5, dtype=torch.float64), torch.zeros(shape, dtype=dtype))
 
 

@@ -648,7 +648,67 @@ def test_a_serial_env_of_one_env_draws_for_each_copy():
     assert all_different(resets(SerialEnv(3, partial(itself, env))).flatten().tolist())
 
 
-def test_a_clone_draws_from_the_stream_of_its_original():
+def sources_of_a_stream():
+    return {"int": 0, "generator": torch.Generator().manual_seed(0), "none": None}
+
+
+@pytest.mark.parametrize("source", ["int", "generator", "none"])
+@pytest.mark.parametrize("compose", [False, True])
+def test_a_clone_in_another_env_draws_from_a_stream_of_its_own(source, compose):
+    def play(evaluate):
+        torch.manual_seed(0)
+        primer = SubnetPrimer(MANY, generator=sources_of_a_stream()[source])
+        env = TransformedEnv(CountingEnv(3), Compose(StepCounter(), primer) if compose else primer)
+        draws, evaluations = [], []
+        for _ in range(4):
+            if evaluate:
+                other = TransformedEnv(CountingEnv(3), env.transform.clone())
+                evaluations += resets(other, 2).tolist()
+                other.state_dict()
+            draws += resets(env, 2).tolist()
+        return draws, evaluations, torch.get_rng_state()
+
+    draws, evaluations, state = play(evaluate=True)
+    alone, _, state_alone = play(evaluate=False)
+    assert draws == alone
+    assert torch.equal(state, state_alone)
+    assert all_different([*draws, *evaluations])
+    assert play(evaluate=True)[1] == evaluations
+
+
+def test_clones_of_two_primers_draw_on_their_own():
+    env = TransformedEnv(CountingEnv(3), Compose(SubnetPrimer(MANY), SubnetPrimer(MANY, key="other")))
+    td = TransformedEnv(CountingEnv(3), env.transform.clone()).reset()
+    assert td["subnet"] != td["other"]
+
+
+def test_a_clone_of_a_primer_without_an_env_draws_from_a_stream_of_its_own():
+    primer = SubnetPrimer(MANY, generator=0)
+    clones = [primer.clone(), Compose(primer).clone()[0], primer.clone().clone()]
+    envs = [TransformedEnv(CountingEnv(3), each) for each in (primer, *clones, copy.deepcopy(primer.clone()))]
+    assert all_different(flat(resets(env).tolist() for env in envs[:-1]))
+    assert (resets(envs[-1]) != resets(primed(3, generator=0))).all()
+
+
+@pytest.mark.parametrize("generator", [0, None, torch.Generator().manual_seed(0)])
+def test_a_seeded_primer_draws_what_one_built_with_the_seed_does(generator):
+    env = primed(3, generator=generator)
+    resets(env)
+    env.set_seed(7)
+    env.transform.set_seed(7)
+    first = resets(env)
+    assert torch.equal(first, resets(primed(3, generator=7)))
+    other = TransformedEnv(CountingEnv(3), env.transform.clone())
+    other.transform.set_seed(7)
+    assert torch.equal(resets(other), first)
+    with pytest.raises(TypeError, match=r"must be a torch\.Generator, an int or None, got 'seven'"):
+        env.transform.set_seed("seven")
+
+
+def test_a_clone_in_the_env_of_its_original_goes_on_with_the_stream():
+    env = primed(3, generator=0)
+    env.insert_transform(0, StepCounter())
+    assert torch.equal(resets(env), resets(primed(3, generator=0)))
     env = primed(3, generator=0)
     wrapped = TransformedEnv(env, StepCounter(), auto_unwrap=True)
     draws = [env.reset()["subnet"], wrapped.reset()["subnet"], env.reset()["subnet"]]
@@ -909,6 +969,15 @@ def test_a_nested_key_draws_for_each_agent(batch, agents_end_alone, fixed):
         assert all_different(first.flatten().tolist())
     else:
         assert (first == fixed).all()
+
+
+@pytest.mark.parametrize("reset_key", [None, ("agents", "_reset")])
+def test_a_key_outside_the_group_whose_episodes_end_is_refused(reset_key):
+    env = TransformedEnv(Agents(agents_end_alone=True), SubnetPrimer(MANY, reset_key=reset_key))
+    with pytest.raises(ValueError, match=r"'subnet' would be drawn once and never again: .* Use key=\('agents', 'subnet'\)"):
+        env.rollout(3)
+    env = TransformedEnv(Agents(agents_end_alone=True), SubnetPrimer(MANY, key=("agents", "subnet"), reset_key=reset_key))
+    assert len(env.rollout(12, break_when_any_done=False)["agents", "subnet"].unique()) > 12
 
 
 def test_agents_that_end_alone_draw_alone():

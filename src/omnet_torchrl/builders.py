@@ -6,12 +6,16 @@ sparsity 0.5 in critic and actor. The initialisation is REDQ's: Xavier-uniform w
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from tensordict import NestedKey
 from torch import nn
 from torchrl.data import Composite, TensorSpec
+from torchrl.modules import MLP
 
 from omnet_torchrl.layers import MaskedMLP
 from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator, check_action_spec
@@ -22,6 +26,10 @@ def make_actor(
     action_spec: TensorSpec,
     *,
     network_class: Callable[..., nn.Module] = MaskedMLP,
+    num_subnets: int | None = None,
+    sparsity: float | Sequence[float] | None = None,
+    generator: torch.Generator | int | None = None,
+    device: torch.device | str | None = None,
     num_cells: Sequence[int] = (256, 256),
     layer_norm: bool = True,
     observation_key: NestedKey = "observation",
@@ -37,12 +45,18 @@ def make_actor(
         action_spec (TensorSpec): continuous with finite bounds, e.g. ``env.action_spec``.
 
     Keyword Args:
-        network_class: :class:`~omnet_torchrl.MaskedMLP` (default), :class:`~omnet_torchrl.UnitMaskedMLP` or
-            :class:`~omnet_torchrl.EnsembleMLP`.
+        network_class: :class:`~omnet_torchrl.MaskedMLP` (default), :class:`~omnet_torchrl.UnitMaskedMLP`,
+            :class:`~omnet_torchrl.EnsembleMLP` or :class:`~omnet_torchrl.RedrawnMLP`.
+        num_subnets, sparsity, generator, device: as in ``network_class``, whose defaults hold for ``None``: 5 subnetworks of
+            sparsity 0.5, or 2 separate ones. ``EnsembleMLP`` takes no sparsity and no generator, ``RedrawnMLP`` no number.
         num_cells (sequence of int): hidden units of each layer.
         layer_norm (bool): Linear, LayerNorm, ReLU instead of Linear, ReLU.
         observation_key, action_key, subnet_key (NestedKey): the keys read and written.
-        **kwargs: of ``network_class``: ``num_subnets``, ``sparsity``, ``generator``, ``device``, ...
+        **kwargs: others of ``network_class``: ``mask_bias``, ``init_fn``, ``activation_class``, ``dropout``, ...
+
+    Raises:
+        TypeError: a keyword that ``network_class`` does not take, or an observation of another dtype than the parameters.
+        ValueError, KeyError: specs that are no vectors, unbounded actions, or no observation under its key.
 
     Examples:
         >>> from torchrl.envs import GymEnv
@@ -51,8 +65,10 @@ def make_actor(
         8
     """
     spec = check_action_spec(action_spec)
-    features = _features(observation_spec, observation_key)
-    network = _paper_network(network_class, features, 2 * spec.shape[-1], num_cells, layer_norm, **kwargs)
+    options = {"num_subnets": num_subnets, "sparsity": sparsity, "generator": generator, "device": device}
+    observation = _observation(observation_spec, observation_key)
+    sizes = (observation.shape[-1], 2 * spec.shape[-1])
+    network = _paper_network(network_class, *sizes, num_cells, layer_norm, observation.dtype, options, kwargs)
     return SubnetActor(network, spec, [observation_key, subnet_key], action_key)
 
 
@@ -61,6 +77,10 @@ def make_qvalue(
     action_spec: TensorSpec,
     *,
     network_class: Callable[..., nn.Module] = MaskedMLP,
+    num_subnets: int | None = None,
+    sparsity: float | Sequence[float] | None = None,
+    generator: torch.Generator | int | None = None,
+    device: torch.device | str | None = None,
     num_cells: Sequence[int] = (256, 256),
     layer_norm: bool = True,
     observation_key: NestedKey = "observation",
@@ -79,8 +99,10 @@ def make_qvalue(
         >>> qvalue = make_qvalue(env.observation_spec, env.action_spec, num_subnets=8, sparsity=[0.0, 0.5, 0.5])
         >>> redq = make_qvalue(env.observation_spec, env.action_spec, network_class=EnsembleMLP, num_subnets=10)
     """
-    features = _features(observation_spec, observation_key) + check_action_spec(action_spec).shape[-1]
-    network = _paper_network(network_class, features, 1, num_cells, layer_norm, **kwargs)
+    options = {"num_subnets": num_subnets, "sparsity": sparsity, "generator": generator, "device": device}
+    observation = _observation(observation_spec, observation_key)
+    features = observation.shape[-1] + check_action_spec(action_spec).shape[-1]
+    network = _paper_network(network_class, features, 1, num_cells, layer_norm, observation.dtype, options, kwargs)
     return SubnetQValueOperator(network, in_keys=[observation_key, action_key, subnet_key])
 
 
@@ -90,22 +112,50 @@ def _paper_network(
     out_features: int,
     num_cells: Sequence[int],
     layer_norm: bool,
-    **kwargs: Any,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    kwargs: dict[str, Any],
 ) -> nn.Module:
     if isinstance(num_cells, int):
         raise TypeError(
             f"num_cells must be a sequence with the hidden units of each layer, got {num_cells}: say [{num_cells}]."
         )
+    given = {**{name: value for name, value in options.items() if value is not None}, **kwargs}
+    _check_keywords(network_class, given)
     norm = {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": n} for n in num_cells]} if layer_norm else {}
     defaults = {"activation_class": nn.ReLU, "init_fn": nn.init.xavier_uniform_, **norm}
-    return network_class(in_features=in_features, out_features=out_features, num_cells=num_cells, **{**defaults, **kwargs})
+    network = network_class(in_features=in_features, out_features=out_features, num_cells=num_cells, **{**defaults, **given})
+    parameter = next(network.parameters(), None)
+    if parameter is not None and parameter.dtype != dtype:
+        raise TypeError(
+            f"the observation must be of the network's {parameter.dtype}, got {dtype}: append torchrl.envs.DoubleToFloat() to "
+            "the environment, or build the network under torch.set_default_dtype."
+        )
+    return network
 
 
-def _features(spec: TensorSpec, key: NestedKey) -> int:
+def _check_keywords(network_class: Callable[..., nn.Module], given: dict[str, Any]) -> None:
+    """Raise at a keyword that neither ``network_class`` nor the MLP takes to which it hands the others on."""
+    known = dict(inspect.signature(network_class).parameters)
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        if not (inspect.isclass(network_class) and issubclass(network_class, MLP)):
+            return  # nobody knows which keywords a function hands on
+        known |= inspect.signature(MLP).parameters
+    ours = ("in_features", "out_features", "num_cells", "layer_class", "layer_kwargs", "kwargs")
+    names = sorted(known.keys() - set(ours))
+    for name in sorted(given.keys() - set(names)):
+        close = difflib.get_close_matches(name, names, 1)
+        hint = f": did you mean {close[0]!r}?" if close else "."
+        raise TypeError(
+            f"{getattr(network_class, '__name__', network_class)} takes no {name!r}{hint} It takes {', '.join(names)}."
+        )
+
+
+def _observation(spec: TensorSpec, key: NestedKey) -> TensorSpec:
     if isinstance(spec, Composite):
         if key not in spec.keys(True, True):
             raise KeyError(f"the observation spec has no {key!r}, only {list(spec.keys(True, True))}; pass observation_key.")
         spec = spec[key]
     if not spec.shape or not spec.dtype.is_floating_point:
         raise ValueError(f"the observation must be a floating point vector, got shape {tuple(spec.shape)} of {spec.dtype}.")
-    return spec.shape[-1]
+    return spec

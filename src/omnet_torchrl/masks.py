@@ -7,8 +7,8 @@ https://arxiv.org/abs/2310.14009) keeps one weight tensor :math:`\theta` and :ma
 A mask is a boolean tensor (``True`` keeps the weight), so that it costs a byte per weight and can never be optimised or
 averaged by accident. Kept weights are *not* rescaled by :math:`1/(1-S)`, as in the paper.
 
-Masks may also lie over whole units (:func:`unit_masks`), for the paper's limitation that every forward pass computes the full
-weight matrix: such a subnetwork can be sliced out.
+Masks may also lie over whole units (:func:`unit_masks`). Such a subnetwork can be sliced out, while the paper's
+forward passes compute with the full weight matrix, a limitation that it names.
 
 Everything here is a pure function. The networks of :mod:`~omnet_torchrl.layers` draw their masks from a generator of their own
 (:func:`as_generator`), so that masking a network leaves its initial weights as they were.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 MaskFn = Callable[..., Tensor]
-# The fraction of units without any input from which on it is worth a warning; a few among many do no harm.
+# A warning is given above this fraction of units without any input; a few among many do no harm.
 MAX_DEAD = 0.01
 _UINT32 = 2**32 - 1
 
@@ -95,9 +95,8 @@ def unit_masks(
 ) -> Tensor:
     r"""Draw independent masks over the units of a hidden layer, each a uniform choice of exactly k units.
 
-    A subnetwork without some units is a smaller dense network, which weights masked one by one are not; that each has equally
-    many makes the smaller networks of one shape. Two kept layers of sparsity S leave :math:`(1-S)^2` of the weights between
-    them: what Bernoulli masks of sparsity 0.5 keep, units keep at 0.29.
+    A subnetwork without some units is a smaller dense network; all have one shape, since each keeps equally many. Between two
+    layers of sparsity S, :math:`(1-S)^2` of the weights are left: units at S 0.29 keep as many as Bernoulli masks at 0.5.
 
     Args:
         num_subnets (int): number of masks N, at least 1.
@@ -128,15 +127,15 @@ def unit_masks(
 
 
 def kept_units(num_units: int, sparsity: float) -> int:
-    """Units that each mask of :func:`unit_masks` keeps: k."""
+    """Return k, the number of units that each mask of :func:`unit_masks` keeps."""
     return max(1, round(num_units * (1 - sparsity)))
 
 
 def hashed_masks(index: Tensor, shape: Sequence[int], sparsity: float, key: Tensor) -> Tensor:
-    r"""The Bernoulli masks of any of :math:`2^{31}` subnetworks, computed when they are asked for instead of kept.
+    r"""Compute the Bernoulli masks of some of :math:`2^{31}` subnetworks, instead of storing all.
 
-    A mask is a function of its index: drawing an index from so many draws a mask that was never seen ("infinity", section 4.6),
-    and the same index brings it back.
+    A mask is a function of its index: a random one of so many indices names a mask that was never seen ("infinity", section
+    4.6), and the same index always names the same mask.
 
     Args:
         index (Tensor): int64 in :math:`[0, 2^{31})`, ``(R,)``.
@@ -156,7 +155,7 @@ def hashed_masks(index: Tensor, shape: Sequence[int], sparsity: float, key: Tens
 
 
 def random_bits(seed: Tensor, size: int, key: Tensor | int = 0) -> Tensor:
-    """Uniform random 32-bit numbers that are a function of a seed: the same eagerly, compiled, and on every device.
+    """Compute random 32-bit numbers as a function of a seed: the same eagerly, compiled, and on every device.
 
     Element i is a hash (Wellons' ``lowbias32``, https://github.com/skeeto/hash-prospector) of i plus a hash of seed and key.
 
@@ -276,7 +275,7 @@ def check_sparsity(sparsity: float) -> None:
 
 
 def each_sparsity(sparsity: float | Sequence[float], count: int, layer: str) -> list[float]:
-    """One sparsity for each of ``count`` layers, of one number or one per layer; raise if there is another number of them."""
+    """Return a sparsity for each of ``count`` layers, from one number or one per layer; raise at another number of them."""
     each = [sparsity] * count if isinstance(sparsity, float | int | str) else list(sparsity)
     if len(each) != count:
         raise ValueError(f"sparsity must be one number or one per {layer} ({count}), got {len(each)}.")

@@ -1,7 +1,7 @@
 r"""TensorDictModules that read ``"subnet"``.
 
 Which subnetwork answers is data: an int64 index in the TensorDict, next to the observation. A module reads it and applies that
-mask; who writes it (a loss, an environment transform, a user) is none of the module's business.
+mask; it does not matter to it who wrote the index: a loss, an environment transform or a user.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torchrl.data import Bounded, Categorical, Composite, TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
 
-from omnet_torchrl.layers import check_subnet
+from omnet_torchrl.layers import IndexedMLP, apply_masks, as_index, check_subnet
 from omnet_torchrl.masks import check_module_masks
 from omnet_torchrl.transforms import SubnetPrimer
 
@@ -40,7 +40,8 @@ class SubnetQValueOperator(ValueOperator):
 
     Raises:
         KeyError: the TensorDict has no index.
-        ValueError: an index is out of range (seen on the CPU; a GPU raises a device-side assertion).
+        ValueError: an index is out of range (seen on the CPU; a GPU raises a device-side assertion), or has the shape ``(B,
+            1)`` in a TensorDict of batch size ``(B,)``.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -67,10 +68,10 @@ class SubnetQValueOperator(ValueOperator):
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
         """Write the output of the subnetwork that the index names."""
-        return _call_indexed(super().forward, self.num_subnets, self.in_keys[-1], tensordict, *args, **kwargs)
+        return _call_indexed(super().forward, self.num_subnets, self.in_keys, tensordict, *args, **kwargs)
 
     def extract(self, subnet: int) -> ValueOperator:
-        """Subnetwork ``subnet`` as a plain :class:`~torchrl.modules.ValueOperator` that reads no index."""
+        """Return subnetwork ``subnet`` as a plain :class:`~torchrl.modules.ValueOperator` that reads no index."""
         plain = ValueOperator(self.module.extract(subnet), in_keys=self.in_keys[:-1], out_keys=self.out_keys)
         return plain.train(self.training)
 
@@ -90,9 +91,10 @@ class SubnetActor(ProbabilisticActor):
         action_key (NestedKey): defaults to ``"action"``.
 
     Raises:
-        ValueError, TypeError: the action spec is not a bounded continuous one; an index is not int64 or out of range (seen
-            on the CPU; a GPU raises a device-side assertion). An environment that draws from another number of subnetworks
-            is not seen before an index is out of range: ask :meth:`check_env`. The network has another number of outputs.
+        ValueError, TypeError: the action spec is not a bounded continuous one; an index is not int64, out of range (seen on
+            the CPU; a GPU raises a device-side assertion), or of shape ``(B, 1)`` in a TensorDict of batch size ``(B,)``.
+            An environment that draws from another number of subnetworks is not seen before an index is out of range: ask
+            :meth:`check_env`. The network has another number of outputs.
         KeyError: the TensorDict has no index, and the message says what adds it; or none of another input.
 
     Examples:
@@ -116,16 +118,17 @@ class SubnetActor(ProbabilisticActor):
         spec, parameter = check_action_spec(action_spec), next(module.parameters(), None)
         if parameter is not None:  # the bounds, which each call reads, belong where the network is
             spec = spec.to(parameter.device)
+        num_subnets = _get_num_subnets(module)
         _init_actor(super().__init__, _SquashedGaussian(module, in_keys, spec.shape[-1]), spec, action_key)
-        self.num_subnets, self.subnet_key, self.action_key = _get_num_subnets(module), in_keys[-1], action_key
+        self.num_subnets, self.subnet_key, self.action_key = num_subnets, in_keys[-1], action_key
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
         """Write the output of the subnetwork that the index names."""
-        # Plainly one module after the other, where nothing else is asked: what a sequence of any modules does besides takes
-        # as long as the network at batch 1.
+        # Where nothing else is asked, call one module after the other: at batch 1, what a TensorDictSequential does besides
+        # takes as long as the network.
         forward = super().forward if args or kwargs or skip_existing() else self._in_order
-        return _call_indexed(forward, self.num_subnets, self.subnet_key, tensordict, *args, **kwargs)
+        return _call_indexed(forward, self.num_subnets, self.module[0].in_keys, tensordict, *args, **kwargs)
 
     def _in_order(self, tensordict: TensorDictBase) -> TensorDictBase:
         for module in self.module:
@@ -133,7 +136,7 @@ class SubnetActor(ProbabilisticActor):
         return tensordict
 
     def make_tensordict_primer(self, **kwargs: Any) -> SubnetPrimer:
-        """The transform that draws this actor's index at reset; ``kwargs`` as in :class:`~omnet_torchrl.SubnetPrimer`."""
+        """Return the transform that draws this actor's index; ``kwargs`` as in :class:`~omnet_torchrl.SubnetPrimer`."""
         return SubnetPrimer(self.num_subnets, key=self.subnet_key, **kwargs)
 
     def check_env(self, env: EnvBase) -> None:
@@ -154,7 +157,7 @@ class SubnetActor(ProbabilisticActor):
             )
 
     def extract(self, subnet: int) -> ProbabilisticActor:
-        """Subnetwork ``subnet`` as a plain :class:`~torchrl.modules.ProbabilisticActor` that reads no index."""
+        """Return subnetwork ``subnet`` as a plain :class:`~torchrl.modules.ProbabilisticActor` that reads no index."""
         head, distribution = self.module[0], self.module[-1]
         spec = self.spec[self.action_key]
         plain = _SquashedGaussian(head.network.extract(subnet), head.in_keys[:-1], head.action_dim)
@@ -162,11 +165,11 @@ class SubnetActor(ProbabilisticActor):
 
 
 class SubnetModule(nn.Module):
-    r"""Any network as N subnetworks, :math:`f_{\theta \odot m_k}`: convolutional, recurrent, whatever it is.
+    r"""Any network as N subnetworks, :math:`f_{\theta \odot m_k}`, e.g. a convolutional or a recurrent one.
 
-    The network is called once for each index asked, with its parameters masked; :class:`~omnet_torchrl.MaskedMLP` is the fast
-    path for multi-layer perceptrons. Whatever the network is, it takes no index per element, and torch traces recurrent layers
-    only with ``torch._dynamo.config.allow_rnn = True``.
+    The network is called once for each index asked, with its parameters masked; for multi-layer perceptrons,
+    :class:`~omnet_torchrl.MaskedMLP` is faster. An index per element is not supported, and torch traces recurrent layers only
+    with ``torch._dynamo.config.allow_rnn = True``.
 
     Args:
         network (nn.Module): the network; its parameters stay where they are and are trained through this module.
@@ -203,8 +206,7 @@ class SubnetModule(nn.Module):
     def forward(self, *inputs: Any) -> Any:
         """Call the network for each index asked."""
         *args, subnet = inputs
-        if subnet.dtype != torch.int64:
-            raise TypeError(f"the subnet index must be an int64 tensor, got {subnet.dtype}.")
+        subnet = as_index(subnet, self.num_subnets, getattr(self, next(iter(self._buffer_of.values()))).device)
         if subnet.shape[1:].numel() != 1 or (subnet.ndim == 1 and len(subnet) != 1):
             raise ValueError(f"SubnetModule takes an index of shape () or (K, 1, ...), got {tuple(subnet.shape)}.")
         if subnet.ndim < 2:
@@ -225,13 +227,14 @@ class SubnetModule(nn.Module):
 
     def _masked(self, index: Tensor) -> dict[str, Tensor]:
         # By attribute, not by named_parameters: a loss may have put plain tensors in the parameters' place.
+        network: Any = self.network
         return {
-            name: reduce(getattr, name.split("."), self.network) * getattr(self, buffer).index_select(0, index).squeeze(0)
+            name: apply_masks(reduce(getattr, name.split("."), network), getattr(self, buffer), index).squeeze(0)
             for name, buffer in self._buffer_of.items()
         }
 
     def extract(self, subnet: int) -> nn.Module:
-        """Subnetwork ``subnet`` as a plain copy of the network, with parameters of its own."""
+        """Return subnetwork ``subnet`` as a plain copy of the network, with parameters of its own."""
         index = check_subnet(subnet, self.num_subnets, next(self.buffers()).device)
         plain = copy.deepcopy(self.network)
         plain.load_state_dict({**plain.state_dict(), **self._masked(index)})
@@ -261,7 +264,7 @@ def check_action_spec(action_spec: TensorSpec) -> Bounded:
 class _SquashedGaussian(TensorDictModuleBase):
     """Splits a network's output into the mean and the standard deviation of a Gaussian to be squashed.
 
-    No :class:`~tensordict.nn.TensorDictModule`: what that does with any output costs more than the network at batch 1.
+    It is no :class:`~tensordict.nn.TensorDictModule`, whose handling of outputs costs more than the network at batch 1.
     """
 
     def __init__(self, network: nn.Module, in_keys: Sequence[NestedKey], action_dim: int):
@@ -301,9 +304,16 @@ def _init_actor(init: Callable[..., Any], module: _SquashedGaussian, spec: Bound
 
 def _get_num_subnets(module: nn.Module) -> int:
     num_subnets = getattr(module, "num_subnets", None)
-    if not isinstance(num_subnets, int):
-        raise TypeError(f"a module that takes an index needs an int attribute num_subnets; {type(module).__name__} has none.")
-    return num_subnets
+    if isinstance(num_subnets, int):
+        return num_subnets
+    message = f"a module that takes an index needs an int attribute num_subnets; {type(module).__name__} has none."
+    inner = next((type(m).__name__ for m in module.modules() if isinstance(m, IndexedMLP | SubnetModule)), None)
+    if inner is not None:
+        message += (
+            f" It holds a {inner}, to which it hands no index: pass the {inner} alone. SubnetActor itself splits the output "
+            "into mean and standard deviation, without NormalParamExtractor."
+        )
+    raise TypeError(message)
 
 
 def _missing(key: NestedKey, where: str) -> str:
@@ -316,18 +326,24 @@ def _missing(key: NestedKey, where: str) -> str:
 def _call_indexed(
     forward: Callable[..., TensorDictBase],
     num_subnets: int,
-    key: NestedKey,
+    in_keys: Sequence[NestedKey],
     tensordict: TensorDictBase,
     *args: Any,
     **kwargs: Any,
 ) -> TensorDictBase:
-    """Call ``forward`` and explain its failure where the index is missing or, on the CPU, out of range."""
-    if tensordict.get(key, None) is None:
+    """Call ``forward``; explain an index that is missing, of the wrong shape or, on the CPU, out of range."""
+    *input_keys, key = in_keys
+    index, batch = tensordict.get(key, None), tensordict.batch_size
+    if index is None:
         raise KeyError(_missing(key, "the TensorDict"))
+    if batch and index.shape == (*batch, 1) and any(tensordict.get(k).ndim == len(batch) + 1 for k in input_keys):
+        raise ValueError(
+            f"{key!r} must have shape {tuple(batch)} in a TensorDict of that batch size, got {tuple(index.shape)}, which asks "
+            "every subnetwork that it names for every element: use squeeze(-1)."
+        )
     try:
         return forward(tensordict, *args, **kwargs)
     except (IndexError, RuntimeError) as error:
-        index = tensordict.get(key)
         if ((index < 0) | (index >= num_subnets)).any():
             raise ValueError(f"{key!r} must be in [0, num_subnets={num_subnets}), got {index.unique().tolist()}.") from error
         raise

@@ -5,7 +5,7 @@ Here a subnetwork keeps k of the units of each hidden layer. Its weights, those 
 shared matrix into a dense ``(k_out, k_in)`` one, and the hidden activations live in the subnetwork's own k coordinates, forward
 and backward. Inputs and outputs are never masked, and LayerNorm sees the kept units only: subnetwork k *is* a smaller
 multi-layer perceptron. Kept weights are not rescaled, and are initialised for the full width. See
-:mod:`~omnet_torchrl.layers` for how the index broadcasts.
+:mod:`~omnet_torchrl.layers.indexed` for how the index broadcasts.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnet_torchrl.layers import IndexedLayerNorm, IndexedLinear, IndexedMLP, InitFn, initialise, linear_shapes
+from omnet_torchrl.layers.indexed import IndexedLayerNorm, IndexedMLP, InitFn, SharedLinear, linear_shapes
 from omnet_torchrl.masks import as_generator, check_num_subnets, each_sparsity, unit_masks
 
 
-class UnitLinear(IndexedLinear, nn.Linear):  # type: ignore[misc]
+class UnitLinear(SharedLinear):
     r"""A linear layer between the kept units of N subnetworks, :math:`y = W_{O_k, I_k}\, x + b_{O_k}`.
 
     The gradient is exactly zero at the weights and biases of other units than the drawn subnetworks'. Which units are kept is
@@ -65,18 +65,12 @@ class UnitLinear(IndexedLinear, nn.Linear):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
     ):
         check_num_subnets(num_subnets)
-        self.init_fn = init_fn
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.num_subnets = num_subnets
+        super().__init__(in_features, out_features, bias, num_subnets, init_fn, device=device, dtype=dtype)
         for name, units, size in (("in_units", in_units, in_features), ("out_units", out_units, out_features)):
             self.register_buffer(name, _checked_units(units, num_subnets, size, name, self.weight.device))
 
-    def reset_parameters(self) -> None:
-        """Draw the weights anew; the units stay."""
-        initialise(self.weight, self.bias, self.init_fn)
-
     def select(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weights and biases between the kept units of ``index (R,)``."""
+        """Return the weights and biases between the kept units of ``index (R,)``."""
         rows, columns = (None if u is None else u.index_select(0, index) for u in (self.out_units, self.in_units))
         weight = self.weight.expand(len(index), -1, -1) if rows is None else _take(self.weight, rows)
         if columns is not None:
@@ -87,7 +81,7 @@ class UnitLinear(IndexedLinear, nn.Linear):  # type: ignore[misc]
         return weight, _take(self.bias, rows)
 
     def extra_repr(self) -> str:
-        """As :class:`torch.nn.Linear`, the kept units, and N."""
+        """Describe the layer as :class:`torch.nn.Linear` does, with the kept units and N."""
         kept = (f"{n}={len(u[0])}" for n, u in (("k_in", self.in_units), ("k_out", self.out_units)) if u is not None)
         return ", ".join([super().extra_repr(), *kept, f"num_subnets={self.num_subnets}"])
 
@@ -123,12 +117,12 @@ class UnitLayerNorm(IndexedLayerNorm):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Unit scale and zero shift; the units stay."""
+        """Set the scales to one and the shifts to zero; the units stay."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
     def select(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales and shifts of the kept units of ``index (R,)``."""
+        """Return the scales and shifts of the kept units of ``index (R,)``."""
         if self.units is None:
             return self.weight.expand(len(index), -1), self.bias.expand(len(index), -1)
         units = self.units.index_select(0, index)
@@ -197,43 +191,35 @@ class UnitMaskedMLP(IndexedMLP):
             norm_class = UnitLayerNorm
             given = norm_kwargs if isinstance(norm_kwargs, list) else [norm_kwargs or {}] * (len(hidden) + activate_last_layer)
             norm_kwargs = [{**kw, "num_subnets": num_subnets, "units": u} for kw, u in zip(given, units[1:], strict=False)]
-        super().__init__(
-            in_features,
-            out_features,
-            depth,
-            num_cells,
-            norm_class=norm_class,
-            norm_kwargs=norm_kwargs,
-            layer_class=UnitLinear,
-            layer_kwargs=[
-                {"num_subnets": num_subnets, "in_units": before, "out_units": after, "init_fn": init_fn}
-                for before, after in itertools.pairwise(units)
-            ],
-            activate_last_layer=activate_last_layer,
-            **kwargs,
-        )
+        layer_kwargs = [
+            {"num_subnets": num_subnets, "in_units": before, "out_units": after, "init_fn": init_fn}
+            for before, after in itertools.pairwise(units)
+        ]
+        ours: dict[str, Any] = {"layer_class": UnitLinear, "layer_kwargs": layer_kwargs}
+        ours |= {"norm_class": norm_class, "norm_kwargs": norm_kwargs, "activate_last_layer": activate_last_layer}
+        super().__init__(in_features, out_features, depth, num_cells, **ours, **kwargs)
         # MLP keeps what it was built from; the units live in the layers.
         self.layer_kwargs = self.norm_kwargs = self._layer_kwargs_iter = self._norm_kwargs_iter = None
         self.num_subnets = num_subnets
 
 
 def _take(tensor: Tensor, units: Tensor) -> Tensor:
-    """Entries ``units (R, k)`` of the first dimension: ``(R, k, ...)``."""
+    """Return the entries ``units (R, k)`` of the first dimension, ``(R, k, ...)``."""
     return tensor.index_select(0, units.flatten()).unflatten(0, units.shape)
 
 
 def _take_columns(weight: Tensor, units: Tensor) -> Tensor:
-    """Columns ``units (R, k)`` of the weights ``(R, out, in)``: ``(R, out, k)``."""
+    """Return the columns ``units (R, k)`` of the weights ``(R, out, in)``, ``(R, out, k)``."""
     if len(units) == 1:
         return weight.squeeze(0).index_select(1, units.squeeze(0)).unsqueeze(0)
     return weight.gather(2, units.unsqueeze(1).expand(-1, weight.shape[1], -1))
 
 
 class _Slice(torch.autograd.Function):
-    """Rows, then columns, of a weight, whose gradient is stored in one go where it belongs.
+    """Select rows and then columns of a weight; the backward pass stores the gradient in one operation.
 
-    For compiled code: Inductor would add it up by one atomic operation per element, once for the columns and once for the rows.
-    Run eagerly, on the other hand, such a function costs a millisecond under torch.func.
+    It is used in compiled code only. Inductor would otherwise add up the gradient by one atomic operation per element, once for
+    the columns and once for the rows; run eagerly under torch.func, on the other hand, such a function costs a millisecond.
     """
 
     generate_vmap_rule = True
@@ -257,7 +243,7 @@ class _Slice(torch.autograd.Function):
 
 
 def _checked_units(units: Tensor | None, num_subnets: int, size: int, name: str, device: torch.device) -> Tensor | None:
-    """A copy of the kept units, on ``device``; raise unless they are units of a layer of this size."""
+    """Return a copy of the kept units on ``device``; raise unless they are units of a layer of this size."""
     if units is None:
         return None
     if not isinstance(units, Tensor) or units.dtype != torch.int64:

@@ -1,9 +1,9 @@
 """Dropout whose noise is data.
 
-:class:`torch.nn.Dropout` draws from torch's global generator whenever it is called: an update with it is a function of
-more than its arguments, runs differently when compiled, and is not repeated by a resumed run. Here the noise is a function of a
-seed, a buffer, which whoever calls the network sets: :class:`~omnet_torchrl.OMNetSACLoss` draws one for each pass. It is 0
-until somebody does, and one seed is one noise: to draw many (Monte-Carlo dropout), set ``layer.dropout_seed`` before each call.
+:class:`torch.nn.Dropout` draws from torch's global generator whenever it is called. An update with it depends on more than its
+arguments, gives other numbers when it is compiled, and is not repeated by a resumed run. Here the noise is a function of a
+seed, a buffer that the caller of the network sets: :class:`~omnet_torchrl.OMNetSACLoss` draws one for each pass. The seed is 0
+at first. One seed gives one noise: for others (Monte-Carlo dropout), set ``layer.dropout_seed`` before each call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from tensordict import TensorDictParams
 from torch import Tensor, nn
 
-from omnet_torchrl.layers import IndexedLayer
+from omnet_torchrl.layers.indexed import IndexedLayer
 from omnet_torchrl.masks import random_bits
 
 SEED = "dropout_seed"  # the buffer's name, by which a loss finds it
@@ -31,7 +31,7 @@ class SeededDropout(IndexedLayer, nn.Dropout):
         device (torch.device or None): of the seed.
 
     Shape:
-        input ``(*shape)``, output ``(*shape)``: every element has noise of its own. An index may follow and changes nothing.
+        input ``(*shape)``, output ``(*shape)``: every element has noise of its own. An index may follow and is ignored.
 
     Examples:
         >>> layer, input = SeededDropout(0.5), torch.ones(8)
@@ -47,21 +47,22 @@ class SeededDropout(IndexedLayer, nn.Dropout):
         self.register_buffer(SEED, torch.zeros((), dtype=torch.int64, device=device))
 
     def forward(self, input: Tensor, subnet: Tensor | None = None) -> Tensor:
-        """Zero elements, in training mode."""
+        """Zero a part of the elements in training mode; return the input in evaluation mode."""
         if not self.training or self.p == 0:
             return input
         bits = random_bits(self.dropout_seed, input.numel(), self.stream).view(input.shape)
         return input * (bits >= round(self.p * 2**32)) * (1 / (1 - self.p) if self.p < 1 else 0.0)
 
     def extract(self, subnet: int) -> nn.Dropout:
-        """A plain :class:`torch.nn.Dropout`."""
+        """Return a plain :class:`torch.nn.Dropout`."""
         return nn.Dropout(self.p)
 
 
 def seed_dropout(network: nn.Module) -> None:
     """Put a :class:`SeededDropout` in the place of each :class:`torch.nn.Dropout` of ``network``.
 
-    One that is in several places becomes one for each, with noise of its own. Other kinds of dropout stay, with a warning.
+    A layer that is in several places is replaced by one for each place, with noise of its own. Other kinds of dropout stay, and
+    a warning says so.
     """
     parameter = next(network.parameters(), None)
     device = None if parameter is None else parameter.device
@@ -86,7 +87,7 @@ def seed_dropout(network: nn.Module) -> None:
 
 
 def with_seed(params: Any, seed: Tensor | None) -> Any:
-    """The parameters of a network, a TensorDict, with this seed in all of its dropout; ``None``: as they are."""
+    """Return the parameters of a network, a TensorDict, with this seed in all of its dropout; unchanged for ``None``."""
     keys = () if seed is None else [key for key in params.keys(True, True) if key[-1] == SEED]
     if not keys:
         return params

@@ -1,9 +1,9 @@
 """Masks redrawn at each forward pass: "infinity" in section 4.6 of https://arxiv.org/abs/2310.14009.
 
 It is a mask family, not another network: there are 2^31 subnetworks, and the mask of each is computed from its index
-(:func:`~omnet_torchrl.masks.hashed_masks`). A loss that draws an index redraws the masks; an episode that keeps its index keeps
-its mask; nothing is stored. Where an equation says "all N", draw a few: ``OMNetSACLoss(..., num_value_subnets=5,
-replacement=True)``.
+(:func:`~omnet_torchrl.masks.hashed_masks`) and never stored. A loss that draws an index thereby redraws the masks, and an
+episode that keeps its index keeps its mask. Where an equation says "all N", draw a few:
+``OMNetSACLoss(..., num_value_subnets=5, replacement=True)``.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from omnet_torchrl.layers import IndexedLinear, IndexedMLP, InitFn, initialise, linear_shapes
+from omnet_torchrl.layers.indexed import IndexedMLP, InitFn, SharedLinear, linear_shapes
 from omnet_torchrl.masks import as_generator, check_sparsity, each_sparsity, hashed_masks
 
 NUM_SUBNETS = 2**31
 
 
-class RedrawnLinear(IndexedLinear, nn.Linear):  # type: ignore[misc]
+class RedrawnLinear(SharedLinear):
     """A linear layer under the mask that an index in [0, 2^31) stands for; see the module's docstring.
 
     Args:
@@ -48,22 +48,17 @@ class RedrawnLinear(IndexedLinear, nn.Linear):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
     ):
         check_sparsity(sparsity)
-        self.init_fn, self.sparsity = init_fn, sparsity
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.num_subnets = NUM_SUBNETS
+        super().__init__(in_features, out_features, bias, NUM_SUBNETS, init_fn, device=device, dtype=dtype)
+        self.sparsity = sparsity
         self.register_buffer("key", torch.tensor(key, device=self.weight.device))
 
-    def reset_parameters(self) -> None:
-        """Draw the weights anew; the masks stay."""
-        initialise(self.weight, self.bias, self.init_fn)
-
     def select(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The shared weight under the mask of each index of ``index (R,)``, and the bias."""
+        """Return the shared weight under the mask of each index of ``index (R,)``, and the bias."""
         weight = self.weight * hashed_masks(index, self.weight.shape, self.sparsity, self.key)
         return weight, None if self.bias is None else self.bias.unsqueeze(0)
 
     def extra_repr(self) -> str:
-        """As :class:`torch.nn.Linear`, and the sparsity."""
+        """Describe the layer as :class:`torch.nn.Linear` does, with the sparsity."""
         return f"{super().extra_repr()}, sparsity={self.sparsity}"
 
 
@@ -81,10 +76,10 @@ class RedrawnMLP(IndexedMLP):
         init_fn (callable or None): see :class:`~omnet_torchrl.MaskedLinear`.
 
     Shape:
-        As :class:`~omnet_torchrl.MaskedMLP`; the index is in [0, 2^31), and what is not is answered too.
+        As :class:`~omnet_torchrl.MaskedMLP`; the index is in [0, 2^31). Other numbers are answered too, without an error.
 
-    .. note:: An index per element means a mask per element, made for it: 1,024 elements at width 256 take seconds and 2 GB. An
-        index for the whole batch, or one per row ``(K, 1)``, as the loss asks, takes one mask, or K.
+    .. note:: An index per element needs a mask per element: 1,024 elements at width 256 take seconds and 2 GB. An index for
+        the whole batch needs one mask, and one per row ``(K, 1)``, as the loss asks, K.
 
     Examples:
         >>> net = RedrawnMLP(in_features=23, out_features=1, num_cells=[256, 256], generator=0)
@@ -108,13 +103,7 @@ class RedrawnMLP(IndexedMLP):
         count = len(linear_shapes(in_features, out_features, depth, num_cells))
         keys = torch.randint(2**32, (count,), generator=generator, device=generator.device).tolist()
         layers = zip(each_sparsity(sparsity, count, "linear layer"), keys, strict=True)
-        super().__init__(
-            in_features,
-            out_features,
-            depth,
-            num_cells,
-            layer_class=RedrawnLinear,
-            layer_kwargs=[{"sparsity": s, "key": key, "init_fn": init_fn} for s, key in layers],
-            **kwargs,
-        )
+        layer_kwargs = [{"sparsity": s, "key": key, "init_fn": init_fn} for s, key in layers]
+        ours: dict[str, Any] = {"layer_class": RedrawnLinear, "layer_kwargs": layer_kwargs}
+        super().__init__(in_features, out_features, depth, num_cells, **ours, **kwargs)
         self.num_subnets = NUM_SUBNETS

@@ -2,7 +2,7 @@
 
 The same index and the same loss as for :class:`~omnet_torchrl.MaskedMLP`, but every subnetwork has weights of its own: the two
 critics of SAC and DroQ, the ten of REDQ ("Randomized Ensembled Double Q-Learning: Learning Fast Without a Model", Chen et al.,
-2021, https://arxiv.org/abs/2101.05982). See :mod:`~omnet_torchrl.layers` for how the index broadcasts.
+2021, https://arxiv.org/abs/2101.05982). See :mod:`~omnet_torchrl.layers.indexed` for how the index broadcasts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnet_torchrl.layers import IndexedLayer, IndexedLayerNorm, IndexedLinear, IndexedMLP, InitFn, initialise, linear_shapes
+from omnet_torchrl.layers.indexed import IndexedLayerNorm, IndexedLinear, IndexedMLP, InitFn, initialise, linear_shapes
 from omnet_torchrl.masks import check_num_subnets
 
 
@@ -58,11 +58,11 @@ class EnsembleLinear(IndexedLinear):
             initialise(self.weight[k], None if self.bias is None else self.bias[k], self.init_fn)
 
     def select(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weights and biases of the layers ``index (R,)``."""
+        """Return the weights and biases of the layers ``index (R,)``."""
         return self.weight.index_select(0, index), None if self.bias is None else self.bias.index_select(0, index)
 
     def extra_repr(self) -> str:
-        """As :class:`torch.nn.Linear`, and N."""
+        """Describe the layer as :class:`torch.nn.Linear` does, with N."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"num_subnets={self.num_subnets}"
@@ -94,12 +94,12 @@ class EnsembleLayerNorm(IndexedLayerNorm):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Unit scale and zero shift."""
+        """Set the scales to one and the shifts to zero."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
     def select(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales and shifts of the layers ``index (R,)``."""
+        """Return the scales and shifts of the layers ``index (R,)``."""
         return self.weight.index_select(0, index), self.bias.index_select(0, index)
 
 
@@ -150,18 +150,12 @@ class EnsembleMLP(IndexedMLP):
                 norm_kwargs = [{**kw, "num_subnets": num_subnets} for kw in norm_kwargs]
             else:
                 norm_kwargs = {**(norm_kwargs or {}), "num_subnets": num_subnets}
-        super().__init__(
-            in_features,
-            out_features,
-            depth,
-            num_cells,
-            norm_class=norm_class,
-            norm_kwargs=norm_kwargs,
-            layer_class=EnsembleLinear,
-            layer_kwargs={"num_subnets": num_subnets, "init_fn": init_fn},
-            **kwargs,
-        )
-        shared = [type(x).__name__ for x in self if not isinstance(x, IndexedLayer) and next(x.parameters(), None) is not None]
+        layer_kwargs = {"num_subnets": num_subnets, "init_fn": init_fn}
+        ours: dict[str, Any] = {"layer_class": EnsembleLinear, "layer_kwargs": layer_kwargs}
+        ours |= {"norm_class": norm_class, "norm_kwargs": norm_kwargs}
+        super().__init__(in_features, out_features, depth, num_cells, **ours, **kwargs)
+        apart = (IndexedLinear, IndexedLayerNorm)
+        shared = [type(x).__name__ for x in self if not isinstance(x, apart) and next(x.parameters(), None) is not None]
         if shared:
             raise ValueError(f"EnsembleMLP separates linear and LayerNorm layers only, its networks would share {shared}.")
         self.num_subnets = num_subnets

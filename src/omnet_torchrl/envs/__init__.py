@@ -1,0 +1,3 @@
+"""Environments of our own."""
+
+from omnet_torchrl.envs.maze import ENCLOSURE, GOAL, GOAL_RADIUS, START, Maze2DEnv, Walls
