@@ -1,23 +1,20 @@
-"""CompiledPolicy: the actor's own actions, from the parameters of the update, and the actor where it can't be compiled."""
+"""CompiledPolicy: the actor's own actions, from its current parameters, and the actor where it can't be compiled."""
 
 import pytest
 import torch
 from conftest import OBS, small_actor, specs
 from tensordict import TensorDict
 from test_training import make_trainer, transitions
-from test_update import make_parts
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from omnet_torchrl import make_actor
-from omnet_torchrl.training import CompiledPolicy, SACUpdate
+from omnet_torchrl import CompiledPolicy, make_actor
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def make_policy(build=small_actor, compile=True, device=None):
-    """A policy that is not prepared; the update's own steps are never made here."""
-    actor = build(device=device)
-    return CompiledPolicy(actor, SACUpdate(*make_parts(lambda device: actor, device=device), compile=compile))
+    """A policy that is not prepared."""
+    return CompiledPolicy(build(device=device), compile=compile)
 
 
 def frame(num_envs=1, seed=0, device=None, size=OBS):
@@ -66,7 +63,7 @@ def test_it_acts_as_the_actor_does_deterministically(prepared):
 
 
 def test_what_it_is_prepared_for_is_not_compiled_again(prepared, monkeypatch):
-    monkeypatch.setattr("omnet_torchrl.training.acting.CompiledStep", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr("omnet_torchrl.updates.acting.CompiledFunction", lambda *_: pytest.fail("compiled again"))
     prepared[4].prepare(frame(4, seed=3))
     with set_exploration_type(ExplorationType.MEAN):  # the actor's own affair
         prepared[4].prepare(frame(4))
@@ -79,7 +76,7 @@ def test_it_reads_inputs_of_any_strides(prepared):
     assert torch.equal(act(policy, state.copy().set("observation", columns)), act(policy, state))
 
 
-def test_it_follows_the_parameters_of_the_update(prepared):
+def test_it_follows_the_parameters_of_the_actor(prepared):
     policy, state = prepared[1], frame(1)
     before = act(policy, state)
     with torch.no_grad():
@@ -93,7 +90,7 @@ def test_it_follows_the_parameters_of_the_update(prepared):
 def test_it_follows_a_state_that_is_loaded_masks_included(prepared):
     policy, state = prepared[4], frame(4)
     other = make_policy(lambda device: make_actor(*specs(), num_subnets=3, sparsity=0.4, num_cells=(16, 16), generator=3))
-    policy.update.load_state_dict(other.update.state_dict())
+    policy.actor.load_state_dict(other.actor.state_dict())
     torch.testing.assert_close(act(policy, state), act(other.actor, state), **CLOSE)
 
 
@@ -111,9 +108,10 @@ def test_it_asks_for_the_index_as_the_actor_does(prepared):
 
 
 @pytest.mark.parametrize("build", [small_actor, lambda device: small_actor(dropout=0.1)])
-def test_nothing_is_compiled_where_the_update_is_not_or_where_dropout_draws(build):
+def test_nothing_is_compiled_where_it_is_not_asked_for_or_where_dropout_draws(build):
     policy = make_policy(build, compile=build is not small_actor)
     policy.prepare(frame())
+    assert not policy._code
     assert "loc" in policy(frame())
 
 
@@ -135,17 +133,15 @@ def test_its_state_is_the_actors():
     assert [id(parameter) for parameter in policy.parameters()] == [id(parameter) for parameter in policy.actor.parameters()]
 
 
-def compiled_policy(actor, update):
-    update.compiled = True  # of the policy alone: its steps stay eager
-    policy = CompiledPolicy(actor, update)
+def compiled_policy(actor):
+    policy = CompiledPolicy(actor)
     policy.prepare(frame(2, size=4))
-    update.compiled = False
     return policy
 
 
 def test_a_run_is_the_same_to_rounding(tmp_path):
     plain, compiled = (make_trainer(tmp_path / str(p), num_envs=2, policy=p) for p in (None, compiled_policy))
-    assert compiled.collector.policy._steps
+    assert compiled.collector.policy._code
     plain.run()
     compiled.run()
     torch.testing.assert_close(transitions(compiled), transitions(plain), rtol=1e-3, atol=1e-3)
@@ -154,11 +150,10 @@ def test_a_run_is_the_same_to_rounding(tmp_path):
 def test_a_trainer_prepares_it(tmp_path):
     trainer = make_trainer(tmp_path, policy=CompiledPolicy)
     prepared = []
-    trainer.update.compiled, trainer.update.prepare = True, lambda *args: prepared.append(args)
+    trainer.update.compiled, trainer.update.prepare = True, prepared.append
     trainer.prepare()
-    assert trainer.collector.policy._steps
-    ((batch, batch_size),) = prepared
-    assert (batch.batch_size, batch_size) == ((8,), None)
+    assert trainer.collector.policy._code
+    assert [batch.batch_size for batch in prepared] == [(8,)]
 
 
 @pytest.mark.gpu

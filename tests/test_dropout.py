@@ -7,7 +7,7 @@ from torch import nn
 from torchrl.objectives import SoftUpdate
 
 from omnet_torchrl import EnsembleMLP, OMNetSACLoss, SeededDropout, make_qvalue
-from omnet_torchrl.dropout import seed_dropout
+from omnet_torchrl.layers import seed_dropout
 from omnet_torchrl.masks import random_bits
 
 
@@ -129,13 +129,13 @@ def test_the_target_has_noise_of_its_own_even_while_it_equals_the_critic():
     loss, batch = make_loss(), make_batch(8)
     draws = loss.draw(batch)
     values = [
-        loss._qvalue(params, batch, batch["action"], draws["critic"], draws["dropout"][i])
+        loss.value(batch, batch["action"], draws["critic"], params=params, seed=draws["dropout"][i])
         for i, params in enumerate((loss.qvalue_network_params, loss.target_qvalue_network_params))
     ]
     assert not torch.equal(*values)
     draws["dropout"][1] = draws["dropout"][0]
     values = [
-        loss._qvalue(params, batch, batch["action"], draws["critic"], draws["dropout"][i])
+        loss.value(batch, batch["action"], draws["critic"], params=params, seed=draws["dropout"][i])
         for i, params in enumerate((loss.qvalue_network_params, loss.target_qvalue_network_params))
     ]
     assert torch.equal(*values)

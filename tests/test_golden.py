@@ -45,21 +45,33 @@ def test_losses_and_gradients_are_those_of_the_trace(name, losses):
     assert [key for key, value in expected.items() if not same(losses[name][key], value)] == []
 
 
-def compare(kind, tmp_path):
-    runs = record.run(tmp_path / kind, compile=kind == "compiled")
-    for name, expected in TRACES[kind].items():
-        got = runs[name]
+def compare(kind, tmp_path, names=tuple(TRACES["eager"])):
+    runs = record.run(tmp_path / kind, kind == "compiled", names)
+    for name in names:
+        got, expected = runs[name], TRACES[kind][name]
         assert len(got["records"]) == len(expected["records"]), name
         for record_, other in zip(got["records"], expected["records"], strict=True):
             assert record_[:2] == other[:2], name
-            close = record_[2] == other[2] if EXACT else math.isclose(record_[2], other[2], rel_tol=0.05, abs_tol=0.05)
+            # Compiled, the mean of the priorities is summed in another order since each of them is an output too.
+            rounded = kind == "compiled" and other[1] == "train/td_error"
+            tolerance = (
+                {"rel_tol": 1e-6} if EXACT and rounded else {"rel_tol": 0.0} if EXACT else {"rel_tol": 0.05, "abs_tol": 0.05}
+            )
+            close = math.isclose(record_[2], other[2], **tolerance)
             assert close or (not EXACT and record_[0] > 100), (name, record_, other)  # contacts amplify what differs
         leaves = {renamed(key): value for key, value in expected["leaves"].items()}
         assert got["leaves"].keys() >= leaves.keys(), name
         if EXACT:
-            assert [key for key, value in leaves.items() if not same(got["leaves"][key], value)] == [], name
+            different = {key for key, value in leaves.items() if not same(got["leaves"][key], value)}
+            assert different <= ({"/state/metrics/td_error"} if kind == "compiled" else set()), name
 
 
+def test_200_frames_of_four_rows_are_those_of_the_trace(tmp_path):
+    compare("eager", tmp_path, ("omnet", "omnet_infinity", "redq", "droq"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_200_frames_of_every_row_are_those_of_the_trace(tmp_path):
     compare("eager", tmp_path)
 

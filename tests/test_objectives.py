@@ -288,13 +288,13 @@ def test_the_draws_of_several_updates_have_a_leading_dimension_and_are_those_of_
 def test_the_noise_of_updates_without_an_actor_step_is_not_drawn():
     loss, batch, generator = make_loss(), make_batch(7), torch.Generator().manual_seed(0)
     every = loss.draw(batch, generator, num_updates=3)
-    some = loss.draw(batch, generator.manual_seed(0), num_updates=3, actor=[False, True, False])
+    some = loss.draw(batch, generator.manual_seed(0), num_updates=3, delayed=[False, True, False])
     assert {key for key in every.keys() if not torch.equal(every[key], some[key])} == {"noise"}
     assert torch.equal(some["noise"].any(-1).any(-1), torch.tensor([False, True, False]))
     assert some["noise"][1].std() > 0.5
-    assert (loss.draw(batch, generator.manual_seed(0), num_updates=3, actor=[True] * 3)["noise"].std((1, 2)) > 0.5).all()
-    for options in ({"num_updates": 3, "actor": [True]}, {"actor": [True]}):
-        with pytest.raises(ValueError, match="actor must have num_updates"):
+    assert (loss.draw(batch, generator.manual_seed(0), num_updates=3, delayed=[True] * 3)["noise"].std((1, 2)) > 0.5).all()
+    for options in ({"num_updates": 3, "delayed": [True]}, {"delayed": [True]}):
+        with pytest.raises(ValueError, match="delayed must have num_updates"):
             loss.draw(batch, **options)
 
 
@@ -968,10 +968,55 @@ def test_asking_for_more_subnets_than_there_are_is_refused(name, count):
         OMNetSACLoss(small_actor(), small_qvalue(), **{name: count})
 
 
-def test_a_dense_critic_says_what_to_ask_for():
+def test_two_targets_of_a_critic_of_one_network_are_refused_and_by_default_it_has_one():
     qvalue = ValueOperator(MLP(OBS + ACT, 1), in_keys=["observation", "action"])
     with pytest.raises(ValueError, match=r"num_target_subnets must be in \[1, num_subnets=1\], got 2"):
-        OMNetSACLoss(dense_actor(), qvalue)
+        OMNetSACLoss(dense_actor(), qvalue, num_target_subnets=2)
+    for num_subnets, expected in ((1, 1), (2, 2), (3, 2)):
+        assert OMNetSACLoss(dense_actor(), small_qvalue(num_subnets)).num_target_subnets == expected
+    loss = make_loss(dense_actor(), qvalue)
+    assert loss.num_target_subnets == 1
+    assert loss.draw(make_batch(4))["target"].shape == (1,)
+    assert loss(make_batch(4))["loss_qvalue"].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("argument", "advice"),
+    [
+        ({"num_qvalue_nets": 2}, r"make_qvalue\(\.\.\., network_class=EnsembleMLP, num_subnets=2\)"),
+        ({"value_network": None}, "there is no separate state-value network"),
+        ({"delay_actor": True}, "targets are computed with the current actor"),
+        ({"delay_value": True}, "there is no separate state-value network"),
+        ({"gamma": 0.9}, r"loss\.make_value_estimator\(gamma=\.\.\.\)"),
+        ({"priority_key": "td"}, r"loss\.set_keys\(priority=\.\.\.\)"),
+    ],
+)
+def test_an_argument_of_saclosss_that_it_lacks_says_what_takes_its_place(argument, advice):
+    (name,) = argument
+    with pytest.raises(TypeError, match=f"OMNetSACLoss has no argument '{name}' of SACLoss: .*{advice}"):
+        OMNetSACLoss(small_actor(), small_qvalue(), **argument)
+
+
+def test_its_steps_are_the_critics_and_the_delayed_one_of_actor_and_temperature():
+    critic, actor = make_loss().steps()
+    assert (critic.name, critic.trains, critic.delayed) == ("critic", ("qvalue_network_params",), False)
+    assert critic.targets == critic.trains
+    assert (actor.name, actor.trains, actor.delayed) == ("actor", ("actor_network_params", "log_alpha"), True)
+    assert actor.targets == ()
+    critic, actor = make_loss(fixed_alpha=True, delay_qvalue=False).steps()
+    assert critic.targets == ()
+    assert actor.trains == ("actor_network_params",)
+
+
+def test_the_objectives_of_its_steps_are_its_losses():
+    loss, batch = make_loss(alpha_init=0.5), make_batch(6)
+    draws = loss.draw(batch)
+    expected = loss(batch.clone(), draws=draws)
+    critic, actor = (step.objective(batch, draws, loss.parameter_groups()) for step in loss.steps())
+    assert torch.equal(critic[0], expected["loss_qvalue"])
+    assert torch.equal(actor[0], expected["loss_actor"] + expected["loss_alpha"])
+    assert critic[1]["td_error"].shape == (6,)
+    assert {key: value for key, value in actor[1].items() if value.requires_grad} == {}
 
 
 def test_other_mistakes_are_refused_where_they_enter():

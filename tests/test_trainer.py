@@ -7,9 +7,11 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import GymEnv, InitTracker, RewardSum, SerialEnv, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SoftUpdate
+from torchrl.trainers import ReplayBufferTrainer, Trainer
 from torchrl.trainers.algorithms.sac import SACTrainer
 
-from omnet_torchrl import OMNetSACLoss, make_actor, make_qvalue
+from omnet_torchrl import OMNetSACLoss, Update, make_actor, make_qvalue
+from omnet_torchrl.updates import UpdateStepper
 
 
 @pytest.mark.filterwarnings("ignore:SACTrainer is an experimental:UserWarning")
@@ -43,6 +45,34 @@ def test_the_loss_trains_inside_torchrls_sac_trainer():
         if not name.startswith("target"):
             assert not torch.equal(p, before[name]), name
     assert all(torch.equal(b, m) for b, m in zip([b for n, b in loss.named_buffers() if "masks" in n], masks, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The '.*' hook stage:FutureWarning")
+def test_an_update_trains_inside_torchrls_trainer():
+    env = make_env()
+    kwargs = {"num_cells": (32, 32), "num_subnets": 3, "generator": 0, "sparsity": 0.1}
+    actor, qvalue = (make(env.observation_spec, env.action_spec, **kwargs) for make in (make_actor, make_qvalue))
+    env = env.append_transform(actor.make_tensordict_primer(generator=0))
+    update = Update(OMNetSACLoss(actor, qvalue), policy_update_delay=4, compile=False)
+    before = {name: p.clone() for name, p in update.loss.named_parameters()}
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(1_000), batch_size=4 * 16)
+    trainer = Trainer(
+        collector=Collector(env, actor, frames_per_batch=50, total_frames=200),
+        total_frames=200,
+        frame_skip=1,
+        optim_steps_per_batch=2,
+        loss_module=update.loss,
+        optimization_stepper=UpdateStepper(update, num_updates=4),
+        progress_bar=False,
+    )
+    replay = ReplayBufferTrainer(buffer, flatten_tensordicts=True)
+    replay.register(trainer)
+    trainer.train()
+    assert update.updates == 4 * 2 * 4
+    for name, p in update.loss.named_parameters():
+        assert p.isfinite().all()
+        assert not torch.equal(p, before[name]), name
+    assert trainer.optimization_stepper.state_dict()["updates"] == update.updates
 
 
 def make_env():

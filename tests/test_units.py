@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import ACT, OBS, make_batch, specs
 from tensordict import TensorDict
+from test_update import actor_step, critic_step
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Adam
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MLP
-from torchrl.objectives import SoftUpdate
 
 from omnet_torchrl import (
     MaskedMLP,
@@ -19,12 +19,13 @@ from omnet_torchrl import (
     UnitLayerNorm,
     UnitLinear,
     UnitMaskedMLP,
+    Update,
     make_actor,
     make_qvalue,
     unit_masks,
 )
-from omnet_torchrl.training import SACUpdate
-from omnet_torchrl.training import compiled as compiled_module
+from omnet_torchrl.metrics import subnet_disagreement
+from omnet_torchrl.updates import compiled as compiled_module
 
 N, IN, OUT = 5, 8, 3
 NORMS = {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": 10}, {"normalized_shape": 6}]}
@@ -270,7 +271,7 @@ def make_update(compile=False, generator=1):
     actor, qvalue = small(make_actor, generator=generator), small(make_qvalue, generator=generator)
     loss = OMNetSACLoss(actor, qvalue)
     optims = Adam(qvalue.parameters(), lr=1e-2), Adam([*actor.parameters(), loss.log_alpha], lr=1e-2)
-    return SACUpdate(loss, *optims, SoftUpdate(loss, tau=0.1), compile=compile)
+    return Update(loss, optims, tau=0.1, compile=compile)
 
 
 def train(update, count):
@@ -278,9 +279,9 @@ def train(update, count):
     for i in range(count):
         batch = make_batch(8, seed=i, done=0.3)
         draws = update.loss.draw(batch, generator=torch.Generator().manual_seed(i))
-        output |= update.critic_step(batch, draws)
+        output |= critic_step(update, batch, draws)
         if i % 2:
-            output |= update.actor_step(batch, draws)
+            output |= actor_step(update, batch, draws)
     return {name: value.clone() for name, value in output.items()}
 
 
@@ -319,7 +320,7 @@ def test_an_update_moves_only_units_that_it_drew_and_never_which_they_are():
     before = {key: value.clone() for key, value in params.items(True, True)}
     for i in range(4):
         batch = make_batch(8, seed=i)
-        update.critic_step(batch, update.loss.draw(batch).set("critic", torch.tensor([1])))
+        critic_step(update, batch, update.loss.draw(batch).set("critic", torch.tensor([1])))
     moved = torch.zeros(16, 16, dtype=torch.bool)
     moved[before["module", "3", "out_units"][1][:, None], before["module", "3", "in_units"][1]] = True
     changed = params["module", "3", "weight"] != before["module", "3", "weight"]
@@ -330,7 +331,7 @@ def test_an_update_moves_only_units_that_it_drew_and_never_which_they_are():
 
 def test_disagreement_of_subnets_is_seen():
     update = make_update()
-    seen = update.disagreement(make_batch(8))
+    seen = subnet_disagreement(update.loss, make_batch(8))
     assert seen["subnets/q_std"] > 0
     assert seen["subnets/action_distance"] > 0
 

@@ -6,22 +6,31 @@ import pytest
 import torch
 from conftest import OBS, make_batch, no_wait, small_actor, small_qvalue, specs
 from torch import nn
-from torch.optim import SGD, Adam, AdamW
-from torch.utils import _pytree as pytree
+from torch.optim import SGD, Adam
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.objectives import HardUpdate, SoftUpdate
+from torchrl.objectives import SoftUpdate
 
-from omnet_torchrl import EnsembleMLP, OMNetSACLoss, RedrawnMLP, SubnetQValueOperator, UnitMaskedMLP, make_actor, make_qvalue
-from omnet_torchrl.training import SACUpdate
-from omnet_torchrl.training import compiled as compiled_module
-from omnet_torchrl.training import update as update_module
-from omnet_torchrl.training.adam import LazyAdam
+from omnet_torchrl import (
+    EnsembleMLP,
+    LazyAdam,
+    OMNetSACLoss,
+    RedrawnMLP,
+    SubnetQValueOperator,
+    UnitMaskedMLP,
+    Update,
+    make_actor,
+    make_qvalue,
+)
+from omnet_torchrl.metrics import subnet_disagreement
+from omnet_torchrl.updates import compiled as compiled_module
+from omnet_torchrl.updates import kernels as kernels_module
 
 BATCH = 8
+NETWORKS = ("actor_network_params", "qvalue_network_params", "target_qvalue_network_params")
 
 
 def make_parts(actor=None, qvalue=None, *, tau=0.1, adam=None, optimiser=Adam, device=None, **kwargs):
-    """Loss, both optimisers and the target updater: the arguments of SACUpdate, and what plain torch trains."""
+    """Loss, both optimisers and the target updater: what an update is built of, and what plain torch trains."""
     torch.manual_seed(0)
     loss = OMNetSACLoss((actor or small_actor)(device=device), (qvalue or small_qvalue)(device=device), **kwargs)
     adam = {"lr": 1e-2, **(adam or {})}
@@ -31,12 +40,46 @@ def make_parts(actor=None, qvalue=None, *, tau=0.1, adam=None, optimiser=Adam, d
     return loss, critic_optim, actor_optim, SoftUpdate(loss, tau=tau)
 
 
+def build(parts, compile=True, **kwargs):
+    """The update of these parts."""
+    loss, critic_optim, actor_optim, updater = parts
+    return Update(loss, [critic_optim, actor_optim], tau=1 - updater.eps, compile=compile, **kwargs)
+
+
 def make_update(*args, **kwargs):
-    return SACUpdate(*make_parts(*args, **kwargs), compile=False)
+    return build(make_parts(*args, **kwargs), compile=False)
+
+
+def critic_step(update, batch, draws):
+    """The critic's step alone."""
+    return only(update, "critic", batch, draws)
+
+
+def actor_step(update, batch, draws):
+    """The step of actor and temperature alone."""
+    return only(update, "actor", batch, draws)
+
+
+def only(update, name, batch, draws):
+    if isinstance(update, Plain):
+        return getattr(update, f"{name}_step")(batch, draws)
+    keys = [*update.loss.in_keys, *update.loss.optional_in_keys]
+    outputs = update._run(((name, 0),), batch.select(*keys, strict=False).unsqueeze(0), draws.unsqueeze(0))
+    outputs.pop("priority", None)
+    return outputs
+
+
+def block(update, batches, draws, actor):
+    """Critic steps of all batches, and an actor step after those that ``actor`` names."""
+    outputs = {}
+    for i, follows in enumerate(actor):
+        outputs |= critic_step(update, batches[i], draws[i])
+        outputs |= actor_step(update, batches[i], draws[i]) if follows else {}
+    return outputs
 
 
 class Plain:
-    """The oracle: what an update would be without SACUpdate."""
+    """The oracle: what an update would be without Update."""
 
     def __init__(self, loss, critic_optim, actor_optim, target_updater):
         self.loss, self.critic_optim, self.actor_optim, self.updater = loss, critic_optim, actor_optim, target_updater
@@ -76,9 +119,9 @@ def train(update, count, first=0, every=2):
     """Critic steps, and an actor step after ``every`` of them; what the last ones returned."""
     output = {}
     for i, (batch, draws) in enumerate(updates(update.loss, count, first)):
-        output |= update.critic_step(batch, draws)
+        output |= critic_step(update, batch, draws)
         if (i + 1) % every == 0:
-            output |= update.actor_step(batch, draws)
+            output |= actor_step(update, batch, draws)
     return {name: value.detach().clone() for name, value in output.items()}
 
 
@@ -231,7 +274,7 @@ def test_momentum_moves_weights_of_other_subnetworks_unless_adam_is_lazy(optimis
     batch, draws = next(updates(update.loss, 1, first=4))
     outside = ~masks[draws["critic"]].squeeze(0)
     before = weight.detach().clone()
-    update.critic_step(batch, draws)
+    critic_step(update, batch, draws)
     assert bool((weight != before)[outside].any()) == moves
     assert (weight != before)[~outside].any()
 
@@ -239,7 +282,7 @@ def test_momentum_moves_weights_of_other_subnetworks_unless_adam_is_lazy(optimis
 def test_it_goes_on_from_an_optimiser_that_has_stepped():
     parts, plain = make_parts(), Plain(*make_parts())
     train(Plain(*parts), 3), train(plain, 3)
-    update = SACUpdate(*parts, compile=False)
+    update = build(parts, compile=False)
     train(update, 3, first=3), train(plain, 3, first=3)
     assert_same_state(update, plain)
 
@@ -249,7 +292,10 @@ def test_it_reduces_all_three_losses_as_the_loss_does(reduction):
     update = make_update(reduction=reduction, alpha_init=0.5)
     batch, draws = next(updates(update.loss, 1))
     losses = update.loss(batch, draws=draws)
-    for output in (update.critic_step(batch, draws), make_update(reduction=reduction, alpha_init=0.5).actor_step(batch, draws)):
+    for output in (
+        critic_step(update, batch, draws),
+        actor_step(make_update(reduction=reduction, alpha_init=0.5), batch, draws),
+    ):
         for name in output.keys() & {"loss_qvalue", "loss_actor", "loss_alpha"}:
             assert torch.equal(output[name], losses[name]), name
 
@@ -305,7 +351,7 @@ def test_only_what_needs_a_gradient_is_trained_and_a_boolean_buffer_stays_boolea
         trained = [p for p in loss.qvalue_network_params.parameters() if p.requires_grad]
         return loss, Adam(trained, lr=1e-2), actor_optim, updater
 
-    update, plain = SACUpdate(*parts(), compile=False), Plain(*parts())
+    update, plain = build(parts(), compile=False), Plain(*parts())
     train(update, 4), train(plain, 4)
     assert_same_state(update, plain)
 
@@ -315,10 +361,10 @@ def test_only_what_needs_a_gradient_is_trained_and_a_boolean_buffer_stays_boolea
 
 def test_a_weight_that_no_drawn_mask_keeps_never_moves_nor_do_its_moments():
     update = make_update()
-    params, optim = update.loss.qvalue_network_params, update._critic_adam.optim
+    params, optim = update.loss.qvalue_network_params, update.optims[0]
     before = {key: value.clone() for key, value in params.items(True, True)}
     for batch, draws in updates(update.loss, 5):
-        update.critic_step(batch, draws.set("critic", torch.tensor([1])))
+        critic_step(update, batch, draws.set("critic", torch.tensor([1])))
     for key in [key for key in before if key[-1] == "masks"]:
         key, dropped = (*key[:-1], "weight"), ~before[key][1]
         assert dropped.any()
@@ -330,7 +376,7 @@ def test_a_weight_that_no_drawn_mask_keeps_never_moves_nor_do_its_moments():
 
 def test_masks_never_change_and_stay_boolean():
     update = make_update()
-    networks = [getattr(update.loss, name) for name in update_module.NETWORKS]
+    networks = [getattr(update.loss, name) for name in NETWORKS]
     before = [{key: (mask, mask.clone()) for key, mask in leaves(params, floating=False).items()} for params in networks]
     train(update, 4)
     for params, masks in zip(networks, before, strict=True):
@@ -347,11 +393,11 @@ def test_the_target_moves_by_tau_towards_the_new_critic_and_the_actor_step_leave
     online, target = leaves(update.loss.qvalue_network_params), leaves(update.loss.target_qvalue_network_params)
     batch, draws = next(updates(update.loss, 1))
     before = {key: value.clone() for key, value in target.items()}
-    update.critic_step(batch, draws)
+    critic_step(update, batch, draws)
     for key, value in target.items():
         torch.testing.assert_close(value, 0.75 * before[key] + 0.25 * online[key].data)
     moved = {key: value.clone() for key, value in target.items()}
-    update.actor_step(batch, draws)
+    actor_step(update, batch, draws)
     assert all(torch.equal(value, moved[key]) for key, value in target.items())
 
 
@@ -361,14 +407,14 @@ def test_the_target_moves_by_tau_towards_the_new_critic_and_the_actor_step_leave
 @pytest.mark.parametrize(
     ("step", "moves"),
     [
-        ("critic_step", {"qvalue_network_params", "target_qvalue_network_params", "critic_optim"}),
-        ("actor_step", {"actor_network_params", "log_alpha", "actor_optim"}),
+        ("critic", {"qvalue_network_params", "target_qvalue_network_params", "critic_optim"}),
+        ("actor", {"actor_network_params", "log_alpha", "actor_optim"}),
     ],
 )
 def test_a_step_moves_its_own_part_of_the_state_only(step, moves):
     update = make_update()
     before = snapshot(update)
-    getattr(update, step)(*next(updates(update.loss, 1)))
+    only(update, step, *next(updates(update.loss, 1)))
     moved = {name for name, value in tensors(update.state_dict()).items() if not torch.equal(value, before[name])}
     assert {name.split("/")[2 if name.startswith("/loss") else 1].split(".")[0] for name in moved} == moves
 
@@ -377,8 +423,8 @@ def test_a_step_reads_batch_and_draws_and_changes_neither_nor_the_gradients_nor_
     update = make_update()
     batch, draws = next(updates(update.loss, 1))
     before, state = (batch.clone(), draws.clone()), torch.get_rng_state()
-    update.critic_step(batch, draws)
-    update.actor_step(batch, draws)
+    critic_step(update, batch, draws)
+    actor_step(update, batch, draws)
     assert set(batch.keys(True)) == set(before[0].keys(True))
     assert (batch == before[0]).all()
     assert (draws == before[1]).all()
@@ -422,7 +468,7 @@ def test_nothing_remembers_how_the_state_came_about():
     update = make_update()
     update.load_state_dict(copy.deepcopy(update.state_dict()))
     train(update, 2)
-    assert not any(tensor.requires_grad for tensor in pytree.tree_leaves(update._state))
+    assert not any(tensor.requires_grad for tensor in update.state.values(True, True))
     assert all(p.is_leaf for p in update.loss.parameters())
 
 
@@ -437,12 +483,16 @@ def test_plain_torch_takes_over_the_state_of_an_update():
     assert_same_state(update, plain)
 
 
-def test_a_state_of_another_learning_rate_is_refused_before_anything_is_loaded():
-    first, second = make_update(), make_update(adam={"lr": 1e-3})
+def test_a_state_of_other_options_is_refused_before_anything_is_loaded():
+    first, second = make_update(), make_update(adam={"eps": 1e-3})
     train(first, 2)
     before = snapshot(second)
-    with pytest.raises(ValueError, match=r"critic_optim has lr=0\.001, the state to load has lr=0\.01"):
+    with pytest.raises(ValueError, match=r"critic_optim has eps=0\.001, the state to load has eps=1e-08"):
         second.load_state_dict(first.state_dict())
+    with pytest.raises(
+        ValueError, match=r"the state to load must have critic_optim, actor_optim, got loss, critic_actor_optim"
+    ):
+        second.load_state_dict(build_of(everything).state_dict())
     assert_unchanged(second, before)
 
 
@@ -457,36 +507,59 @@ def critic(loss):
     return list(loss.qvalue_network_params.parameters())
 
 
+def build_of(make, **kwargs):
+    """An eager update with the optimisers that ``make`` makes of its loss."""
+    loss = make_parts(**kwargs)[0]
+    optims = make(loss)
+    return Update(loss, Adam(optims, lr=1e-2) if isinstance(optims[0], nn.Parameter) else optims, tau=0.1, compile=False)
+
+
+def actor(loss):
+    return [*loss.actor_network_params.parameters(), loss.log_alpha]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda loss: Adam(everything(loss)), r"critic_optim must hold the 10 parameters .* missing: none; others: 11\."),
-        (lambda loss: Adam(critic(loss)[1:]), r"missing: module\.0\.weight; others: 0\."),
-        (lambda loss: Adam([{"params": [p]} for p in critic(loss)]), r"critic_optim must have one parameter group, got 10"),
-        (lambda loss: Adam(critic(loss), amsgrad=True), r"without amsgrad, got Adam with lr=0\.001, amsgrad=True\."),
-        (lambda loss: Adam(critic(loss), lr=torch.tensor(0.1)), r"with a number as lr .*got Adam with lr=tensor\(0\.1000\)"),
-        (lambda loss: AdamW(critic(loss)), r"critic_optim must be torch\.optim\.Adam or LazyAdam, .*got AdamW\."),
-        (lambda loss: SGD(critic(loss)), r"critic_optim must be torch\.optim\.Adam or LazyAdam, .*got SGD\."),
+        (
+            lambda loss: critic(loss),
+            r"must hold the 21 parameters .* missing: actor_network_params\.\S*, .*log_alpha; others: 0\.",
+        ),
+        (lambda loss: [*everything(loss)[1:], nn.Parameter(torch.ones(1))], r"missing: log_alpha; others: 1\."),
+        (
+            lambda loss: [Adam(everything(loss)), Adam(critic(loss))],
+            r"two optimisers hold the same parameter, of shape \(16, 7\)",
+        ),
+        (lambda loss: [Adam(everything(loss), amsgrad=True)], r"without amsgrad, got Adam with amsgrad=True\."),
+        (lambda loss: [SGD(everything(loss))], r"must be torch\.optim\.Adam, AdamW or LazyAdam, .*got SGD\."),
     ],
 )
 def test_an_optimiser_that_it_cannot_stand_for_is_refused(make, message):
-    loss, _, actor_optim, updater = make_parts()
     with pytest.raises(ValueError, match=message):
-        SACUpdate(loss, make(loss), actor_optim, updater)
+        build_of(make)
 
 
-def test_an_actor_optimiser_without_the_temperature_is_refused():
-    loss, critic_optim, _, updater = make_parts()
-    with pytest.raises(ValueError, match=r"actor_optim must hold the 11 parameters .*missing: log_alpha; others: 0"):
-        SACUpdate(loss, critic_optim, Adam(loss.actor_network_params.parameters()), updater)
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"tau": 0.0}, r"tau must be in \(0, 1\], got 0\.0"),
+        ({"policy_update_delay": 0}, "policy_update_delay must be an int of at least 1, got 0"),
+        ({"precision": "half"}, "precision must be one of float32, bfloat16, got 'half'"),
+        ({"max_grad_norm": {"critic": 1.0}}, "groups qvalue_network_params, actor_network_params, log_alpha, got critic: 1.0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be a positive number"),
+    ],
+)
+def test_options_out_of_range_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Update(make_parts()[0], **kwargs)
 
 
-def test_a_target_updater_of_another_kind_or_loss_is_refused():
-    loss, critic_optim, actor_optim, _ = make_parts()
-    with pytest.raises(ValueError, match="target_updater must be a SoftUpdate of this loss, got HardUpdate"):
-        SACUpdate(loss, critic_optim, actor_optim, HardUpdate(loss, value_network_update_interval=10))
-    with pytest.raises(ValueError, match="target_updater must be a SoftUpdate of this loss, got one of another loss"):
-        SACUpdate(loss, critic_optim, actor_optim, make_parts()[-1])
+def test_a_learning_rate_beside_optimisers_and_a_loss_of_another_kind_are_refused():
+    loss, *optims, _ = make_parts()
+    with pytest.raises(ValueError, match=r"lr must be left out where optimisers are given, got lr=0\.1"):
+        Update(loss, optims, lr=0.1)
+    with pytest.raises(TypeError, match="loss must be a loss over subnetworks, such as OMNetSACLoss, got Linear"):
+        Update(nn.Linear(1, 1))
 
 
 def test_losses_that_are_not_reduced_are_refused():
@@ -497,7 +570,7 @@ def test_losses_that_are_not_reduced_are_refused():
 # What a run watches -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", [*update_module.NETWORKS, "log_alpha"])
+@pytest.mark.parametrize("where", [*NETWORKS, "log_alpha"])
 def test_it_is_not_finite_after_a_nan_anywhere(where):
     update = make_update()
     assert update.is_finite()
@@ -516,7 +589,7 @@ def test_disagreement_is_that_of_the_extracted_subnets():
         q = torch.stack([qvalue.extract(k)(batch.clone())["state_action_value"] for k in range(3)])
         action = torch.stack([actor.extract(k)(batch.clone())["action"] for k in range(3)])
     distances = [(action[i] - action[j]).norm(dim=-1).mean() for i, j in [(0, 1), (0, 2), (1, 2)]]
-    found = update.disagreement(batch)
+    found = subnet_disagreement(update.loss, batch)
     torch.testing.assert_close(found["subnets/q_std"], q.std(0, correction=0).mean())
     torch.testing.assert_close(found["subnets/action_distance"], sum(distances) / 3)
     assert min(found.values()) > 0
@@ -534,21 +607,21 @@ def test_nothing_disagrees(row):
         "no index": ROWS["single critic"],
     }[row]
     update = make_update(**kwargs)
-    for value in update.disagreement(make_batch(BATCH)).values():
+    for value in subnet_disagreement(update.loss, make_batch(BATCH)).values():
         torch.testing.assert_close(value, torch.zeros(()), rtol=0, atol=1e-6)
 
 
 def test_disagreement_has_no_dropout():
     update, batch = make_update(**ROWS["DroQ"]), make_batch(BATCH)
-    found = update.disagreement(batch)
+    found = subnet_disagreement(update.loss, batch)
     update.loss.eval()
-    torch.testing.assert_close(found, update.disagreement(batch), rtol=0, atol=0)
+    torch.testing.assert_close(found, subnet_disagreement(update.loss, batch), rtol=0, atol=0)
 
 
 def test_disagreement_changes_neither_the_batch_nor_the_state():
     update, batch = make_update(**ROWS["DroQ"]), make_batch(BATCH)
     before, state = batch.clone(), snapshot(update)
-    update.disagreement(batch)
+    subnet_disagreement(update.loss, batch)
     assert all(module.training for module in update.loss.qvalue_network.modules())
     assert set(batch.keys(True)) == set(before.keys(True))
     assert_unchanged(update, state)
@@ -570,7 +643,7 @@ def dropout_qvalue(device=None):
 
 
 def test_preparing_leaves_the_state_and_the_global_generator_as_they_were(compiler):
-    update = SACUpdate(*make_parts(qvalue=dropout_qvalue))
+    update = build(make_parts(qvalue=dropout_qvalue))
     train(update, 2)
     before, state = snapshot(update), torch.get_rng_state()
     update.prepare(make_batch(BATCH))
@@ -579,7 +652,7 @@ def test_preparing_leaves_the_state_and_the_global_generator_as_they_were(compil
 
 
 def test_the_first_step_prepares_what_was_not(compiler):
-    update, eager = SACUpdate(*make_parts()), make_update()
+    update, eager = build(make_parts()), make_update()
     train(update, 3), train(eager, 3)
     assert len(compiler) == 2  # critic and actor
     assert_same_state(update, eager)
@@ -596,12 +669,12 @@ def test_what_the_compiler_is_given_has_the_same_numbers(name, monkeypatch):
     monkeypatch.setattr(compiled_module, "translate", keep)
     torch.set_default_dtype(torch.float64)
     try:
-        update, eager = SACUpdate(*make_parts(**kwargs)), make_update(**kwargs)
+        update, eager = build(make_parts(**kwargs)), make_update(**kwargs)
         train(update, 20, every=2), train(eager, 20, every=2)
     finally:
         torch.set_default_dtype(torch.float32)
     assert_same_state(update, eager, **CLOSE_DOUBLE)
-    left = {node.target for graph in graphs for node in graph.graph.nodes} & compiled_module.DECOMPOSITIONS.keys()
+    left = {node.target for graph in graphs for node in graph.graph.nodes} & kernels_module.DECOMPOSITIONS.keys()
     kept = torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.index_select
     assert left <= {operation.default for operation in kept}  # those that are large
 
@@ -621,7 +694,7 @@ def test_a_failed_preparation_leaves_the_state_as_it_was_and_can_be_tried_again(
         return graph
 
     graphs = []
-    update, eager = SACUpdate(*make_parts()), make_update()
+    update, eager = build(make_parts()), make_update()
     before, state = snapshot(update), torch.get_rng_state()
     monkeypatch.setattr(compiled_module, "translate", broken)
     with pytest.raises(RuntimeError, match="no compiler"):
@@ -637,7 +710,7 @@ TRACED = {**ROWS, "fixed temperature": {"fixed_alpha": True}, "bounded": {"max_a
 
 @pytest.mark.parametrize("row", TRACED)
 def test_what_is_traced_is_the_eager_step_bit_for_bit(row, compiler):
-    update, eager = SACUpdate(*make_parts(**TRACED[row])), make_update(**TRACED[row])
+    update, eager = build(make_parts(**TRACED[row])), make_update(**TRACED[row])
     outputs = train(update, 6), train(eager, 6)
     assert_same_state(update, eager)
     for name, value in outputs[1].items():
@@ -645,7 +718,7 @@ def test_what_is_traced_is_the_eager_step_bit_for_bit(row, compiler):
 
 
 def test_what_is_traced_goes_on_from_a_loaded_state_masks_included(compiler):
-    update, other = SACUpdate(*make_parts()), masked_otherwise()
+    update, other = build(make_parts()), masked_otherwise()
     train(update, 2)
     update.load_state_dict(other.state_dict())
     train(update, 4), train(other, 4)
@@ -659,41 +732,43 @@ def stacked(update, count):
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_block_is_its_steps_one_after_the_other(compile, compiler):
-    update, single = SACUpdate(*make_parts(), compile=compile), make_update()
-    output = update.block(*stacked(update, 5), actor=[False, True, False, False, True])
-    expected = {}
-    for i, step in enumerate(updates(single.loss, 5)):
-        expected |= single.critic_step(*step)
-        expected |= single.actor_step(*step) if i in (1, 4) else {}
+def test_a_call_is_its_steps_one_after_the_other(compile, compiler):
+    update, single = build(make_parts(), compile=compile, policy_update_delay=2), make_update()
+    update.updates = 1
+    batches, draws = stacked(update, 5)
+    output = update(batches, draws=draws)
+    expected = block(single, batches, draws, [True, False, True, False, True])
     assert_same_state(update, single)
-    assert output.keys() == expected.keys()
+    assert set(output.keys()) == expected.keys()
     assert all(torch.equal(output[name], value) for name, value in expected.items())
-
-
-def indexed(update, count, device=None):
-    """Batches, rows in which they lie, and draws that name these rows."""
-    batches, draws = stacked(update, count)
-    order = torch.randperm(count * BATCH, generator=torch.Generator().manual_seed(0))
-    rows = batches.reshape(-1)[order.argsort()].to(device or batches.device)
-    index = order.argsort().argsort().view(count, BATCH).to(rows.device)
-    assert (rows[index] == batches.to(rows.device)).all()
-    return batches, rows, draws.clone().set("index", index)
+    assert update.updates == 6
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_batch_may_be_rows_that_an_index_among_the_draws_names(compile, compiler):
-    update, single = SACUpdate(*make_parts(), compile=compile), make_update()
-    batches, rows, draws = indexed(update, 4)
-    kept = rows.clone()
+def test_the_priority_of_each_transition_comes_back(compile, compiler):
+    update, single = build(make_parts(), compile=compile), make_update()
+    batches, draws = stacked(update, 3)
+    expected = []
+    for i in range(3):
+        expected.append(single.loss.qvalue_loss(batches[i], draws=draws[i])[1]["td_error"])
+        single(batches[i].clone(), draws=draws[i])
+    metrics = update(batches, draws=draws)
+    assert torch.equal(batches["td_error"], torch.stack(expected))
+    assert torch.equal(metrics["td_error"], expected[-1].mean())
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_draws_are_made_of_a_generator_or_of_the_global_one(compile, compiler):
+    updates = [build(make_parts(), compile=compile, policy_update_delay=2) for _ in range(3)]
+    batches = stacked(updates[0], 4)[0]
+    updates[0](batches, generator=torch.Generator().manual_seed(3))
     actor = [False, True, False, True]
-    output, expected = update.block(rows, draws, actor), single.block(batches, draws.exclude("index"), actor)
-    assert_same_state(update, single)
-    assert all(torch.equal(output[name], value) for name, value in expected.items())
-    update.critic_step(rows, draws[2]), single.critic_step(batches[2], draws[2].exclude("index"))
-    update.actor_step(rows, draws[2]), single.actor_step(batches[2], draws[2].exclude("index"))
-    assert_same_state(update, single)
-    assert (rows == kept).all()
+    draws = updates[1].loss.draw(batches[0], torch.Generator().manual_seed(3), num_updates=4, delayed=actor)
+    updates[1](batches, draws=draws)
+    assert_same_state(*updates[:2])
+    torch.manual_seed(3)
+    updates[2](batches)
+    assert_same_state(*updates[1:])
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -701,95 +776,49 @@ def test_a_batch_may_be_rows_that_an_index_among_the_draws_names(compile, compil
     ("key", "value"),
     [("steps_to_next_obs", torch.arange(1.0, 9.0).unsqueeze(-1)), ("priority_weight", torch.linspace(0, 2, 8))],
 )
-def test_what_a_loss_reads_where_it_is_there_counts_in_a_batch_and_in_rows(key, value, compile, compiler):
-    plain, batched, update = make_update(), make_update(), SACUpdate(*make_parts(), compile=compile)
-    batches, _, draws = indexed(update, 2)
-    batches[key] = value.expand(2, *value.shape).clone()
-    rows, own = batches.reshape(-1), draws.exclude("index")
-    batched.block(batches, own, [True, True])
-    plain.block(batches.exclude(key), own, [True, True])
-    assert any(not torch.equal(value, snapshot(plain)[name]) for name, value in snapshot(batched).items())
-    update.block(rows, own.set("index", torch.arange(16).view(2, 8)), [True, True])
-    assert_same_state(update, batched)
+def test_what_a_loss_reads_where_it_is_there_counts(key, value, compile, compiler):
+    plain, eager, update = make_update(), make_update(), build(make_parts(), compile=compile)
+    batches, draws = stacked(update, 2)
+    with_it = batches.clone().set(key, value.expand(2, *value.shape).clone())
+    # Compiled for batches without it first: another kind of batch is compiled anew.
+    for each in (plain, eager, update):
+        each(batches.clone(), draws=draws)
+    update(with_it.clone(), draws=draws), eager(with_it.clone(), draws=draws), plain(batches.clone(), draws=draws)
+    assert any(not torch.equal(value, snapshot(plain)[name]) for name, value in snapshot(eager).items())
+    assert_same_state(update, eager)
 
 
-@pytest.mark.parametrize("key", ["steps_to_next_obs", "priority_weight"])
-def test_compiled_without_it_an_update_refuses_what_its_loss_would_read(key, compiler):
-    update = SACUpdate(*make_parts())
-    batch, draws = next(updates(update.loss, 1))
-    update.critic_step(batch, draws)
-    before = snapshot(update)
-    with pytest.raises(ValueError, match=f"compiled for batches without '{key}', got one with it"):
-        update.critic_step(batch.set(key, torch.ones(BATCH, 1)), draws)
-    assert_unchanged(update, before)
+def test_a_batch_of_another_shape_is_compiled_too(compiler):
+    update, eager = build(make_parts()), make_update()
+    (batch, draws), (other, _) = updates(update.loss, 2)
+    for each in (update, eager):
+        each(batch.clone(), draws=draws)
+        each(
+            other[:-3].clone(),
+            draws=draws.clone().set("next_noise", draws["next_noise"][:-3]).set("noise", draws["noise"][:-3]),
+        )
+        each(batch.clone(), draws=draws)
+    assert_same_state(update, eager)
+    assert len(compiler) == 4
 
 
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("wrong", [-1, 16])
-def test_an_index_of_no_row_is_refused(wrong, compile, compiler):
-    update = SACUpdate(*make_parts(), compile=compile)
-    _, rows, draws = indexed(update, 2)
-    draws["index"][1, 3] = wrong
-    before = snapshot(update)
-    with pytest.raises(IndexError, match=r"must be in \[0, 16\), the rows, got"):
-        update.block(rows, draws, [True, True])
-    assert_unchanged(update, before)
-
-
-def test_rows_that_would_have_to_be_copied_are_refused(compiler):
-    update = SACUpdate(*make_parts())
-    _, rows, draws = indexed(update, 2)
-    scattered = torch.stack([rows, rows], 1)[:, 0]
-    with pytest.raises(ValueError, match=r"rows must be contiguous, got 'observation' with strides \(10, 1\)"):
-        update.block(scattered, draws, [True, True])
-    update.block(rows, draws, [True, True])
-    with pytest.raises(ValueError, match="rows must be contiguous"):
-        update.block(scattered, draws, [True, True])
-    assert not update._inputs.examples
-
-
-def test_it_is_compiled_for_rows_without_a_look_at_them(compiler):
-    update = SACUpdate(*make_parts())
-    _, rows, draws = indexed(update, 2)
-    made_up = rows.apply(lambda row: torch.full_like(row, torch.nan) if row.is_floating_point() else row.clone())
-    kept, before = made_up.clone(), snapshot(update)
-    update.prepare(made_up, batch_size=BATCH)
-    assert_unchanged(update, before)
-    for key, value in kept.items(True, True):
-        assert torch.equal(made_up[key].nan_to_num(7), value.nan_to_num(7))
-    update.block(rows, draws, [True, True])
-    assert update.is_finite()
-    with pytest.raises(ValueError, match=r"compiled for 'observation' of shape \(16, 5\), .*, got shape \(15, 5\)"):
-        update.block(rows[:-1], draws.clone().set("index", draws["index"].clamp(max=14)), [True, True])
-    with pytest.raises(ValueError, match=r"compiled for 'index' of shape \(8,\), .*, got None"):
-        update.block(rows, draws.exclude("index"), [True, True])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda batch: batch[:-1], r"compiled for .* of shape \(8, .*got shape \(7, "),
-        (lambda batch: batch.exclude("action"), r"compiled for 'action' of shape .*, got None: build another one"),
-        (lambda batch: batch.set("action", batch["action"].double()), r"float32, cpu, got shape .*, torch.float64"),
-    ],
-)
-def test_a_batch_of_another_kind_than_compiled_is_refused(change, message, compiler):
-    update = SACUpdate(*make_parts())
-    batch, draws = next(updates(update.loss, 1))
-    update.critic_step(batch, draws)
-    before = snapshot(update)
-    with pytest.raises(ValueError, match=message):
-        update.critic_step(change(batch.clone()), draws)
-    assert_unchanged(update, before)
+def test_a_batch_of_no_or_three_dimensions_and_one_without_a_key_are_refused():
+    update = make_update()
+    batch, _ = next(updates(update.loss, 1))
+    for wrong in (batch[0], batch.reshape(2, 2, 2)):
+        with pytest.raises(ValueError, match=r"batch must have batch size \(B,\) or \(U, B\), got"):
+            update(wrong)
+    with pytest.raises(KeyError, match="the batch has no 'action'"):
+        update(batch.exclude("action"))
 
 
 def test_a_batch_may_hold_more_keys_and_lie_in_memory_as_it_likes(compiler):
-    update, eager = SACUpdate(*make_parts()), make_update()
+    update, eager = build(make_parts()), make_update()
     batch, draws = next(updates(update.loss, 1))
     update.prepare(batch)
     scattered = torch.stack([batch, batch], 1)[:, 0].set("index", torch.arange(BATCH))
     assert not scattered["observation"].is_contiguous()
-    update.critic_step(scattered, draws), eager.critic_step(batch, draws)
+    critic_step(update, scattered, draws), critic_step(eager, batch, draws)
     assert_same_state(update, eager)
 
 
@@ -809,7 +838,7 @@ def assert_outputs_close(got, expected):
 @pytest.fixture(scope="module")
 def compiled():
     """A compiled update, and what there was before: compiled once, as it takes a while."""
-    update = SACUpdate(*make_parts())
+    update = build(make_parts())
     before, state = snapshot(update), torch.get_rng_state()
     update.prepare(make_batch(BATCH))
     return update, before, state, torch.get_rng_state(), snapshot(update)
@@ -822,12 +851,10 @@ def test_compiling_leaves_the_state_and_the_global_generator_as_they_were(compil
     assert torch.equal(state, state_after)
 
 
-def test_compiled_for_rows_and_with_lazy_adam_it_agrees_with_eager():
-    update, eager = SACUpdate(*make_parts(optimiser=LazyAdam)), make_update(optimiser=LazyAdam)
-    batches, rows, draws = indexed(update, 20)
-    actor = [i % 2 == 1 for i in range(20)]
-    output = update.block(rows, draws, actor)
-    assert_outputs_close(output, eager.block(batches, draws.exclude("index"), actor))
+def test_compiled_with_lazy_adam_it_agrees_with_eager():
+    update, eager = (build(make_parts(optimiser=LazyAdam), compile=compile, policy_update_delay=2) for compile in (True, False))
+    batches, draws = stacked(update, 20)
+    assert_outputs_close(update(batches, draws=draws), eager(batches, draws=draws))
     assert_same_state(update, eager, **CLOSE)
 
 
@@ -850,7 +877,7 @@ def test_a_compiled_update_takes_over_a_state_masks_included(compiled):
 def test_in_double_precision_a_compiled_update_agrees_far_closer():
     torch.set_default_dtype(torch.float64)
     try:
-        update, eager = SACUpdate(*make_parts()), make_update()
+        update, eager = build(make_parts()), make_update()
         train(update, 100), train(eager, 100)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -861,7 +888,7 @@ def test_in_double_precision_a_compiled_update_agrees_far_closer():
 @pytest.mark.slow
 @pytest.mark.parametrize("kwargs", OTHERS.values(), ids=OTHERS)
 def test_other_rows_compile_too(kwargs):
-    update, eager = SACUpdate(*make_parts(**kwargs)), make_update(**kwargs)
+    update, eager = build(make_parts(**kwargs)), make_update(**kwargs)
     outputs = train(update, 20), train(eager, 20)
     assert_same_state(update, eager, **CLOSE)
     assert_outputs_close(*outputs)
@@ -873,7 +900,7 @@ def test_other_rows_compile_too(kwargs):
 @pytest.fixture(scope="module")
 def captured():
     """A compiled update captured in a CUDA graph, and what there was before."""
-    update = SACUpdate(*make_parts(device="cuda"))
+    update = build(make_parts(device="cuda"))
     before, state = snapshot(update), torch.cuda.get_rng_state()
     update.prepare(make_batch(BATCH).to("cuda"))
     return update, before, state, torch.cuda.get_rng_state(), snapshot(update)
@@ -895,14 +922,14 @@ def test_a_captured_graph_agrees_with_eager_for_100_updates_and_waits_for_nothin
     outputs = []
     with no_wait():
         for i, batch, draws in steps:
-            output = dict(update.critic_step(batch, draws))
+            output = dict(critic_step(update, batch, draws))
             if i % 5 == 4:
-                output |= update.actor_step(batch, draws)
+                output |= actor_step(update, batch, draws)
             outputs.append({name: value.clone() for name, value in output.items()})
     for (i, batch, draws), got in zip(steps, outputs, strict=True):
-        output = dict(eager.critic_step(batch, draws))
+        output = dict(critic_step(eager, batch, draws))
         if i % 5 == 4:
-            output |= eager.actor_step(batch, draws)
+            output |= actor_step(eager, batch, draws)
         assert_outputs_close(got, output)
     assert_same_state(update, eager, **CLOSE)
 
@@ -910,10 +937,10 @@ def test_a_captured_graph_agrees_with_eager_for_100_updates_and_waits_for_nothin
 @pytest.mark.gpu
 @pytest.mark.parametrize("kwargs", OTHERS.values(), ids=OTHERS)
 def test_other_rows_are_captured_too_and_go_on_after_a_reset(kwargs):
-    both = update, eager = SACUpdate(*make_parts(device="cuda", **kwargs)), make_update(device="cuda", **kwargs)
+    both = update, eager = build(make_parts(device="cuda", **kwargs)), make_update(device="cuda", **kwargs)
     actor, kept = [False, True, False, True], torch.cuda.get_rng_state()
     for turn in range(3):
-        outputs = [each.block(*stacked(each, 4), actor) for each in both]
+        outputs = [block(each, *stacked(each, 4), actor) for each in both]
         assert_outputs_close(*outputs)
         assert_same_state(update, eager, **CLOSE)
         assert turn or torch.equal(torch.cuda.get_rng_state(), kept)
@@ -931,34 +958,10 @@ def test_a_captured_graph_takes_over_a_state_masks_included(captured):
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_writes_its_outputs_anew(captured):
-    update = captured[0]
-    (batch, draws), (other, other_draws) = updates(update.loss, 2)
-    first = update.critic_step(batch, draws)["loss_qvalue"]
-    value = first.clone()
-    assert update.critic_step(other, other_draws)["loss_qvalue"] is first
-    assert first != value
-
-
-@pytest.mark.gpu
-def test_a_captured_graph_gathers_rows_where_they_are():
-    update, eager = SACUpdate(*make_parts(device="cuda")), make_update(device="cuda")
-    batches, rows, draws = indexed(update, 4)
-    actor = [False, True, False, True]
-    for turn in range(3):
-        rows.set_("observation", rows["observation"] + turn)
-        batches.set_("observation", batches["observation"] + turn)
-        update.block(rows, draws, actor), eager.block(batches, draws.exclude("index"), actor)
-    assert_same_state(update, eager, **CLOSE)
-    with pytest.raises(ValueError, match="captured for the rows of one storage"):
-        update.block(rows.clone(), draws, actor)
-
-
-@pytest.mark.gpu
 def test_an_optimiser_that_stepped_on_the_device_is_taken_over():
     parts, eager = make_parts(device="cuda"), Plain(*make_parts(device="cuda"))
     train(Plain(*parts), 2), train(eager, 2)
-    update = SACUpdate(*parts, compile=False)
+    update = build(parts, compile=False)
     train(update, 2, first=2), train(eager, 2, first=2)
     assert_same_state(update, eager, **CLOSE)
 
@@ -966,9 +969,9 @@ def test_an_optimiser_that_stepped_on_the_device_is_taken_over():
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_it_is_captured_on_the_device_of_its_loss_whatever_the_current_one():
-    update, eager = SACUpdate(*make_parts(device="cuda:1")), make_update(device="cuda:1")
+    update, eager = build(make_parts(device="cuda:1")), make_update(device="cuda:1")
     assert torch.cuda.current_device() == 0
     for each in (update, eager):
-        each.block(*stacked(each, 4), actor=[False, True, False, True])
+        block(each, *stacked(each, 4), [False, True, False, True])
     assert_same_state(update, eager, **CLOSE)
     assert torch.cuda.current_device() == 0

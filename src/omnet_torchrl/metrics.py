@@ -1,16 +1,18 @@
 r"""What a run is judged by: pure functions on tensors.
 
-Disagreement of subnetworks; value bias (section 4.2 of https://arxiv.org/abs/2310.14009, after REDQ, 2021,
-https://arxiv.org/abs/2101.05982); training FLOPs (figure 3) by the paper's convention and as PyTorch computes them; parameters
-and masks in memory; where an agent has been (figure 6), and how far the ways of subnetworks are apart (figure 7).
+They measure the disagreement of subnetworks, the value bias (section 4.2 of https://arxiv.org/abs/2310.14009, after REDQ,
+2021, https://arxiv.org/abs/2101.05982), training FLOPs (figure 3) by the paper's convention and as PyTorch computes them,
+parameters and masks in memory, where an agent has been (figure 6), and how far trajectories of subnetworks differ (figure 7).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 
@@ -41,10 +43,10 @@ def action_disagreement(action: Tensor) -> Tensor:
 
 
 def trajectory_diversity(position: Tensor) -> Tensor:
-    """How far the ways of the subnetworks of an actor are apart: mean distance of two different ones, at the same step.
+    """How far the trajectories of an actor's subnetworks are apart: mean distance of two different ones at the same step.
 
-    Two that take one way at different speeds count as apart. A trajectory that has ended stays where it ended, so that all are
-    of one length; ``position[:, -1:]`` compares the ends alone.
+    Two that follow the same path at different speeds count as different. Continue a trajectory that has ended with its last
+    position, so that all have the same length; ``position[:, -1:]`` compares the ends alone.
 
     Args:
         position (Tensor): ``(N, T, dim)``, one trajectory per subnetwork, from one start.
@@ -58,7 +60,7 @@ def trajectory_diversity(position: Tensor) -> Tensor:
 
 
 def _mean_distance(points: Tensor) -> Tensor:
-    """Euclidean distance ``()`` of points ``(N, M, dim)``, mean over the pairs of different n and over m."""
+    """Return the mean Euclidean distance of points ``(N, M, dim)``, over the pairs of different n and over m."""
     num, count, _ = points.shape
     if num == 1:
         return points.new_zeros(())
@@ -79,17 +81,17 @@ def soft_returns(
     r"""Monte-Carlo estimate of the soft value of each state-action pair of on-policy episodes.
 
     :math:`G_t = r_t + \gamma\,(G_{t+1} - \alpha \log\pi(a_{t+1} \mid s_{t+1}))`: the entropy of an action belongs to the value
-    of its state, not to its own. Nothing follows a terminal state.
+    of its state, not to the value of the action. Nothing follows a terminal state.
 
-    An episode that is *truncated* would go on. Without ``bootstrap`` it is cut there, as if nothing followed: returns d steps
-    before a cut are too small, by a factor of :math:`1 - \gamma^d` where rewards are steady. Judge a critic by pairs well
-    before it, as REDQ's code by the first 350 of 1,000 steps. With ``bootstrap`` every step counts, but what the critic says
-    of the last state is then part of the truth it is compared with, by a factor of :math:`\gamma^d`.
+    An episode that is *truncated* would go on. Without ``bootstrap`` the return is cut there, as if nothing followed: d steps
+    before the cut, it is too small by a factor of :math:`1 - \gamma^d` if rewards are steady. Then judge a critic by steps long
+    before the cut, as REDQ's code does by the first 350 of 1,000. With ``bootstrap`` every step can be used, but the critic's
+    own value of the last state enters the returns it is compared with, by a factor of :math:`\gamma^d`.
 
     Args:
         reward, log_prob (Tensor): ``(*batch, T)``, time last: of each step and of its action. TorchRL's rewards and ends are
-            ``(*batch, T, 1)``: ``squeeze(-1)`` them. A row may hold several episodes, one after the other; its last step is
-            taken as truncated unless it is terminal.
+            ``(*batch, T, 1)``: ``squeeze(-1)`` them. A sequence may hold several episodes, one after the other; its last
+            step counts as truncated unless it is terminal.
         terminated, truncated (Tensor): boolean, ``(*batch, T)``: the step that ends an episode.
 
     Keyword Args:
@@ -117,10 +119,10 @@ def soft_returns(
 
 
 def min_of_two(value: Tensor) -> Tensor:
-    """The smaller value of two different subnetworks, in the mean over all pairs: what a target of two random ones expects.
+    """The mean, over all pairs of different subnetworks, of the smaller value: the expected target of two random ones.
 
     Args:
-        value (Tensor): ``(N, *batch)``. Of one subnetwork, it is that one's.
+        value (Tensor): ``(N, *batch)``. For one subnetwork, its value is returned.
 
     Returns:
         Tensor: ``(*batch,)``.
@@ -128,7 +130,7 @@ def min_of_two(value: Tensor) -> Tensor:
     num = value.shape[0]
     if num == 1:
         return value[0]
-    # In ascending order, the k-th is the smaller one in its pairs with all that follow.
+    # In ascending order, the k-th value is the smaller one in its pairs with all that follow it.
     pairs = torch.arange(num - 1, -1, -1, device=value.device, dtype=value.dtype)
     return torch.tensordot(pairs, value.sort(0).values, 1) / (num * (num - 1) / 2)
 
@@ -179,7 +181,7 @@ def sac_flops(
     a training pass three forward passes, and the actor differentiates through critics that are not trained (two). Matrix
     products only, counted dense: masked weights cost what the others do.
 
-    The convention counts the gradient with respect to a trained network's input, which nobody needs and PyTorch does not
+    The convention counts the gradient with respect to a trained network's input, which is not needed and which PyTorch does not
     compute. Exactly, :math:`C_1` and :math:`A_1` being the products of the first layers, a training pass of the critic costs
     :math:`3C - C_1` and the actor's :math:`3A - A_1`: what :class:`torch.utils.flop_counter.FlopCounterMode` counts.
 
@@ -193,16 +195,13 @@ def sac_flops(
         num_target (int): critics in the target. Defaults to 2.
         num_value (int): critics that the actor is trained against. Defaults to 5; 10 for REDQ, 2 for SAC and DroQ.
         policy_update_delay (int): critic updates per actor update, p. Defaults to 20.
-        batch_size (int): B.
-        exact (bool): leave out what is not computed. Defaults to ``False``, the paper's convention.
+        batch_size (int), exact (bool): B; whether what is not computed is left out. Defaults to ``False``, the convention.
 
     Examples:
         >>> round(sac_flops(11, 3) / 1e6, 1)  # OMNet on Hopper
         236.5
         >>> round(sac_flops(11, 3, num_online=10, num_value=10) / 1e6, 1)  # REDQ
         1213.3
-        >>> round(sac_flops(11, 3, exact=True) / 1e6, 1)
-        234.6
     """
 
     def products(*sizes: int) -> tuple[int, int]:
@@ -219,7 +218,7 @@ def network_memory(network: nn.Module) -> dict[str, int]:
     """How many parameters a network has, and what it and its masks take in memory.
 
     Args:
-        network (nn.Module): what is shared counts once; a loss's target network counts as buffers do, not at all.
+        network (nn.Module): shared parameters count once. A loss's target network consists of buffers and is not counted.
 
     Returns:
         dict: ``parameters``, those that are trained; ``parameter_bytes``, of all parameters; ``mask_bytes``, of all boolean
@@ -281,3 +280,29 @@ def _same_shape(**tensors: Tensor | None) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
     if len(set(shapes.values())) != 1:
         raise ValueError(f"expected tensors of one shape (*batch, T), got {shapes}; TorchRL's (*batch, T, 1) need squeeze(-1).")
+
+
+MAX_COMPARED = 32  # subnetworks that a disagreement is over, where there are more
+
+
+@torch.no_grad()
+def subnet_disagreement(loss: Any, batch: TensorDictBase) -> dict[str, Tensor]:
+    """How far the subnetworks of a loss are apart on a batch, without dropout.
+
+    Args:
+        loss (SubnetLoss): whose critic and actor are asked; of more than 32 subnetworks, the first 32.
+        batch (TensorDictBase): ``(B,)``, with observation and action.
+
+    Returns:
+        dict: ``subnets/q_std``, of the values of the batch's actions (:func:`value_disagreement`), and
+        ``subnets/action_distance``, of the deterministic actions (:func:`action_disagreement`), 0-dimensional.
+    """
+    action, critic = batch.get(loss.tensor_keys.action), loss.qvalue_network
+    device, training = action.device, critic.training
+    critic.eval()
+    values = loss.value(batch, action, torch.arange(min(loss.num_subnets, MAX_COMPARED), device=device))
+    critic.train(training)
+    count = min(loss.num_actor_subnets, MAX_COMPARED)
+    every = torch.arange(count, device=device).view(-1, *(1 for _ in batch.batch_size))
+    actions = loss.deterministic_action(batch, every).expand(count, *action.shape)
+    return {"subnets/q_std": value_disagreement(values), "subnets/action_distance": action_disagreement(actions)}

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from tensordict import NonTensorStack, TensorDict
-from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
+from torchrl.data import LazyTensorStorage, ReplayBuffer
 
-from omnet_torchrl.training import GatherStorage
-from omnet_torchrl.training.storage import Batches
+from omnet_torchrl import GatherStorage
 
 
 def rows(count, start=0):
@@ -85,21 +84,6 @@ def test_a_sample_is_the_same_and_the_buffers_own():
     assert samples[0]["observation"].is_contiguous()
 
 
-def test_its_rows_are_what_it_holds():
-    storage = GatherStorage(20)
-    with pytest.raises(RuntimeError, match=r"write one, or call allocate"):
-        _ = storage.rows
-    storage.allocate(rows(1)[0])
-    held = {key: value.data_ptr() for key, value in storage.rows.items(True, True)}
-    assert storage.rows.batch_size == (20,)
-    assert len(storage) == 0
-    ReplayBuffer(storage=storage).extend(rows(12))
-    storage.allocate(rows(1, start=5)[0])
-    assert len(storage) == 12
-    assert_same(storage.rows[:12], rows(12))
-    assert {key: value.data_ptr() for key, value in storage.rows.items(True, True)} == held
-
-
 @pytest.mark.parametrize(
     "index", [torch.tensor([3]), torch.tensor([-1]), torch.tensor([15]), torch.tensor([4, 3]), slice(2, 4)]
 )
@@ -111,16 +95,6 @@ def test_it_writes_what_indexing_writes(index):
     assert_same(*(storage.get(slice(0, 20)) for storage in both))
     assert len(both[0]) == len(both[1])
     assert both[0]._last_cursor_index == both[1]._last_cursor_index
-
-
-def test_its_rows_are_whole_whatever_the_first_one_was():
-    images = torch.rand(4, 8, 8, 3).permute(0, 3, 1, 2)
-    frames = TensorDict({"pixels": images}, [4])
-    storages = GatherStorage(10), GatherStorage(10)
-    ReplayBuffer(storage=storages[0]).extend(frames)
-    storages[1].allocate(frames[0])
-    assert all(storage.rows["pixels"].is_contiguous() for storage in storages)
-    assert (storages[0].get(torch.tensor([2]))["pixels"] == images[2]).all()
 
 
 def test_a_mask_of_one_element_is_no_number():
@@ -137,55 +111,6 @@ def filled(storage=GatherStorage, **kwargs):
     buffer = ReplayBuffer(storage=storage(20), **kwargs)
     buffer.extend(rows(12))
     return buffer
-
-
-def test_batches_are_rows_and_an_index():
-    buffer = filled()
-    batches = Batches(buffer, 4, CPU)
-    assert batches.like(rows(1)[0]) == (buffer.storage.rows, 4)
-    read, index = batches.sample(3)
-    assert read is buffer.storage.rows
-    assert index.shape == (3, 4)
-    assert index.max() < 12
-    assert batches.example.batch_size == (4,)
-    assert_same(batches.newest(), read[index[-1]])
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "known"),
-    [
-        ({"storage": LazyTensorStorage}, True),
-        ({"prefetch": 1, "batch_size": 12}, True),
-        ({"transform": lambda data: data}, False),
-        ({"collate_fn": lambda data: data}, False),
-        ({"sampler": SamplerWithoutReplacement()}, True),
-    ],
-    ids=["storage", "prefetch", "transform", "collate_fn", "sampler"],
-)
-def test_any_other_buffer_samples_itself(kwargs, known):
-    batches = Batches(filled(**kwargs), 4, CPU)
-    assert not batches.gathered
-    like = batches.like(rows(1)[0])
-    assert (like[0].batch_size, like[1]) == ((4,), None) if known else like is None
-    read, index = batches.sample(3)
-    assert index is None
-    assert read.batch_size == (3, 4)
-    assert_same(batches.newest(), read[-1])
-
-
-def test_a_transform_that_comes_later_is_applied():
-    buffer = filled()
-    batches = Batches(buffer, 4, CPU)
-    assert batches.gathered
-    buffer.append_transform(lambda data: data.set("observation", 0 * data["observation"]))
-    read, index = batches.sample(2)
-    assert index is None
-    assert not read["observation"].any()
-
-
-def test_there_is_no_newest_batch_before_the_first():
-    with pytest.raises(RuntimeError, match="before the first sample"):
-        Batches(filled(), 4, CPU).newest()
 
 
 def test_frames_written_one_by_one_go_round():

@@ -1,11 +1,11 @@
-"""Matrix products: where oneDNN makes them, and that they are the same products."""
+"""Matrix products: where oneDNN makes them, and that they are the same kernels."""
 
 import pytest
 import torch
-from test_update import BATCH, CLOSE, assert_outputs_close, assert_same_state, make_batch, make_parts, make_update, train
+from test_update import BATCH, CLOSE, assert_outputs_close, assert_same_state, build, make_batch, make_parts, make_update, train
 
-from omnet_torchrl.training import SACUpdate, products
-from omnet_torchrl.training import compiled as compiled_module
+from omnet_torchrl.updates import compiled as compiled_module
+from omnet_torchrl.updates import kernels
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a PyTorch with oneDNN")
 AMD, INTEL = "vendor_id : AuthenticAMD", "vendor_id : GenuineIntel"
@@ -14,8 +14,8 @@ AMD, INTEL = "vendor_id : AuthenticAMD", "vendor_id : GenuineIntel"
 @pytest.fixture
 def chosen(monkeypatch):
     """As on a CPU where oneDNN is faster, for products of any size."""
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(products, "WORTH", 0)
+    monkeypatch.setattr(kernels, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(kernels, "WORTH", 0)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -25,7 +25,7 @@ def test_a_product_is_torchs(shape, transposed, chosen):
     a, b = torch.randn(rows, inner), torch.randn(inner, columns)
     if transposed:
         a, b = a.t().contiguous().t(), b.t().contiguous().t()
-    got = products.mm(a, b)
+    got = kernels.mm(a, b)
     assert got.shape == (rows, columns)
     torch.testing.assert_close(got, a @ b)
 
@@ -33,26 +33,26 @@ def test_a_product_is_torchs(shape, transposed, chosen):
 @pytest.mark.parametrize("count", [1, 3])
 def test_products_of_a_batch_are_torchs(count, chosen):
     a, b = torch.randn(count, 8, 6), torch.randn(count, 6, 5)
-    torch.testing.assert_close(products.bmm(a, b), a @ b)
+    torch.testing.assert_close(kernels.bmm(a, b), a @ b)
 
 
 def test_what_onednn_is_not_better_at_stays_where_it_is(chosen, monkeypatch):
     a, b = torch.randn(8, 8), torch.randn(8, 8)
-    assert products.mm(a.double(), b.double()) is NotImplemented
-    assert products.bmm(a.expand(products.MOST + 1, 8, 8), b.expand(products.MOST + 1, 8, 8)) is NotImplemented
-    monkeypatch.setattr(products, "WORTH", 8**3 + 1)
-    assert products.mm(a, b) is NotImplemented
-    assert products.bmm(a.expand(2, 8, 8), b.expand(2, 8, 8)) is NotImplemented
+    assert kernels.mm(a.double(), b.double()) is NotImplemented
+    assert kernels.bmm(a.expand(kernels.MAX_PRODUCTS + 1, 8, 8), b.expand(kernels.MAX_PRODUCTS + 1, 8, 8)) is NotImplemented
+    monkeypatch.setattr(kernels, "WORTH", 8**3 + 1)
+    assert kernels.mm(a, b) is NotImplemented
+    assert kernels.bmm(a.expand(2, 8, 8), b.expand(2, 8, 8)) is NotImplemented
 
 
 def test_it_is_switched_off_where_pytorchs_onednn_is(chosen):
     a = torch.randn(8, 8)
     torch.backends.mkldnn.enabled = False
     try:
-        assert products.mm(a, a) is NotImplemented
+        assert kernels.mm(a, a) is NotImplemented
     finally:
         torch.backends.mkldnn.enabled = True
-    assert products.mm(a, a) is not NotImplemented
+    assert kernels.mm(a, a) is not NotImplemented
 
 
 @pytest.mark.parametrize(
@@ -62,19 +62,19 @@ def test_it_is_switched_off_where_pytorchs_onednn_is(chosen):
 def test_it_is_chosen_by_the_kind_of_cpu(capability, cpu, faster, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(products, "_cpu", lambda: cpu)
-    assert products.onednn_is_faster.__wrapped__() is faster
+    monkeypatch.setattr(kernels, "_cpu", lambda: cpu)
+    assert kernels.onednn_is_faster.__wrapped__() is faster
 
 
 def test_without_mkl_nothing_is_chosen(monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert products.onednn_is_faster.__wrapped__() is False
+    assert kernels.onednn_is_faster.__wrapped__() is False
 
 
 def test_the_cpu_is_asked_for_where_the_system_says_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(products.platform, "processor", lambda: "AMD64 Family 26, AuthenticAMD")
-    monkeypatch.setattr(products, "Path", lambda name: tmp_path / "none")
-    assert products._cpu() == "AMD64 Family 26, AuthenticAMD"
+    monkeypatch.setattr(kernels.platform, "processor", lambda: "AMD64 Family 26, AuthenticAMD")
+    monkeypatch.setattr(kernels, "Path", lambda name: tmp_path / "none")
+    assert kernels._cpu() == "AMD64 Family 26, AuthenticAMD"
 
 
 def test_a_compiled_update_by_onednn_agrees_with_eager(chosen, monkeypatch):
@@ -85,7 +85,7 @@ def test_a_compiled_update_by_onednn_agrees_with_eager(chosen, monkeypatch):
         return graphs[-1]
 
     monkeypatch.setattr(compiled_module, "decomposed", keep)
-    update, eager = SACUpdate(*make_parts()), make_update()
+    update, eager = build(make_parts()), make_update()
     update.prepare(make_batch(BATCH))
     targets = [node.target for graph in graphs for node in graph.graph.nodes]
     assert targets.count(torch.ops.omnet_torchrl.mm.default) > 10

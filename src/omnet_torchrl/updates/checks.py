@@ -1,0 +1,37 @@
+"""What an update checks of its arguments before anything is built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omnet_torchrl.objectives.subnet_loss import SubnetLoss
+from omnet_torchrl.updates.kernels import PRECISIONS
+
+
+def check_options(loss: Any, optim: Any, lr: Any, tau: Any, policy_update_delay: Any, precision: Any) -> None:
+    """Raise if an argument of :class:`~omnet_torchrl.Update` is of a wrong type or out of its range."""
+    if not isinstance(loss, SubnetLoss):
+        raise TypeError(f"loss must be a loss over subnetworks, such as OMNetSACLoss, got {type(loss).__name__}.")
+    if loss.reduction not in ("mean", "sum"):
+        raise ValueError(f"the loss's reduction must be 'mean' or 'sum', got {loss.reduction!r}.")
+    if optim is not None and lr is not None:
+        raise ValueError(f"lr must be left out where optimisers are given, got lr={lr}: set it in the optimisers.")
+    if not 0 < tau <= 1:
+        raise ValueError(f"tau must be in (0, 1], got {tau}.")
+    if isinstance(policy_update_delay, bool) or not isinstance(policy_update_delay, int) or policy_update_delay < 1:
+        raise ValueError(f"policy_update_delay must be an int of at least 1, got {policy_update_delay!r}.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+
+
+def checked_norms(given: float | Mapping[str, float] | None, groups: Sequence[str]) -> dict[str, float]:
+    """The largest norm of the gradient of each parameter group that has one; one number is for all of them."""
+    norms = dict(given) if isinstance(given, Mapping) else {} if given is None else dict.fromkeys(groups, given)
+    for name, norm in norms.items():
+        if name not in groups or not 0 < norm < math.inf:
+            raise ValueError(
+                f"max_grad_norm must be a positive number for some of the groups {', '.join(groups)}, got {name}: {norm}."
+            )
+    return norms
