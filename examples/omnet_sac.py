@@ -3,10 +3,10 @@
     python examples/omnet_sac.py                                  # Hopper-v4 with the paper's settings
     python examples/omnet_sac.py --config-name quick_start        # InvertedDoublePendulum-v4, solved in minutes
     python examples/omnet_sac.py env=Humanoid-v4 seed=3 network.num_subnets=8
-    python examples/omnet_sac.py algorithm=redq                   # a baseline; training/algorithms.py has the rows
+    python examples/omnet_sac.py algorithm=redq                   # a baseline; training/options/rows.py has the rows
     python examples/omnet_sac.py -m seed=0,1,2                    # one run after the other
     python examples/omnet_sac.py resume=runs/Hopper-v4/omnet/seed0/...  # goes on where a run was stopped
-    python examples/omnet_sac.py --cfg job                        # all options; training/options.py describes them
+    python examples/omnet_sac.py --cfg job                        # all options; training/options/options.py describes them
 
 "One is More: Diverse Perspectives within a Single Network for Efficient DRL", Tan et al., 2023,
 https://arxiv.org/abs/2310.14009.
@@ -22,25 +22,27 @@ from omegaconf import DictConfig
 from torch.optim import Adam
 from torchrl.collectors import Collector
 from torchrl.data import ReplayBuffer
-from torchrl.objectives import SoftUpdate
 
-from omnet_torchrl import OMNetSACLoss, SubnetPrimer, make_actor, make_qvalue
-from omnet_torchrl.training import (
+from omnet_torchrl import (
     CompiledPolicy,
-    Evaluation,
     GatherStorage,
     LazyAdam,
+    OMNetSACLoss,
+    SubnetPrimer,
+    Update,
+    make_actor,
+    make_qvalue,
+)
+from omnet_torchrl.training import (
+    Evaluation,
     Run,
-    SACUpdate,
     Trainer,
     describe,
     make_env,
-    schedule,
 )
-from omnet_torchrl.training.algorithms import loss_options, network_options
-from omnet_torchrl.training.command_line import check_command_line
-from omnet_torchrl.training.config import register
-from omnet_torchrl.training.global_numbers import derived_seed
+from omnet_torchrl.training.build import loss_options, network_options, update_options
+from omnet_torchrl.training.command_line import check_command_line, register
+from omnet_torchrl.training.loop.streams import derived_seed
 
 
 @hydra.main(version_base="1.3", config_path=".", config_name="omnet_sac")
@@ -66,10 +68,9 @@ def main(cfg: DictConfig) -> float:
     optimiser = LazyAdam if config.optim.lazy else Adam
     critic_optim = optimiser(qvalue.parameters(), lr=config.optim.lr)
     actor_optim = optimiser([*actor.parameters(), loss.log_alpha], lr=config.optim.lr)
-    target_updater = SoftUpdate(loss, tau=config.optim.tau)
-    update = SACUpdate(loss, critic_optim, actor_optim, target_updater, compile=config.compile)
+    update = Update(loss, [critic_optim, actor_optim], **update_options(config))
 
-    policy = CompiledPolicy(actor, update)
+    policy = CompiledPolicy(actor, precision=config.precision, compile=config.compile)
     collector = Collector(
         env,
         policy,
@@ -90,8 +91,8 @@ def main(cfg: DictConfig) -> float:
         update,
         Evaluation(config, policy, loss),
         run.checkpointer,
-        run,
-        **schedule(config),
+        run.reporter,
+        config,
     )
     status = run.train(trainer, describe(config, actor, qvalue))
     if status == "interrupted":

@@ -10,6 +10,7 @@ as the run's were (``observation_offset``), something else in each episode.
 """
 
 import argparse
+import gc
 import importlib.util
 import math
 import os
@@ -30,14 +31,17 @@ import imageio.v2 as imageio
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.envs import EnvBase, GymWrapper
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor
 
 from omnet_torchrl.training import load_policy
-from omnet_torchrl.training.config import load_config
-from omnet_torchrl.training.environments import MAZE
-from omnet_torchrl.training.run_folder import RunFolder
+from omnet_torchrl.training.loop.environments import MAZE
+from omnet_torchrl.training.loop.rollout import rollout
+from omnet_torchrl.training.options import load_config
+from omnet_torchrl.training.record.folder import RunFolder
 
 MAX_SUBNETS = 32  # masks that are redrawn at each call stand for 2^31
 MAX_FPS = 30  # of a video; an environment of 125 steps a second shows every fifth
@@ -59,42 +63,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say(f"{name}, {kind} episodes of {run.path} ({run.info['status']}){off}")
     say(f"{'subnet':>8}{'episodes':>10}{'return':>21}{'length':>10}")
     everything: list[tuple[float, int]] = []
+    player = GymWrapper(env)
     with film(args, env) as show:
         for k, policy in policies.items():
             torch.manual_seed(args.seed)
             episodes = []
             for i in range(args.episodes):
                 watch = partial(show, f"subnet {k}") if i == 0 else lambda: None
-                episodes.append(play(policy, env, args.seed + i, args.stochastic, watch, scale))
+                episodes.append(play(policy, player, args.seed + i, args.stochastic, watch, scale))
             say(row(k, episodes))
             everything += episodes
     if len(policies) > 1:
         say(row("total", everything))
     if args.video or args.frames:
         say(f"first episode of each: {args.video or args.frames}")
-    env.close()
+    player.close()
+    del player
+    gc.collect()  # which alone frees it; a renderer that is freed later takes the context of the next one away
 
 
 @torch.no_grad()
 def play(
     policy: ProbabilisticActor,
-    env: gymnasium.Env,
+    env: EnvBase,
     seed: int,
     stochastic: bool,
     watch: Callable[[], object],
     scale: float,
 ) -> tuple[float, int]:
     """Return and length of an episode; ``watch`` is called in each state, observations are off by up to ``scale``."""
-    observation, _ = env.reset(seed=seed)
-    offset = np.random.default_rng(seed).uniform(-scale, scale, observation.shape)
-    total, length, done = 0.0, 0, False
+    start = env.reset(seed=seed)
+    offset = torch.from_numpy(np.random.default_rng(seed).uniform(-scale, scale, start["observation"].shape))
+
+    def act(state: TensorDictBase) -> Tensor:
+        watch()
+        return policy(TensorDict(observation=(state["observation"] + offset).float()))["action"]
+
+    total, length = 0.0, 0
     with set_exploration_type(ExplorationType.RANDOM if stochastic else ExplorationType.DETERMINISTIC):
-        while not done:
-            watch()
-            state = TensorDict(observation=torch.as_tensor(observation + offset, dtype=torch.float32))
-            observation, reward, terminated, truncated, _ = env.step(policy(state)["action"].numpy())
-            total, length, done = total + float(reward), length + 1, terminated or truncated
-    watch()
+        for step, _ in rollout(env, act, start):
+            total, length = total + step["next", "reward"].item(), length + 1
+            if step["next", "done"]:
+                watch()
     return total, length
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ACT, OBS, make_batch
+from maze import read_trajectories
 from test_resume import Crash, Stopping, differing, leaves, result, untimed
 from torch import nn
 from torch.nn import functional as F
@@ -17,28 +18,16 @@ from torchrl.collectors import Collector
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
 
 from omnet_torchrl import EnsembleMLP, MaskedMLP, RedrawnMLP, SubnetPrimer, UnitMaskedMLP, hashed_masks, make_qvalue
-from omnet_torchrl.ensembles import EnsembleLinear
-from omnet_torchrl.layers import MaskedLinear
+from omnet_torchrl.layers import EnsembleLinear, MaskedLinear, RedrawnLinear
 from omnet_torchrl.masks import random_bits
 from omnet_torchrl.metrics import sac_flops
-from omnet_torchrl.redrawn import RedrawnLinear
-from omnet_torchrl.training import Evaluation, Trainer, make_env, schedule
-from omnet_torchrl.training import evaluation as evaluation_module
-from omnet_torchrl.training.algorithms import (
-    ROWS,
-    build,
-    dropout,
-    network_options,
-    network_sparsity,
-    row,
-    target_entropy,
-    training_flops,
-)
-from omnet_torchrl.training.checkpoint import Checkpointer
-from omnet_torchrl.training.config import to_config
-from omnet_torchrl.training.global_numbers import derived_seed
-from omnet_torchrl.training.maze import read_trajectories
-from omnet_torchrl.training.options import LossConfig, NetworkConfig, TrainConfig
+from omnet_torchrl.training import Evaluation, Trainer, make_env
+from omnet_torchrl.training.build import build, network_options, training_flops
+from omnet_torchrl.training.loop import evaluation as evaluation_module
+from omnet_torchrl.training.loop.streams import derived_seed
+from omnet_torchrl.training.options import ROWS, LossConfig, NetworkConfig, TrainConfig, row, to_config
+from omnet_torchrl.training.options.rows import dropout, network_sparsity, target_entropy
+from omnet_torchrl.training.record.checkpoint import Checkpointer
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "omnet_sac.py"
 TASKS = ["Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
@@ -315,7 +304,7 @@ def compose(path, options, diary):
     )
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames))
     evaluation = Evaluation(config, algorithm.actor, algorithm.loss)
-    return Trainer(collector, buffer, algorithm.update, evaluation, Checkpointer(path), diary, **schedule(config))
+    return Trainer(collector, buffer, algorithm.update, evaluation, Checkpointer(path), diary, config)
 
 
 def session(path, name, rows, stop=10**9, **options):
@@ -404,11 +393,10 @@ def test_a_reset_starts_everything_anew_but_masks_and_replay(tmp_path):
     target, online = loss.target_qvalue_network_params, loss.qvalue_network_params
     assert all(torch.equal(target[key], value) for key, value in online.items(True, True))
     assert loss.log_alpha == 0
-    assert all(not tensor.any() for optim in (update._critic_adam, update._actor_adam) for tensor in _tensors(optim.state))
+    assert all(not tensor.any() for key, tensor in update.state["optim"].items(True, True) if key[-1] != "lr")
     # The update computes with the very tensors that were reset.
     assert all(
-        torch.equal(update._params["qvalue_network_params"][key].to(value.dtype), value)
-        for key, value in online.items(True, True)
+        torch.equal(update.state[("params", "qvalue_network_params", *key)], value) for key, value in online.items(True, True)
     )
     assert len(trainer.buffer) == 30
 
@@ -416,10 +404,6 @@ def test_a_reset_starts_everything_anew_but_masks_and_replay(tmp_path):
 def leaves_of(loss):
     networks = ("actor_network_params", "qvalue_network_params")
     return {(name, key): value.detach() for name in networks for key, value in getattr(loss, name).items(True, True)}
-
-
-def _tensors(state):
-    return [tensor for value in state.values() for tensor in (value if isinstance(value, list) else [value])]
 
 
 # What the options build

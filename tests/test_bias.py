@@ -11,8 +11,8 @@ from torchrl.envs import StepCounter, TransformedEnv
 from torchrl.objectives import SoftUpdate
 
 from omnet_torchrl import EnsembleMLP, Maze2DEnv, OMNetSACLoss, make_actor, make_qvalue
-from omnet_torchrl.training.bias import evaluate_bias
-from omnet_torchrl.training.divergence import DivergenceError
+from omnet_torchrl.training.loop.evaluation import evaluate_bias
+from omnet_torchrl.training.loop.stopping import DivergenceError
 
 LENGTHS = (2, 3, 5)
 

@@ -1,6 +1,7 @@
 """Checkpoints: complete or none, whatever happens while one is written or to its files afterwards."""
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -13,8 +14,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-from omnet_torchrl.training import checkpoint
-from omnet_torchrl.training.checkpoint import Checkpointer, CheckpointError, load_replay
+from omnet_torchrl.training.record.checkpoint import Checkpointer, CheckpointError, load_replay
 
 
 @pytest.fixture(autouse=True)
@@ -267,14 +267,14 @@ def test_a_torn_manifest_falls_back(content, tmp_path):
         assert load(tmp_path)[0]["frames"] == 10
 
 
-@pytest.mark.parametrize(("number", "readable"), [(1, False), (2, True), (3, True), (4, True), (5, False)])
-def test_networks_of_a_format_that_kept_them_alike_can_be_read(number, readable, tmp_path):
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_another_format_is_refused(number, tmp_path):
     series(tmp_path, 10)
     manifest = newest(tmp_path, "checkpoint")
     manifest.write_text(manifest.read_text().replace('"format": 4', f'"format": {number}'))
     checkpointer = Checkpointer(tmp_path)
-    for replay, works in ((True, number == 4), (False, readable)):
-        if works:
+    for replay in (True, False):
+        if number == 4:
             assert checkpointer.load(replay=replay)[0]["frames"] == 10
         else:
             with pytest.raises(CheckpointError, match=f"expected checkpoint format 4, got {number}"):
@@ -487,7 +487,7 @@ def plant(path, kind, payload):
     else:
         memory.write(pickle.dumps(Malicious(path / "pwned"), protocol=2))
     (path / entry["file"]).write_bytes(memory.getvalue())
-    entry["sha256"] = checkpoint._sha256(memory.getvalue())
+    entry["sha256"] = hashlib.sha256(memory.getvalue()).hexdigest()
     manifest_path.write_text(json.dumps(manifest))
 
 

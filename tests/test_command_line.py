@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from omnet_torchrl.training.command_line import argument, check_command_line, check_overrides, parse
-from omnet_torchrl.training.config import register
+from omnet_torchrl.training.command_line import argument, check_command_line, check_overrides, parse, register
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "omnet_sac.py"
 

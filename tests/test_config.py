@@ -12,21 +12,23 @@ from hydra import compose, initialize
 from hydra.core.utils import setup_globals
 from omegaconf import OmegaConf
 
-from omnet_torchrl.training import config as config_module
-from omnet_torchrl.training import options as options_module
-from omnet_torchrl.training.config import (
-    MAY_CHANGE,
+from omnet_torchrl.training.command_line import register
+from omnet_torchrl.training.options import (
+    NetworkConfig,
+    OptimConfig,
+    TrainConfig,
+    checks,
     differences,
     load_config,
-    register,
     resolve_device,
     save_config,
     to_config,
     validate,
 )
-from omnet_torchrl.training.options import NetworkConfig, OptimConfig, TrainConfig
+from omnet_torchrl.training.options import options as options_module
+from omnet_torchrl.training.options.checks import MAY_CHANGE
 
-LEAVES = config_module._leaves(TrainConfig())
+LEAVES = checks._leaves(TrainConfig())
 
 
 def nested(**options):
@@ -75,7 +77,7 @@ def test_the_defaults_are_valid_and_are_the_papers():
     ],
 )
 def test_good_values_pass_and_arrive(options):
-    leaves = config_module._leaves(to_config(nested(**options)))
+    leaves = checks._leaves(to_config(nested(**options)))
     for name, value in options.items():
         assert leaves[name.replace("__", ".")] == value
 
@@ -118,7 +120,7 @@ def test_a_value_out_of_its_range_is_refused_with_range_and_value(name, value):
 
 
 def test_every_number_has_a_range():
-    ranged = " ".join(config_module._RANGES.values()).split()
+    ranged = " ".join(checks._RANGES.values()).split()
     numbers = [name for name, value in LEAVES.items() if type(value) in (int, float)]
     own_check = {"network.sparsity", "loss.num_trained_subnets", "loss.num_target_subnets"}
     assert set(numbers) - set(ranged) == own_check

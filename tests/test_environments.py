@@ -10,7 +10,7 @@ from torchrl.envs.utils import check_env_specs
 
 from omnet_torchrl import SubnetPrimer
 from omnet_torchrl.training import make_env
-from omnet_torchrl.training.environments import EpisodeRecorder, ReplayError, check_env, recorders
+from omnet_torchrl.training.loop.environments import EpisodeRecorder, ReplayError, check_env, recorders
 
 TASKS = ["Hopper-v4", "Humanoid-v4", "InvertedPendulum-v4"]
 

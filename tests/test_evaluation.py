@@ -7,12 +7,12 @@ import torch
 from torchrl.envs import ParallelEnv, SerialEnv
 from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 
-from omnet_torchrl import OMNetSACLoss, make_actor, make_qvalue
-from omnet_torchrl.training import CompiledPolicy, Evaluation, evaluate, make_env
-from omnet_torchrl.training.algorithms import build
-from omnet_torchrl.training.bias import evaluate_bias
-from omnet_torchrl.training.config import to_config
-from omnet_torchrl.training.environments import MAZE, recorders
+from omnet_torchrl import CompiledPolicy, OMNetSACLoss, make_actor, make_qvalue
+from omnet_torchrl.training import Evaluation, evaluate, make_env
+from omnet_torchrl.training.build import build
+from omnet_torchrl.training.loop.environments import MAZE, recorders
+from omnet_torchrl.training.loop.evaluation import evaluate_bias
+from omnet_torchrl.training.options import to_config
 
 
 def make(name, episodes, num_subnets=3):
@@ -138,7 +138,7 @@ def test_a_run_evaluates_the_compiled_policy(monkeypatch):
     )
     env = make_env(config.env)
     parts = build(config, env.observation_spec, env.action_spec)
-    policy = CompiledPolicy(parts.actor, parts.update)
+    policy = CompiledPolicy(parts.actor)
     plain, compiled = (Evaluation(config, each, parts.loss) for each in (parts.actor, policy))
     assert compiled(1_000) == plain(1_000)  # not prepared: the actor's own actions
     plain.prepare()

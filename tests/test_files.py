@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from omnet_torchrl.training.files import replace_file
+from omnet_torchrl.training.record.files import replace_file
 
 
 def refuse_folders(monkeypatch, number):

@@ -18,11 +18,10 @@ from omegaconf import OmegaConf
 from rates import Rate, Rates
 from records import SIZES, config_of
 
-from omnet_torchrl.training.algorithms import ROWS, build
+from omnet_torchrl.training.build import build
 from omnet_torchrl.training.command_line import check_overrides
-from omnet_torchrl.training.config import to_config
-from omnet_torchrl.training.logging import read_metrics
-from omnet_torchrl.training.options import TrainConfig
+from omnet_torchrl.training.options import ROWS, TrainConfig, to_config
+from omnet_torchrl.training.record.metrics import read_metrics
 
 LEARNING = Path(__file__).parent.parent / "benchmarks" / "learning"
 SMALL = [

@@ -9,9 +9,10 @@ from contextlib import closing
 
 import pytest
 
-from omnet_torchrl.training import logging
-from omnet_torchrl.training.logging import BackgroundLogger, CSVLogger, check_logger, make_logger, read_metrics
-from omnet_torchrl.training.run_folder import RunFolder
+from omnet_torchrl.training.record import trackers
+from omnet_torchrl.training.record.folder import RunFolder
+from omnet_torchrl.training.record.metrics import CSVLogger, read_metrics
+from omnet_torchrl.training.record.trackers import BackgroundLogger, check_logger, make_logger
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_a_full_disk_is_an_error_of_the_run():
 
 
 class FakeTracker:
-    name, place = "fake", "nowhere"
+    place = "nowhere"
 
     def __init__(self, fail_at=None, hang_at=None, fail_at_close=False):
         self.fail_at, self.hang_at, self.fail_at_close = fail_at, hang_at, fail_at_close
@@ -139,7 +140,7 @@ def wait_until(condition):
 
 def test_a_logger_writes_everything_in_order():
     tracker = FakeTracker()
-    logger = BackgroundLogger(tracker)
+    logger = BackgroundLogger("fake", lambda say: tracker)
     for frames in range(100):
         logger.log(frames, 0.5, {"x": frames})
     logger.close()
@@ -149,7 +150,7 @@ def test_a_logger_writes_everything_in_order():
 
 def test_a_failure_is_told_once_and_turns_the_logger_off():
     messages, tracker = [], FakeTracker(fail_at=1)
-    logger = BackgroundLogger(tracker, warn=messages.append)
+    logger = BackgroundLogger("fake", lambda say: tracker, warn=messages.append)
     for frames in range(3):
         logger.log(frames, 0.0, {"x": 1.0})
     wait_until(lambda: tracker.closed)
@@ -162,7 +163,7 @@ def test_a_failure_is_told_once_and_turns_the_logger_off():
 
 
 def test_a_failure_at_the_end_is_told_too():
-    logger = BackgroundLogger(FakeTracker(fail_at_close=True))
+    logger = BackgroundLogger("fake", lambda say: FakeTracker(fail_at_close=True))
     with pytest.warns(RuntimeWarning, match="fake: failed"):
         logger.close()
     logger.close()
@@ -171,7 +172,7 @@ def test_a_failure_at_the_end_is_told_too():
 
 def test_a_tracker_that_hangs_costs_no_time_and_loses_counted_values():
     messages, tracker = [], FakeTracker(hang_at=0)
-    logger = BackgroundLogger(tracker, warn=messages.append, size=4)
+    logger = BackgroundLogger("fake", lambda say: tracker, warn=messages.append, size=4)
     logger.log(0, 0.0, {"x": 1.0})
     wait_until(logger._queue.empty)
     start = time.monotonic()
@@ -187,9 +188,10 @@ def test_a_tracker_that_hangs_costs_no_time_and_loses_counted_values():
 
 def test_a_process_ends_although_a_tracker_hangs():
     code = (
-        "import threading; from omnet_torchrl.training.logging import BackgroundLogger\n"
-        "class Hanging:\n    name = place = 'x'\n    def write(self, *values): threading.Event().wait()\n    close = write\n"
-        "logger = BackgroundLogger(Hanging(), warn=print); logger.log(1, 0.0, {'x': 1.0}); logger.close(timeout=0.1)"
+        "import threading; from omnet_torchrl.training.record.trackers import BackgroundLogger\n"
+        "class Hanging:\n    place = 'x'\n    def write(self, *values): threading.Event().wait()\n    close = write\n"
+        "logger = BackgroundLogger('x', lambda say: Hanging(), warn=print)\n"
+        "logger.log(1, 0.0, {'x': 1.0}); logger.close(timeout=0.1)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert "x: not done within 0 s" in result.stdout
@@ -224,8 +226,23 @@ def test_a_logger_that_can_not_start_is_off(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(logging, "start_tensorboard", fail)
+    monkeypatch.setattr(trackers, "start_tensorboard", fail)
+    logger = make_logger("tensorboard", RunFolder.create(tmp_path / "run"))
     with pytest.warns(RuntimeWarning, match=r"tensorboard: could not be started, and is off \(OSError: .*Read-only"):
-        logger = make_logger("tensorboard", RunFolder.create(tmp_path / "run"))
+        logger.close()
     logger.log(1, 0.0, {"x": 1.0})
     logger.close()
+
+
+def test_a_logger_that_hangs_while_it_starts_costs_no_time():
+    go_on, messages, tracker = threading.Event(), [], FakeTracker()
+    start = time.monotonic()
+    logger = BackgroundLogger("fake", lambda say: go_on.wait(30) and tracker, warn=messages.append)
+    logger.log(1, 0.0, {"x": 1.0})
+    logger.close(timeout=0.2)
+    assert time.monotonic() - start < 2
+    assert messages == ["fake: not done within 0 s, the last values may be missing; metrics.csv has all."]
+    # One that starts too late is closed all the same.
+    go_on.set()
+    wait_until(lambda: tracker.closed)
+    assert tracker.rows == [(1, 0.0, {"x": 1.0})]

@@ -1,5 +1,6 @@
 """Pictures of the maze: the ways of an actor's subnetworks, what a CSV file gives back, and what is drawn."""
 
+import maze
 import pytest
 import torch
 from matplotlib.image import imread
@@ -9,8 +10,7 @@ from torchrl.envs import Compose, DoubleToFloat, InitTracker, RewardSum, StepCou
 from omnet_torchrl import Maze2DEnv, RedrawnMLP, make_actor
 from omnet_torchrl.envs import ENCLOSURE
 from omnet_torchrl.metrics import trajectory_diversity
-from omnet_torchrl.training import maze
-from omnet_torchrl.training.evaluation import evaluate
+from omnet_torchrl.training.loop.evaluation import evaluate, subnet_trajectories
 
 WAYS = torch.tensor([[[0.5, 0.5], [0.25, 0.5], [0.1, 0.9]], [[0.5, 0.5], [0.5, 0.6], [0.85, 0.8]]])
 
@@ -43,7 +43,7 @@ def compass():
 
 
 def test_each_subnetwork_goes_its_own_way():
-    ways = maze.subnet_trajectories(compass())
+    ways = subnet_trajectories(compass())
     assert ways.shape == (3, 51, 2)
     assert (ways[:, 0] == 0.5).all()
     torch.testing.assert_close(ways[0, 1], torch.tensor([0.3, 0.5]))
@@ -57,15 +57,15 @@ def test_who_is_at_the_goal_stays_there_until_the_others_are_done():
     actor = compass()
     with torch.no_grad():
         actor.module[0].network.ways[1] = torch.tensor([9.0, 9.0])
-    ways = maze.subnet_trajectories(actor, env)
+    ways = subnet_trajectories(actor, env)
     assert ways.shape == (3, 10, 2)
     torch.testing.assert_close(ways[1, 2:], torch.full((8, 2), 0.9))
 
 
 def test_the_ways_are_those_of_the_extracted_subnetworks():
     actor = actor_of_the_maze(num_subnets=2)
-    ways = maze.subnet_trajectories(actor)
-    assert torch.equal(maze.subnet_trajectories(actor), ways)
+    ways = subnet_trajectories(actor)
+    assert torch.equal(subnet_trajectories(actor), ways)
     for k in range(2):
         env, position = Maze2DEnv(), [torch.tensor([0.5, 0.5])]
         plain, state = actor.extract(k), env.reset()
@@ -80,13 +80,13 @@ def test_the_ways_are_those_of_the_extracted_subnetworks():
 
 def test_an_env_of_another_batch_size_raises():
     with pytest.raises(ValueError, match=r"batch size \(3,\), one per subnetwork, got \(2,\)"):
-        maze.subnet_trajectories(compass(), Maze2DEnv(2))
+        subnet_trajectories(compass(), Maze2DEnv(2))
 
 
 def test_of_very_many_subnetworks_the_first_go():
     actor = make_actor(Maze2DEnv().observation_spec, Maze2DEnv().action_spec, num_cells=(4,), network_class=RedrawnMLP)
     assert actor.num_subnets > 1_000
-    assert maze.subnet_trajectories(actor).shape[0] == 32
+    assert subnet_trajectories(actor).shape[0] == 32
 
 
 def test_the_maze_takes_the_transforms_and_the_evaluation_of_a_run():

@@ -9,10 +9,10 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from omnet_torchrl.training import plots
-from omnet_torchrl.training.logging import HEADER, CSVLogger
-from omnet_torchrl.training.plots import learning_curve
-from omnet_torchrl.training.run_folder import RunFolder
+from omnet_torchrl.training.record import plots
+from omnet_torchrl.training.record.folder import RunFolder
+from omnet_torchrl.training.record.metrics import HEADER, CSVLogger
+from omnet_torchrl.training.record.plots import learning_curve
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_picture_that_can_not_be_drawn_leaves_the_old_one(folder, monkeypatch)
 
 
 def test_it_is_a_command_that_needs_no_display(folder):
-    command = [sys.executable, "-X", "importtime", "-m", "omnet_torchrl.training.plots", str(folder.path)]
+    command = [sys.executable, "-X", "importtime", "-m", "omnet_torchrl.training.record.plots", str(folder.path)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == str(folder.curve_path)
     assert folder.curve_path.exists()

@@ -1,6 +1,7 @@
 """The policy of a run, loaded from its folder, is the one that was trained."""
 
 import csv
+import json
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,8 @@ from tensordict import TensorDict
 
 from omnet_torchrl import SubnetActor
 from omnet_torchrl.training import evaluate, load_policy, make_env
-from omnet_torchrl.training.checkpoint import Checkpointer
-from omnet_torchrl.training.global_numbers import derived_seed
+from omnet_torchrl.training.loop.streams import derived_seed
+from omnet_torchrl.training.record.checkpoint import Checkpointer
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "omnet_sac.py"
 ENV, NUM_SUBNETS, FRAMES = "Hopper-v4", 3, 120  # Hopper's returns are no round numbers
@@ -117,6 +118,20 @@ def test_the_replay_buffer_is_not_read(copy):
         path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"is not what was written\.$"):
         Checkpointer(copy / "checkpoints").load()
+
+
+def test_a_policy_needs_no_environment_but_for_a_run_that_did_not_write_its_spaces(copy):
+    code = f"import sys; from omnet_torchrl.training import load_policy; spec = load_policy({str(copy)!r}).spec['action']; "
+    code += "print(spec.space.low.tolist(), spec.space.high.tolist(), spec.dtype, 'gymnasium' in sys.modules)"
+    answers = []
+    for _ in range(2):
+        answers.append(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
+        info = json.loads((copy / "run.json").read_text())
+        info.pop("spaces", None)
+        (copy / "run.json").write_text(json.dumps(info))
+    (*written, without), (*made, with_environment) = answers
+    assert written == made
+    assert (without, with_environment) == ("False", "True")
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(copy):

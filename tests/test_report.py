@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from experiments import EXPERIMENTS, Cell, select
+from maze import read_trajectories, read_visits, write_trajectories, write_visits
 from records import Record, assign, find
 from test_algorithms import options_of, session
 from test_learning import load
 
-from omnet_torchrl.training.config import save_config, to_config
-from omnet_torchrl.training.maze import read_trajectories, read_visits, write_trajectories, write_visits
+from omnet_torchrl.training.options import save_config, to_config
 
 report = load("report")
 

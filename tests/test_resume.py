@@ -19,8 +19,8 @@ from test_environments import Counter
 from test_training import PENDULUM, Diary, make_trainer
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-from omnet_torchrl.training import checkpoint
-from omnet_torchrl.training.checkpoint import Checkpointer, load_replay
+from omnet_torchrl.training.record import checkpoint
+from omnet_torchrl.training.record.checkpoint import Checkpointer, load_replay
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "omnet_sac.py"
 CLOCK = {"elapsed", "times"}  # what the clock says, and nothing else, may differ

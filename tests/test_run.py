@@ -15,14 +15,13 @@ from torch.optim import Adam
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.objectives import SoftUpdate
 
-from omnet_torchrl import OMNetSACLoss, SubnetPrimer, make_actor, make_qvalue
+from omnet_torchrl import OMNetSACLoss, SubnetPrimer, Update, make_actor, make_qvalue
 from omnet_torchrl.metrics import sac_flops
-from omnet_torchrl.training import Run, SACUpdate, Trainer, describe, evaluate, load_policy, make_env, schedule
-from omnet_torchrl.training import trainer as trainer_module
-from omnet_torchrl.training.algorithms import network_options
-from omnet_torchrl.training.config import load_config
+from omnet_torchrl.training import Run, Trainer, describe, evaluate, load_policy, make_env
+from omnet_torchrl.training.build import network_options
+from omnet_torchrl.training.loop import trainer as trainer_module
+from omnet_torchrl.training.options import load_config
 
 OPTIONS = {
     "env": "InvertedPendulum-v4",
@@ -46,14 +45,15 @@ def train(run, evaluation=None):
     qvalue = make_qvalue(env.observation_spec, env.action_spec, **network_options(config, "critic"))
     loss = OMNetSACLoss(actor, qvalue)
     optims = Adam(qvalue.parameters()), Adam([*actor.parameters(), loss.log_alpha])
-    update = SACUpdate(loss, *optims, SoftUpdate(loss, tau=config.optim.tau), compile=False)
+    options = {"tau": config.optim.tau, "policy_update_delay": config.policy_update_delay}
+    update = Update(loss, optims, **options, compile=False)
     collector = Collector(
         env, actor, frames_per_batch=config.num_envs, init_random_frames=40, auto_register_policy_transforms=False
     )
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames))
     eval_env = make_env(config.env, num_envs=3)
     evaluation = evaluation or (lambda frames: evaluate(actor, eval_env, seed=frames))
-    trainer = Trainer(collector, buffer, update, evaluation, run.checkpointer, run, **schedule(config))
+    trainer = Trainer(collector, buffer, update, evaluation, run.checkpointer, run.reporter, config)
     return run.train(trainer, describe(config, actor, qvalue))
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from omnet_torchrl.training import run_folder
-from omnet_torchrl.training.run_folder import RunFolder, git_commit, peak_memory, versions
+from omnet_torchrl.training.record import folder as folder_module
+from omnet_torchrl.training.record.folder import RunFolder, git_commit, peak_memory, versions
 
 
 def test_a_new_run_never_takes_the_folder_of_another(tmp_path):
@@ -108,7 +108,7 @@ def test_a_locked_folder_is_nobody_elses(tmp_path):
     folder.lock()
     with pytest.raises(ValueError, match=rf"still goes on \(process {os.getpid()} on .+\): stop it first"):
         other.lock()
-    lock = f"from omnet_torchrl.training.run_folder import RunFolder; RunFolder({str(folder.path)!r}).lock()"
+    lock = f"from omnet_torchrl.training.record.folder import RunFolder; RunFolder({str(folder.path)!r}).lock()"
     assert "still goes on" in subprocess.run([sys.executable, "-c", lock], capture_output=True, text=True).stderr
     folder.unlock()
     other.lock()
@@ -156,7 +156,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_versions_name_what_is_not_installed(monkeypatch):
-    monkeypatch.setattr(run_folder, "PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr(folder_module, "PACKAGES", ("torch", "no-such-package"))
     found = versions()
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["torch"]
@@ -169,7 +169,7 @@ def checkout(tmp_path, monkeypatch):
     package = tmp_path / "checkout" / "package"
     (package / "training").mkdir(parents=True)
     (package / "__init__.py").touch()
-    monkeypatch.setattr(run_folder, "__file__", str(package / "training" / "run_folder.py"))
+    monkeypatch.setattr(folder_module, "__file__", str(package / "training" / "record" / "folder.py"))
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
 
     def git(*command):

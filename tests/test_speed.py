@@ -17,6 +17,7 @@ import run as speed_run
 import torch
 from components import ROWS, TASKS, bare_batch, bare_update, make_update, transitions
 from protocol import Worker
+from test_update import actor_step, critic_step
 from torchrl.objectives import REDQLoss, SACLoss
 
 from omnet_torchrl.metrics import sac_flops
@@ -41,7 +42,8 @@ def tensors(update):
         loss = update.loss
         params = (loss.actor_network_params, loss.qvalue_network_params, loss.target_qvalue_network_params)
         networks = [[value for value in each.values(True, True) if value.is_floating_point()] for each in params]
-        adams = [(adam.state["exp_avg"], adam.state["exp_avg_sq"]) for adam in (update._critic_adam, update._actor_adam)]
+        moments = [update.state["optim", name, "0"] for name in ("critic", "actor")]
+        adams = [[list(each[key].values(True, True)) for key in ("exp_avg", "exp_avg_sq")] for each in moments]
         log_alpha = loss.log_alpha
     groups = [*networks, *(moment for adam in adams for moment in adam), [log_alpha]]
     return [tensor.detach().reshape(-1) for group in groups for tensor in group]
@@ -58,9 +60,9 @@ def test_the_bare_torch_reference_is_the_update_number_for_number(bound):
     for i, batch in enumerate(transitions(task, 8 * 32).reshape(8, 32).unbind(0)):
         draws = update.loss.draw(batch, torch.Generator().manual_seed(i))
         plain = bare_batch(batch), dict(draws.items())
-        torch.testing.assert_close(reference.critic_step(*plain), update.critic_step(batch, draws)["loss_qvalue"], **close)
+        torch.testing.assert_close(reference.critic_step(*plain), critic_step(update, batch, draws)["loss_qvalue"], **close)
         if i % 2:
-            losses = update.actor_step(batch, draws)
+            losses = actor_step(update, batch, draws)
             torch.testing.assert_close(reference.actor_step(*plain), (losses["loss_actor"], losses["loss_alpha"]), **close)
     for expected, got, first in zip(tensors(update), tensors(reference), before, strict=True):
         torch.testing.assert_close(got, expected, **close)
@@ -117,10 +119,10 @@ def test_a_block_is_its_critic_updates_and_one_actor_update(row, monkeypatch):
 
     monkeypatch.setattr(components, "make_update", keep)
     block = components.omnet_block(row, TINY, width=16, batch=8, compile=False)
-    adams = updates[0]._critic_adam, updates[0]._actor_adam
-    before = [adam.state["steps"][0].item() for adam in adams]
+    steps = [updates[0].state["optim", name, "0", "steps"] for name in ("critic", "actor")]
+    before = [each[0].item() for each in steps]
     block()
-    assert [adam.state["steps"][0].item() - start for adam, start in zip(adams, before, strict=True)] == [2, 1]
+    assert [each[0].item() - start for each, start in zip(steps, before, strict=True)] == [2, 1]
 
 
 @pytest.mark.usefixtures("_short")

@@ -1,11 +1,13 @@
 """What a person sees: on a terminal, in a log file, and where there is no one to see it."""
 
 import io
+import re
+from contextlib import closing
 
 import pytest
 
-from omnet_torchrl.training import terminal
-from omnet_torchrl.training.terminal import Terminal, count, duration, shares
+from omnet_torchrl.training.record import terminal
+from omnet_torchrl.training.record.terminal import Terminal, count, duration, shares
 
 
 class Screen(io.StringIO):
@@ -18,6 +20,7 @@ def clock(monkeypatch):
     """Seconds that pass only when told."""
     now = [100.0]
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])  # the bar's own clock
     return now
 
 
@@ -35,8 +38,8 @@ def test_a_log_file_gets_a_line_a_minute(clock):
     shown.close()
     lines = file.getvalue().splitlines()
     assert len(lines) == 2
-    assert lines[0] == "  0%  1,199/300K, 4:09:00 left, 20 frames/s, 400 updates/s, episode 12"
-    assert lines[1] == "  1%  2,399/300K, 4:08:00 left, 20 frames/s, 400 updates/s, episode 12"
+    assert "| 1200/300000 [01:00<4:09:00, 20.00 frames/s, episode=12, updates=24,000]" in lines[0]
+    assert "| 2400/300000 [02:00<4:08:00, 20.00 frames/s, episode=12, updates=48,000]" in lines[1]
 
 
 def test_the_bar_is_refreshed_ten_times_a_second(clock):
@@ -52,7 +55,7 @@ def test_the_bar_is_refreshed_ten_times_a_second(clock):
 
 def test_rates_are_of_the_last_seconds(clock):
     screen = Screen()
-    shown = Terminal(300_000, initial_frames=100_000, file=screen)
+    shown = Terminal(300_000, file=screen)  # of a run that goes on from frame 100,000
     for frames in range(100_000, 105_000, 10):  # 1,000 a second
         clock[0] += 0.01
         shown.update(frames, 2_000_000)
@@ -62,7 +65,7 @@ def test_rates_are_of_the_last_seconds(clock):
     last = screen.getvalue().split("\r")[-1]
     shown.close()
     assert " 35%|" in last
-    assert "300K, 2:41:40 left, 20 f/s, 400 u/s, eval 2346" in last
+    assert re.search(r"/300000 \[00:5[45]<2:4\d:\d\d, +20\.\d+ frames/s, eval=2346, updates=2,019,\d+\]", last)
 
 
 def test_evaluations_are_printed_whatever_the_progress_does(clock):
@@ -81,8 +84,8 @@ def test_evaluations_are_printed_whatever_the_progress_does(clock):
 def test_header_and_summary_are_aligned_and_fit_the_width():
     file = io.StringIO()
     shown = Terminal(1000, file=file)
-    shown.header({"env": "Hopper-v4", "networks": "word " * 30}, title="OMNet")
-    shown.summary({"status": "finished", "frames": 1000, "nothing": ""})
+    shown.block({"env": "Hopper-v4", "networks": "word " * 30}, title="OMNet")
+    shown.block({"status": "finished", "frames": 1000, "nothing": ""})
     lines = file.getvalue().splitlines()
     assert lines[:2] == ["OMNet", "  env       Hopper-v4"]
     assert lines[2].startswith("  networks  word")
@@ -96,14 +99,14 @@ def test_a_terminal_that_has_gone_away_does_not_stop_the_run(clock):
         def write(self, text):
             raise OSError(5, "Input/output error")
 
-    with Terminal(1000, file=Gone()) as shown:
-        shown.header({"env": "Hopper-v4"})
+    with closing(Terminal(1000, file=Gone())) as shown:
+        shown.block({"env": "Hopper-v4"})
         clock[0] += 1
         shown.update(10, 10)
         shown.evaluation(10, {"eval/return": 1.0})
         clock[0] += 1
         shown.update(20, 20)
-        shown.summary({"status": "finished"})
+        shown.block({"status": "finished"})
 
 
 @pytest.mark.parametrize(

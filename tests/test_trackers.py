@@ -1,13 +1,12 @@
 """TensorBoard and wandb, the real ones, with the network away."""
 
-import threading
 import time
 
 import pytest
 
-from omnet_torchrl.training import trackers
-from omnet_torchrl.training.logging import make_logger
-from omnet_torchrl.training.run_folder import RunFolder
+from omnet_torchrl.training.record import trackers
+from omnet_torchrl.training.record.folder import RunFolder
+from omnet_torchrl.training.record.trackers import make_logger
 
 CONFIG = {"env": "Hopper-v4", "network": {"num_subnets": 5}}
 
@@ -61,20 +60,6 @@ def test_tensorboard_writer_that_raises_does_not_stop_the_run(folder):
     ]
 
 
-class FakeWandb:
-    """Stands for a WandbTracker; ``online`` is what happens when it connects."""
-
-    name, place = "wandb", "wandb sync somewhere"
-
-    def __init__(self, folder, config, run_id, mode, options):
-        self.run_id, self.mode, self.closed = run_id, mode, False
-        if mode == "online":
-            self.online()
-
-    def close(self):
-        self.closed = True
-
-
 @pytest.fixture
 def wandb(monkeypatch):
     wandb = pytest.importorskip("wandb")
@@ -113,32 +98,20 @@ def test_wandb_without_a_server_falls_back_to_offline_with_one_warning(folder, w
 
 def test_wandb_without_a_key_asks_nobody(folder, wandb, monkeypatch):
     monkeypatch.setattr(wandb, "login", lambda prompt, verify: prompt)
-    with pytest.raises(ConnectionError, match="there is no key"):
-        trackers.WandbTracker(folder, CONFIG, "id", "online", {})
+    messages = []
+    trackers.start_wandb(folder, CONFIG, "id", "online", messages.append, {}).close()
+    assert len(messages) == 1
+    assert "ConnectionError: there is no key" in messages[0]
 
 
-def test_a_connection_that_hangs_is_given_up(folder, wandb, monkeypatch):
-    go_on, started, messages = threading.Event(), [], []
+def test_a_resumed_run_is_the_same_run_of_wandb(folder, monkeypatch):
+    seen = []
 
-    class Hanging(FakeWandb):
-        def online(self):
-            started.append(self)
-            go_on.wait(30)
+    def start(folder, config, run_id, *rest):
+        seen.append(run_id)
+        return trackers.Tracker("somewhere", lambda *values: None, lambda: None)
 
-    monkeypatch.setattr(trackers, "WandbTracker", Hanging)
-    monkeypatch.setattr(trackers, "CONNECT_SECONDS", 0.1)
-    start = time.monotonic()
-    tracker = trackers.start_wandb(folder, CONFIG, "online", messages.append, {})
-    assert time.monotonic() - start < 5
-    assert tracker.mode == "offline"
-    assert messages == ["wandb can't be reached, and is offline in this run (TimeoutError: no answer within 0 s)."]
-    # One that connects too late is not left behind.
-    go_on.set()
-    wait_until(lambda: started[0].closed)
-
-
-def test_a_resumed_run_is_the_same_run_of_wandb(folder, wandb, monkeypatch):
-    monkeypatch.setattr(trackers, "WandbTracker", FakeWandb)
-    first = trackers.start_wandb(folder, CONFIG, "offline", print, {})
-    second = trackers.start_wandb(RunFolder.open(folder.path), CONFIG, "offline", print, {})
-    assert first.run_id == second.run_id == folder.info["wandb_id"]
+    monkeypatch.setattr(trackers, "start_wandb", start)
+    for each in (folder, RunFolder.open(folder.path)):
+        make_logger("wandb", each, CONFIG).close()
+    assert seen == 2 * [folder.info["wandb_id"]]

@@ -1,5 +1,6 @@
 """The loop: what happens at which frame, whatever else happens around it."""
 
+import dataclasses
 import math
 import os
 import signal
@@ -12,13 +13,13 @@ import torch
 from torch.optim import Adam
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, PrioritizedSampler, ReplayBuffer, TensorDictReplayBuffer
-from torchrl.objectives import SoftUpdate
 
-from omnet_torchrl import OMNetSACLoss, SubnetPrimer, make_actor, make_qvalue
-from omnet_torchrl.training import GatherStorage, SACUpdate, Trainer, evaluate, make_env
-from omnet_torchrl.training import compiled as compiled_module
-from omnet_torchrl.training.checkpoint import Checkpointer
-from omnet_torchrl.training.stopping import check_stop
+from omnet_torchrl import GatherStorage, OMNetSACLoss, SubnetPrimer, Update, make_actor, make_qvalue
+from omnet_torchrl.training import Trainer, evaluate, make_env
+from omnet_torchrl.training.loop.stopping import check_stop
+from omnet_torchrl.training.options import TrainConfig
+from omnet_torchrl.training.record.checkpoint import Checkpointer
+from omnet_torchrl.updates import compiled as compiled_module
 
 PENDULUM = "InvertedPendulum-v4"
 
@@ -55,7 +56,7 @@ class Diary:
 def make_trainer(
     path, env=PENDULUM, *, num_envs=1, seed=0, evaluation=None, diary=None, capacity=None, policy=None, buffer=None, **schedule
 ):
-    """A trainer of small networks; ``policy(actor, update)`` acts in the place of the actor."""
+    """A trainer of small networks; ``policy(actor)`` acts in the place of the actor."""
     schedule = {
         **{"total_frames": 60, "init_random_frames": 20, "utd_ratio": 1, "policy_update_delay": 2, "batch_size": 8},
         **{"log_interval": 10, "eval_interval": 30, "checkpoint_interval": 0, "seed": seed},
@@ -71,10 +72,11 @@ def make_trainer(
     loss.make_value_estimator(gamma=0.99)
     critic_optim = Adam(qvalue.parameters(), lr=1e-3)
     actor_optim = Adam([*actor.parameters(), loss.log_alpha], lr=1e-3)
-    update = SACUpdate(loss, critic_optim, actor_optim, SoftUpdate(loss, tau=0.01), compile=False)
+    options = {"tau": 0.01, "policy_update_delay": schedule["policy_update_delay"], "compile": False}
+    update = Update(loss, [critic_optim, actor_optim], **options)
     collector = Collector(
         env,
-        actor if policy is None else policy(actor, update),
+        actor if policy is None else policy(actor),
         frames_per_batch=num_envs or 1,
         init_random_frames=schedule["init_random_frames"],
         policy_device="cpu",
@@ -88,19 +90,22 @@ def make_trainer(
     if evaluation is None:
         evaluation = lambda frames: {"eval/return": float(frames)}  # noqa: E731
     reporter = Diary() if diary is None else diary
-    return Trainer(collector, buffer, update, evaluation, Checkpointer(path), reporter, **schedule)
+    for group, name in (("optim", "batch_size"), ("eval", "interval"), ("checkpoint", "interval")):
+        value = schedule.pop(f"{group}_{name}" if group != "optim" else name)
+        schedule[group] = dataclasses.replace(getattr(TrainConfig(), group), **{name: value})
+    config = TrainConfig(**schedule)
+    return Trainer(collector, buffer, update, evaluation, Checkpointer(path), reporter, config)
 
 
 def spy(trainer):
     """Which steps are made at which number of frames."""
-    steps, block = [], trainer.update.block
+    steps, run = [], trainer.update._run
 
-    def call(batches, draws, actor):
-        for follows in actor:
-            steps.extend([(trainer.frames, "critic"), (trainer.frames, "actor")][: 1 + follows])
-        return block(batches, draws, actor)
+    def call(schedule, *args):
+        steps.extend((trainer.frames, name) for name, _ in schedule)
+        return run(schedule, *args)
 
-    trainer.update.block = call
+    trainer.update._run = call
     return steps
 
 
@@ -159,7 +164,7 @@ def test_actions_are_random_first_and_the_policys_then(num_envs, tmp_path):
     for name, parameter in trainer.update.loss.named_parameters():
         if name.startswith("actor") and parameter.shape == (2,):
             parameter.data.copy_(torch.tensor([50.0, -20.0]))  # a policy that always chooses the upper bound
-    trainer.policy_update_delay = 10**6
+    trainer.config.policy_update_delay = 10**6
     trainer.run()
     actions = transitions(trainer)["action"]
     high = trainer.collector.env.action_spec.space.high.flatten()[0]
@@ -263,16 +268,16 @@ def disturb_the_global_numbers(trainer):
 
 def evaluate_often(trainer):
     env = make_env(PENDULUM, num_envs=2)
-    trainer.eval_interval = 3
+    trainer.config.eval.interval = 3
     trainer.evaluate = lambda frames: evaluate(trainer.update.loss.actor_network, env, seed=frames)
 
 
 def log_often(trainer):
-    trainer.log_interval = 1
+    trainer.config.log_interval = 1
 
 
 def save_often(trainer):
-    trainer.checkpoint_interval = 1
+    trainer.config.checkpoint.interval = 1
 
 
 def compile_it(trainer):
@@ -289,14 +294,9 @@ def test_nothing_else_changes_the_training(disturb, tmp_path):
     assert (transitions(plain) == transitions(disturbed)).all()
 
 
-@pytest.mark.parametrize("prepared", [False, True])
-def test_an_update_that_gathers_its_batches_makes_the_same_run(prepared, tmp_path, monkeypatch):
+def test_a_storage_that_gathers_makes_the_same_run(tmp_path):
     sampled = make_trainer(tmp_path / "a", num_envs=2, buffer=ReplayBuffer(storage=LazyTensorStorage(60)))
-    buffer = ReplayBuffer(storage=GatherStorage(60))
-    gathered = make_trainer(tmp_path / "b", num_envs=2, buffer=buffer)
-    monkeypatch.setattr(buffer, "sample", lambda *_: pytest.fail("sampled"))
-    if prepared:
-        gathered.prepare()
+    gathered = make_trainer(tmp_path / "b", num_envs=2, buffer=ReplayBuffer(storage=GatherStorage(60)))
     sampled.run()
     gathered.run()
     assert_equal(weights(sampled), weights(gathered))
@@ -305,7 +305,7 @@ def test_an_update_that_gathers_its_batches_makes_the_same_run(prepared, tmp_pat
 
 
 @pytest.mark.parametrize("num_envs", [None, 2])
-def test_a_traced_update_that_gathers_goes_on_where_it_stopped_as_an_eager_one(num_envs, tmp_path, monkeypatch):
+def test_a_traced_update_goes_on_where_it_stopped_as_an_eager_one(num_envs, tmp_path, monkeypatch):
     monkeypatch.setattr(compiled_module, "translate", lambda graph, inputs: graph)
 
     def run(folder, frames, traced):
@@ -320,7 +320,7 @@ def test_a_traced_update_that_gathers_goes_on_where_it_stopped_as_an_eager_one(n
     eager = run("a", 60, False)
     run("b", 40, True)
     traced = run("b", 60, True)
-    assert traced.update._steps
+    assert traced.update._code
     assert_equal(weights(traced), weights(eager))
     assert (transitions(traced) == transitions(eager)).all()
 
@@ -329,8 +329,10 @@ def test_a_buffer_with_transforms_samples_itself(tmp_path):
     buffer = ReplayBuffer(storage=GatherStorage(60))
     buffer.append_transform(lambda data: data.set(("next", "reward"), 0 * data["next", "reward"]))
     trainer = make_trainer(tmp_path, buffer=buffer)
-    rewards, block = [], trainer.update.block
-    trainer.update.block = lambda batches, *args: rewards.append(batches["next", "reward"]) or block(batches, *args)
+    rewards, run = [], trainer.update._run
+    trainer.update._run = lambda schedule, batches, draws: (
+        rewards.append(batches["next", "reward"]) or run(schedule, batches, draws)
+    )
     trainer.run()
     assert len(rewards) == 40
     assert all(reward.shape == (1, 8, 1) and not reward.any() for reward in rewards)
@@ -357,8 +359,10 @@ def test_what_a_transform_of_the_buffer_adds_for_the_loss_is_compiled_too(tmp_pa
 def test_what_a_collector_adds_for_the_loss_is_stored(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.collector.postproc = lambda data: data.set("steps_to_next_obs", torch.full((*data.batch_size, 1), 3))
-    seen, block = [], trainer.update.block
-    trainer.update.block = lambda batches, *args: seen.append(batches.get("steps_to_next_obs", None)) or block(batches, *args)
+    seen, run = [], trainer.update._run
+    trainer.update._run = lambda schedule, batches, draws: (
+        seen.append(batches.get("steps_to_next_obs", None)) or run(schedule, batches, draws)
+    )
     trainer.run()
     assert seen
     assert all(steps is not None and (steps == 3).all() for steps in seen)
@@ -384,7 +388,7 @@ def test_each_stream_of_random_numbers_is_of_its_own(stream, tmp_path):
     trainers = [make_trainer(tmp_path / name) for name in "ab"]
     other = trainers[1]
     if stream == "exploration":
-        other._random.exploration.load_state_dict([torch.Generator().manual_seed(99).get_state()])
+        other._random.exploration.state = [torch.Generator().manual_seed(99).get_state()]
     elif stream == "subnets":
         other.collector.env.transform[-1].generator.manual_seed(99)
     elif stream == "environment":
@@ -491,7 +495,8 @@ def poison(trainer, frame, network="qvalue_network_params"):
 
     def call(before):
         if before == frame - 1:
-            leaf = next(value for value in trainer.update._params[network].values() if value.is_floating_point())
+            leaves = trainer.update.state["params", network].values(True, True)
+            leaf = next(value for value in leaves if value.is_floating_point())
             leaf.view(-1)[0] = math.nan
         return train(before)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omnet_torchrl.training.algorithms import ROWS
+from omnet_torchrl.training.options import ROWS
 
 TASKS = ("Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4")
 
@@ -24,7 +24,7 @@ class Variant:
     Args:
         name (str): of its folder.
         label (str): in figures.
-        algorithm (str): see :mod:`omnet_torchrl.training.algorithms`.
+        algorithm (str): see :mod:`omnet_torchrl.training.options.rows`.
         options (tuple): dotted name and value of each option that differs.
     """
 
@@ -39,7 +39,7 @@ class Variant:
         return [f"algorithm={self.algorithm}", f"env={task}", f"seed={seed}", f"total_frames={frames}", *own]
 
     def nested(self) -> dict[str, Any]:
-        """Its algorithm and options as :func:`~omnet_torchrl.training.config.to_config` takes them."""
+        """Its algorithm and options as :func:`~omnet_torchrl.training.options.to_config` takes them."""
         options: dict[str, Any] = {"algorithm": self.algorithm}
         for name, value in self.options:
             *groups, leaf = name.split(".")

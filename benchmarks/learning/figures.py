@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 from records import Record
 from scores import Interval, common_curve, mean_interval
 
-from omnet_torchrl.training.terminal import count
+from omnet_torchrl.training.record.terminal import count
 
 Runs = Mapping[str, Mapping[str, Sequence[Record]]]  # variant's name, task: a run for each seed
 References = Mapping[str, Mapping[str, Sequence[tuple[Sequence[int], Sequence[float]]]]]  # label, task: curves

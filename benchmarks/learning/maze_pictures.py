@@ -9,11 +9,7 @@ from pathlib import Path
 
 import torch
 from experiments import Variant
-from records import Record
-from scores import Interval, mean_interval
-
-from omnet_torchrl.training.checkpoint import Checkpointer
-from omnet_torchrl.training.maze import (
+from maze import (
     coverage_of_visits,
     read_trajectories,
     read_visits,
@@ -22,6 +18,10 @@ from omnet_torchrl.training.maze import (
     write_trajectories,
     write_visits,
 )
+from records import Record
+from scores import Interval, mean_interval
+
+from omnet_torchrl.training.record.checkpoint import Checkpointer
 
 STEPS = (100, 500, 1_000)
 Runs = Mapping[str, Mapping[str, Sequence[Record]]]

@@ -24,8 +24,8 @@ import torch
 from csv_files import finite, read_rows
 from experiments import Cell
 
-from omnet_torchrl.training.logging import read_metrics
 from omnet_torchrl.training.options import TrainConfig
+from omnet_torchrl.training.record.metrics import read_metrics
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "omnet_sac.py"
 NUMBERS = ("random_seconds", "seconds", "update_seconds")

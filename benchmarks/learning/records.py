@@ -14,11 +14,11 @@ import numpy as np
 from experiments import Cell, Variant
 from scores import final_score
 
-from omnet_torchrl.training.algorithms import dropout, training_flops
-from omnet_torchrl.training.config import differences, load_config, to_config
-from omnet_torchrl.training.logging import read_metrics
-from omnet_torchrl.training.options import TrainConfig
-from omnet_torchrl.training.run_folder import RunFolder
+from omnet_torchrl.training.build import training_flops
+from omnet_torchrl.training.options import TrainConfig, differences, load_config, to_config
+from omnet_torchrl.training.options.rows import dropout
+from omnet_torchrl.training.record.folder import RunFolder
+from omnet_torchrl.training.record.metrics import read_metrics
 
 SIZES = {
     **{"Hopper-v4": (11, 3), "Walker2d-v4": (17, 6), "Ant-v4": (27, 8), "Humanoid-v4": (376, 17)},

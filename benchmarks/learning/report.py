@@ -27,9 +27,8 @@ import numpy as np
 import tables
 from csv_files import finite, read_rows
 from experiments import EXPERIMENTS, Experiment, known
+from maze import map_figure
 from records import Record, assign, find
-
-from omnet_torchrl.training.maze import map_figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OWN_FIGURES = ("fig3", "fig5", "fig6", "fig7", "fig8")  # without the value bias

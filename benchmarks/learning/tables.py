@@ -24,7 +24,8 @@ from scores import (
     td3_normalised,
 )
 
-from omnet_torchrl.training.algorithms import ROWS, training_flops
+from omnet_torchrl.training.build import training_flops
+from omnet_torchrl.training.options import ROWS
 
 Runs = Mapping[str, Mapping[str, Sequence[Record]]]
 BIAS = {"mean": 1, "std": 1, "normalised_mean": 2, "normalised_std": 2, "min_mean": 1, "min_std": 1}  # and digits

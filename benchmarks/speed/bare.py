@@ -1,7 +1,7 @@
 r"""One OMNet update in plain torch: no TensorDict, no TorchRL, no modules.
 
 It is the update's specification (equations 4 and 5, SAC's entropy terms, Adam, Polyak averaging), the floor of the software
-(each step compiled whole) and a numeric oracle: from the same weights, batch and draws, ``OMNetSACLoss`` with ``SACUpdate``
+(each step compiled whole) and a numeric oracle: from the same weights, batch and draws, ``OMNetSACLoss`` with ``Update``
 comes to the same numbers (``tests/test_speed.py``).
 
 A network is a list of layers ``[weight, bias, gain, shift]`` (the last without normalisation) and their masks ``(N, out, in)``,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from omnet_torchrl.training.logging import read_metrics
+from omnet_torchrl.training.record.metrics import read_metrics
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "omnet_sac.py"
 FRAMES, RANDOM = 3_000, 1_000

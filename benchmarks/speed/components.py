@@ -22,10 +22,10 @@ from torchrl.data import Bounded, LazyTensorStorage, ReplayBuffer, TensorDictRep
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import REDQLoss, SACLoss, SoftUpdate, group_optimizers
 
-from omnet_torchrl import make_actor
-from omnet_torchrl.training import GatherStorage, SACUpdate, Trainer
-from omnet_torchrl.training.algorithms import build
-from omnet_torchrl.training.config import to_config
+from omnet_torchrl import GatherStorage, Update, make_actor
+from omnet_torchrl.training import Trainer
+from omnet_torchrl.training.build import build
+from omnet_torchrl.training.options import OptimConfig, TrainConfig, to_config
 
 UPDATES, ACTIONS, BATCH, WIDTH, STORED = 20, 200, 256, 256, 50_000
 Block = Callable[[], None]
@@ -45,7 +45,7 @@ class Task(NamedTuple):
 
 TASKS = {"hopper": Task(11, 3, 1.0), "humanoid": Task(376, 17, 0.4), "tiny": Task(3, 2, 1.0)}
 
-# Options of a run, over those of training/algorithms.py: the rows of the results table, and masks over units.
+# Options of a run, over those of training/options/rows.py: the rows of the results table, and masks over units.
 ROWS: dict[str, dict[str, Any]] = {
     "omnet": {},
     "unit": {"network": {"masks": "unit"}},
@@ -85,9 +85,7 @@ def filled(buffer: ReplayBuffer, task: Task, device: str = "cpu") -> ReplayBuffe
     return buffer
 
 
-def make_update(
-    row: str, task: Task, *, width: int = 256, compile: bool = True, device: str = "cpu", **kwargs: Any
-) -> SACUpdate:
+def make_update(row: str, task: Task, *, width: int = 256, compile: bool = True, device: str = "cpu", **kwargs: Any) -> Update:
     """The update of a row; ``kwargs`` are options of its networks."""
     torch.manual_seed(0)
     network = {**ROWS[row].get("network", {}), "num_cells": [width, width], **kwargs}
@@ -101,16 +99,16 @@ def make_update(
 def omnet_block(row: str, task: Task, *, batch: int = 256, device: str = "cpu", **kwargs: Any) -> Block:
     """The main job's own frame, by its :class:`~omnet_torchrl.training.Trainer`; ``kwargs`` as in :func:`make_update`."""
     update = make_update(row, task, device=device, **kwargs)
-    schedule = {"total_frames": 2**62, "init_random_frames": 0, "utd_ratio": UPDATES, "policy_update_delay": UPDATES}
+    update.policy_update_delay = UPDATES
+    schedule = {"init_random_frames": 0, "utd_ratio": UPDATES}
     none: Any = None
     buffer = replay(task, device)
-    trainer = Trainer(none, buffer, update, none, none, none, **schedule, batch_size=batch, seed=0)
+    trainer = Trainer(none, buffer, update, none, none, none, TrainConfig(**schedule, optim=OptimConfig(batch_size=batch)))
 
     def block() -> None:
         trainer.frames += 1
         trainer._train(trainer.frames - 1)
 
-    update.prepare(buffer.storage.rows, batch_size=batch)
     return _warm(block, device)
 
 
@@ -119,15 +117,15 @@ def critic_block(row: str, task: Task, *, batch: int = 256, device: str = "cpu",
     update = make_update(row, task, device=device, **kwargs)
     batches = transitions(task, UPDATES * batch, device).reshape(UPDATES, batch)
     draws = update.loss.draw(batches[0], num_updates=UPDATES)
-    update.prepare(batches[0])
+    update.policy_update_delay = 2**62  # no step of the actor
 
     def block() -> None:
-        update.block(batches, draws, [False] * UPDATES)
+        update(batches, draws=draws)
 
     return _warm(block, device)
 
 
-def bare_update(update: SACUpdate, task: Task, **kwargs: Any) -> bare.Update:
+def bare_update(update: Update, task: Task, **kwargs: Any) -> bare.Update:
     """The bare-torch reference that starts from the weights, masks and temperature of an update."""
     loss, networks = update.loss, []
     for root in (loss.actor_network, loss.qvalue_network):
@@ -182,10 +180,10 @@ def bare_block(task: Task, *, width: int = 256, compile: bool = True, device: st
     return _warm(block, device)
 
 
-def torchrl_block(
-    loss_class: type[SACLoss] | type[REDQLoss], task: Task, *, width: int = 256, compile: bool = True, device: str = "cpu"
-) -> Block:
-    """TorchRL's loss as in its own recipes: each update is the whole loss, one backward pass and all optimisers."""
+def torchrl_loss(
+    loss_class: type[SACLoss] | type[REDQLoss], task: Task, *, width: int = 256, device: str = "cpu"
+) -> tuple[Any, SoftUpdate]:
+    """TorchRL's loss over the networks of its own recipes, and the updater of its targets."""
     torch.manual_seed(0)
     action, cells = task.specs()[1], [width, width]
     network = MLP(task.observation, 2 * task.action, num_cells=cells, activation_class=nn.ReLU, device=device)
@@ -204,7 +202,14 @@ def torchrl_block(
     qvalue = ValueOperator(critic, in_keys=["observation", "action"])
     loss = loss_class(actor, qvalue, num_qvalue_nets=10 if loss_class is REDQLoss else 2, loss_function="l2")
     loss.make_value_estimator(gamma=0.99)
-    updater = SoftUpdate(loss, tau=0.005)
+    return loss, SoftUpdate(loss, tau=0.005)
+
+
+def torchrl_block(
+    loss_class: type[SACLoss] | type[REDQLoss], task: Task, *, width: int = 256, compile: bool = True, device: str = "cpu"
+) -> Block:
+    """TorchRL's loss as in its own recipes: each update is the whole loss, one backward pass and all optimisers."""
+    loss, updater = torchrl_loss(loss_class, task, width=width, device=device)
     groups = (loss.actor_network_params.parameters(), loss.qvalue_network_params.parameters(), [loss.log_alpha])
     optim = group_optimizers(*(Adam(list(params), lr=3e-4) for params in groups))
     storage = LazyTensorStorage(STORED, device=device)

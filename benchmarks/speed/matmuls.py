@@ -1,7 +1,7 @@
 """The matmul floor: the matrix products of OMNet's block and nothing else, back to back.
 
 Counted are exactly the products that the block cannot do without, at their shapes, forward and backward, by the library that
-the update calls (MKL, with results written into memory that is there already, or oneDNN, see ``training/products.py``): no
+the update calls (MKL, with results written into memory that is there already, or oneDNN, see ``updates/kernels.py``): no
 masks, biases, activations, normalisation, losses, optimisers, replay.
 
 * critic update: the actor for the next action (forward); M target critics (forward); K critics (forward, gradients of the
@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from omnet_torchrl.training import products as libraries
+from omnet_torchrl.updates import kernels as libraries
 
 Product = tuple[int, int, int]  # rows, inner size, columns
 

@@ -1,29 +1,36 @@
-"""What runs a job: options, environments, the compiled update, the loop, checkpoints, logging and plots.
+"""What runs a job: options, the loop and what it records, and the policy that is left.
 
-Needs the extra ``train``: ``pip install "omnet-torchrl[train]"``.
+Needs the extra ``train``: ``pip install "omnet-torchrl[train]"``. A name is imported when it is first asked for: who loads a
+policy needs neither an environment nor a compiler.
 """
 
-from omnet_torchrl.training.acting import CompiledPolicy
-from omnet_torchrl.training.adam import LazyAdam
-from omnet_torchrl.training.environments import make_env
-from omnet_torchrl.training.evaluation import Evaluation, evaluate
-from omnet_torchrl.training.policy import load_policy
-from omnet_torchrl.training.run import Run, describe, schedule
-from omnet_torchrl.training.storage import GatherStorage
-from omnet_torchrl.training.trainer import Trainer
-from omnet_torchrl.training.update import SACUpdate
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omnet_torchrl.training.build import describe
+    from omnet_torchrl.training.loop.environments import make_env
+    from omnet_torchrl.training.loop.evaluation import Evaluation, evaluate
+    from omnet_torchrl.training.loop.trainer import Trainer
+    from omnet_torchrl.training.policy import load_policy
+    from omnet_torchrl.training.run import Run
 
 __all__ = [
-    "CompiledPolicy",
     "Evaluation",
-    "GatherStorage",
-    "LazyAdam",
     "Run",
-    "SACUpdate",
     "Trainer",
     "describe",
     "evaluate",
     "load_policy",
     "make_env",
-    "schedule",
 ]
+_ROOMS = {
+    **{"describe": "build", "load_policy": "policy", "Run": "run", "Trainer": "loop.trainer"},
+    **{"make_env": "loop.environments", "Evaluation": "loop.evaluation", "evaluate": "loop.evaluation"},
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)

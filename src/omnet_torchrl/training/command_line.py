@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+# The one private name of Hydra: no public one says which arguments are its flags, and which are options.
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, OverrideType, Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
-from omnet_torchrl.training.algorithms import row
-from omnet_torchrl.training.config import OPTIONS, to_config, unknown
-from omnet_torchrl.training.environments import check_env
+from omnet_torchrl.training.loop.environments import check_env
+from omnet_torchrl.training.options import ROWS, TrainConfig, row, to_config
+from omnet_torchrl.training.options.checks import OPTIONS, unknown
+
+
+def register() -> None:
+    """Offer :class:`TrainConfig` to Hydra's ``defaults`` lists, named ``train``, and the rows as its group ``algorithm``."""
+    store = ConfigStore.instance()
+    store.store(name="train", node=TrainConfig)
+    for name, each in ROWS.items():
+        store.store(group="algorithm", name=name, node={"algorithm": name, **each.options}, package="_global_")
 
 
 def parse(argument: str) -> Override:
-    """An option as Hydra reads it; a ``ValueError`` repeats what is none."""
+    """An option as Hydra reads it; a ``ValueError`` repeats an argument that is no option."""
     try:
         return OverridesParser.create().parse_override(argument)
     except HydraException as error:
@@ -45,7 +57,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
 
 
 def check_command_line(arguments: Sequence[str], script: str | Path) -> None:
-    """As :func:`check_overrides`; of a sweep, check the options and the environment of every job too.
+    """Check the command line as :func:`check_overrides` does, and the options and the environment of every job of a sweep.
 
     Jobs of sweepers other than Hydra's own, of ``glob()`` and of other folders of configurations are checked as they start.
 
@@ -61,7 +73,11 @@ def check_command_line(arguments: Sequence[str], script: str | Path) -> None:
         return
     environments = set()
     with initialize_config_dir(str(script.parent), version_base="1.3"):
-        for job in BasicSweeper.split_arguments(overrides, None)[0]:
+        values = []
+        for each in overrides:
+            own = each.sweep_string_iterator() if each.is_sweep_override() else [each.get_value_element_as_str()]
+            values.append([f"{each.get_key_element()}={value}" for value in own])
+        for job in map(list, itertools.product(*values)):
             try:
                 config = to_config(compose(flags.config_name or script.stem, job))
                 if config.env not in environments:
@@ -69,6 +85,16 @@ def check_command_line(arguments: Sequence[str], script: str | Path) -> None:
                 environments.add(config.env)
             except (ValueError, HydraException) as error:
                 raise ValueError(f"{error} (the job {shlex.join(job)} of the sweep; none was started)") from error
+
+
+def merge_overrides(options: Mapping[str, Any], overrides: Sequence[str], what: str) -> DictConfig:
+    """Nested options with those changed that a command line gives; a ``ValueError`` refuses to delete one, for ``what``."""
+    merged = OmegaConf.create(dict(options))
+    for override in map(parse, overrides):
+        if override.type is OverrideType.DEL:
+            raise ValueError(f"{what} goes on with the run's own options, got {override.input_line!r}: leave it out.")
+        OmegaConf.update(merged, override.key_or_group, override.value(), force_add=True)
+    return merged
 
 
 def argument(name: str, value: str) -> str:
@@ -82,7 +108,7 @@ def argument(name: str, value: str) -> str:
 
 
 def _split(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """Hydra's flags, and the options; ``install=bash`` is none."""
+    """Hydra's flags, and the options, of which ``install=bash`` is no part."""
     flags, others = get_args_parser().parse_known_args(list(arguments))  # others: options after flags, and flags unknown to it
     options = [*flags.overrides, *(each for each in others if not each.startswith("-"))]
     return flags, [] if flags.shell_completion else options

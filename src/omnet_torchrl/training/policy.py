@@ -1,24 +1,21 @@
-"""The policy that a run leaves behind, to act with: in an evaluation, a video, another program.
-
-What trained it (critic, optimisers, replay buffer) is not read.
-"""
+"""The policy that a run leaves behind. What trained it is not read, and its environment is not made."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
+from torchrl.data import Bounded, TensorSpec, Unbounded
 from torchrl.modules import ProbabilisticActor
 
 from omnet_torchrl.builders import make_actor
-from omnet_torchrl.modules import SubnetActor
-from omnet_torchrl.training.algorithms import network_options
-from omnet_torchrl.training.checkpoint import Checkpointer, check_shapes
-from omnet_torchrl.training.config import load_config, resolve_device
-from omnet_torchrl.training.environments import check_env, make_env
-from omnet_torchrl.training.options import TrainConfig
-from omnet_torchrl.training.run_folder import RunFolder
+from omnet_torchrl.modules import check_action_spec
+from omnet_torchrl.training.build import network_options
+from omnet_torchrl.training.options import TrainConfig, load_config, resolve_device
+from omnet_torchrl.training.record.checkpoint import Checkpointer, check_shapes
+from omnet_torchrl.training.record.folder import RunFolder
 
 
 def load_policy(folder: str | Path, subnet: int | None = None, *, device: torch.device | str = "cpu") -> ProbabilisticActor:
@@ -37,8 +34,8 @@ def load_policy(folder: str | Path, subnet: int | None = None, *, device: torch.
 
     Raises:
         ValueError: no run in the folder, no checkpoint yet or none that is whole, a checkpoint of other networks than
-            ``config.yaml`` has, no such subnetwork or device, or an environment that can't be made here. A damaged checkpoint
-            is passed over for the one before, with a warning.
+            ``config.yaml`` has, no such subnetwork or device. A damaged checkpoint is passed over for the one before, with a
+            warning.
         TypeError: ``subnet`` is not an int.
 
     Examples:
@@ -50,21 +47,34 @@ def load_policy(folder: str | Path, subnet: int | None = None, *, device: torch.
     if loaded is None:
         advice = "a run writes one at its end and, where checkpoint.interval is not 0, every so many frames"
         raise ValueError(f"{run.path} has no checkpoint yet (status: {run.info['status']}): {advice}.")
-    state, _ = loaded
-    actor = _build(load_config(run.config_path), where)
+    state, config = loaded[0], load_config(run.config_path)
+    # What is drawn here is replaced: nobody's random numbers move, and nobody is warned of its masks.
+    with torch.random.fork_rng([where] if where.type == "cuda" else []), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        actor = make_actor(*_specs(run, config), **network_options(config, "actor"), device=where)
     check_shapes(state["policy"], actor.state_dict())
     actor.load_state_dict(state["policy"])
     policy = actor if subnet is None else actor.extract(subnet)
     return policy.eval().requires_grad_(False)
 
 
-def _build(config: TrainConfig, device: torch.device) -> SubnetActor:
-    """The run's actor with other numbers."""
+def spaces(observation_spec: TensorSpec, action_spec: TensorSpec) -> dict[str, Any]:
+    """What ``run.json`` keeps of an environment for :func:`load_policy`: the sizes, and the bounds of an action."""
+    action = check_action_spec(action_spec)
+    bounds = {"low": action.space.low.tolist(), "high": action.space.high.tolist()}
+    return {"observation": observation_spec["observation"].shape[-1], **bounds, "dtype": str(action.dtype).split(".")[1]}
+
+
+def _specs(run: RunFolder, config: TrainConfig) -> tuple[TensorSpec, TensorSpec]:
+    """The environment's specs: those that the run wrote down or, where it did not or its options were edited, of a new one."""
+    info = run.info
+    if "spaces" in info and info.get("env") == config.env:
+        kept = info["spaces"]
+        low, high = (torch.tensor(kept[name], dtype=getattr(torch, kept["dtype"])) for name in ("low", "high"))
+        return Unbounded((kept["observation"],)), Bounded(low, high, low.shape, dtype=low.dtype)
+    from omnet_torchrl.training.loop.environments import check_env, make_env  # which import gymnasium
+
     check_env(config.env)
     env = make_env(config.env)
-    observation_spec, action_spec = env.observation_spec, env.action_spec
     env.close()
-    # What is drawn here is replaced: nobody's random numbers move, and nobody is warned of its masks.
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return make_actor(observation_spec, action_spec, **network_options(config, "actor"), device=device)
+    return env.observation_spec, env.action_spec

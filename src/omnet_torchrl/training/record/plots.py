@@ -1,6 +1,6 @@
 """The picture of a run, drawn from its ``metrics.csv`` and nothing else.
 
-``python -m omnet_torchrl.training.plots RUN_FOLDER`` draws it again. Nothing global of matplotlib is used or changed: a
+``python -m omnet_torchrl.training.record.plots RUN_FOLDER`` draws it again. Nothing global of matplotlib is used or changed: a
 picture can be drawn in the middle of a run, in any thread, without a display.
 """
 
@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from omnet_torchrl.training.logging import read_metrics
-from omnet_torchrl.training.run_folder import RunFolder
-from omnet_torchrl.training.terminal import count
-
-Series = tuple[np.ndarray, np.ndarray]
+from omnet_torchrl.training.record.folder import RunFolder
+from omnet_torchrl.training.record.metrics import read_metrics
+from omnet_torchrl.training.record.terminal import count
 
 # The small pictures: title, metric, colour, whether on a logarithmic scale. Those without values are left out.
 PANELS = (
@@ -36,8 +33,7 @@ PANELS = (
 def learning_curve(source: RunFolder | str | Path, path: str | Path | None = None, title: str | None = None) -> Path:
     """Draw the returns against the frames, and how losses and statistics went, as a PNG.
 
-    The line is the mean return of an evaluation, the faint ones that of each subnet, the dots are training episodes. Without
-    values it says so.
+    The line is the mean return of an evaluation, the faint ones that of each subnet, the dots are training episodes.
 
     Args:
         source (RunFolder, str or Path): a run's folder or a ``metrics.csv``.
@@ -49,53 +45,56 @@ def learning_curve(source: RunFolder | str | Path, path: str | Path | None = Non
     """
     source = Path(source.path if isinstance(source, RunFolder) else source)
     metrics_path = source / "metrics.csv" if source.is_dir() else source
-    path = metrics_path.with_name("learning_curve.png") if path is None else Path(path)
-    metrics = {name: _finite(*series) for name, series in read_metrics(metrics_path).items()}
-    metrics = {name: series for name, series in metrics.items() if len(series[0])}
+    metrics = {}
+    for name, series in read_metrics(metrics_path).items():
+        frames, values = map(np.asarray, series)
+        if np.isfinite(values).any():
+            metrics[name] = frames[np.isfinite(values)], values[np.isfinite(values)]
     panels = [panel for panel in PANELS if panel[1] in metrics]
-    rows = -(-len(panels) // 3)
-
-    figure = Figure(figsize=(9, 4.2 + 1.9 * rows), dpi=120, layout="constrained")
+    lines = -(-len(panels) // 3)
+    figure = Figure(figsize=(9, 4.2 + 1.9 * lines), dpi=120, layout="constrained")
     figure.suptitle(_title(metrics_path.parent) if title is None else title, fontsize=12)
-    grid = figure.add_gridspec(1 + rows, 6, height_ratios=[2.2] + [1] * rows)
-    top = figure.add_subplot(grid[0, :])
-    end = max((frames[-1] for frames, _ in metrics.values()), default=1)
-    _draw_returns(top, metrics)
+    grid = figure.add_gridspec(1 + lines, 3, height_ratios=[2.2] + [1] * lines)
+    _draw_returns(figure.add_subplot(grid[0, :]), metrics)
     for i, (label, name, colour, log) in enumerate(panels):
-        row, column = divmod(i, 3)
-        axes = figure.add_subplot(grid[1 + row, 2 * column : 2 * column + 2])
-        _draw_panel(axes, *metrics[name], colour, log)
+        axes = figure.add_subplot(grid[1 + i // 3, i % 3])
+        frames, values = metrics[name]
+        axes.plot(frames, values, color=colour, linewidth=0.8, marker="." if len(frames) < 30 else "")
         axes.set_title(label, fontsize=9)
+        # Below a decade, a logarithmic axis has hardly a round number to show.
+        if log and values.min() > 0 and values.max() > 10 * values.min():
+            axes.set_yscale("log")
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+    end = max((frames[-1] for frames, _ in metrics.values()), default=1)
     for axes in figure.axes:
-        _dress(axes, end)
-
-    return save(figure, path)
+        axes.set_xlim(0, end)
+        axes.set_xlabel("frames", fontsize=9)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda frames, _: count(frames)))
+        axes.xaxis.set_major_locator(MaxNLocator(8 if axes.get_legend() else 4, steps=[1, 2, 2.5, 5, 10], integer=True))
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    return save(figure, metrics_path.with_name("learning_curve.png") if path is None else Path(path))
 
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a PNG; whoever looks at it meanwhile sees a whole picture, the old one or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     figure.savefig(temporary, format="png")
-    temporary.replace(path)
-    return path
-
-
-def _finite(frames: list[int], values: list[float]) -> Series:
-    x, y = np.asarray(frames), np.asarray(values)
-    return x[np.isfinite(y)], y[np.isfinite(y)]
+    return temporary.replace(path)
 
 
 def _title(folder: Path) -> str:
     try:
         info = RunFolder.open(folder).info
     except ValueError:
-        return folder.resolve().name
-    parts = [str(info["env"])] if "env" in info else []
-    parts += [f"seed {info['seed']}"] if "seed" in info else []
+        info = {}
+    parts = [text.format(info[name]) for name, text in (("env", "{}"), ("seed", "seed {}")) if name in info]
     return ", ".join(parts) or folder.resolve().name
 
 
-def _draw_returns(axes: Axes, metrics: Mapping[str, Series]) -> None:
+def _draw_returns(axes: Axes, metrics: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     if "train/episode_return" in metrics:
         axes.plot(*metrics["train/episode_return"], ".", color="0.6", alpha=0.5, markersize=2.5, label="training episode")
     subnets = [series for name, series in sorted(metrics.items()) if name.startswith("eval/return_subnet_")]
@@ -111,32 +110,9 @@ def _draw_returns(axes: Axes, metrics: Mapping[str, Series]) -> None:
     axes.set_ylabel("return of an episode, undiscounted", fontsize=9)
 
 
-def _draw_panel(axes: Axes, frames: np.ndarray, values: np.ndarray, colour: str, log: bool) -> None:
-    axes.plot(frames, values, color=colour, linewidth=0.8, marker="." if len(frames) < 30 else "")
-    # Below a decade, a logarithmic axis has hardly a round number to show.
-    if log and values.min() > 0 and values.max() > 10 * values.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        if values.max() < 100 * values.min():
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-
-
-def _dress(axes: Axes, end: int) -> None:
-    axes.set_xlim(0, end)
-    axes.set_xlabel("frames", fontsize=9)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda frames, _: count(frames)))
-    axes.xaxis.set_major_locator(MaxNLocator(8 if axes.get_legend() else 4, steps=[1, 2, 2.5, 5, 10], integer=True))
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def main() -> None:
-    """``python -m omnet_torchrl.training.plots RUN_FOLDER``."""
-    parser = argparse.ArgumentParser(prog="python -m omnet_torchrl.training.plots", description="Draw a run's learning curve.")
+    """``python -m omnet_torchrl.training.record.plots RUN_FOLDER``."""
+    parser = argparse.ArgumentParser(description="Draw a run's learning curve.")
     parser.add_argument("folder", help="a run's folder, or a metrics.csv")
     parser.add_argument("--path", help="of the picture; learning_curve.png beside the metrics.csv if not given")
     parser.add_argument("--title", help="environment and seed if not given")

@@ -1,8 +1,8 @@
 """The loop: collect, store, update, log, evaluate, save; until the end, or until it is told to stop.
 
 What happens at a frame depends on the frame's number and the seeds alone, so that a run that was stopped and goes on equals one
-that was not. Each purpose has random numbers of its own: environments, the index of an episode, exploration, replay, the
-draws of an update.
+that was not. Each purpose has a random stream of its own: environments, the index of an episode, exploration, replay, the draws
+of an update.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -20,89 +20,47 @@ from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.data import PrioritizedSampler, ReplayBuffer
 
-from omnet_torchrl.training.acting import CompiledPolicy
-from omnet_torchrl.training.checkpoint import Checkpointer, check_shapes, load_replay
-from omnet_torchrl.training.divergence import DivergenceError, check_finite
-from omnet_torchrl.training.environments import ReplayError, recorders
-from omnet_torchrl.training.global_numbers import GlobalNumbers, Streams, derived_seed
-from omnet_torchrl.training.stopping import AbandonedError, Stop
-from omnet_torchrl.training.storage import Batches
-from omnet_torchrl.training.update import INDEX, SACUpdate
-
-
-class Reporter(Protocol):
-    """Who is told what happens."""
-
-    def log(self, frames: int, seconds: float, metrics: Mapping[str, float]) -> None:
-        """Metrics to be kept."""
-
-    def progress(self, frames: int, updates: int, metrics: Mapping[str, float]) -> None:
-        """After each frame."""
-
-    def say(self, text: str) -> None:
-        """A line for a person."""
-
-    def position(self) -> int:
-        """Where the log stands, on the disk."""
-
-    def restore(self, position: int) -> None:
-        """Go on with the log from there."""
+from omnet_torchrl.metrics import subnet_disagreement
+from omnet_torchrl.training.loop.environments import ReplayError, recorders
+from omnet_torchrl.training.loop.stopping import AbandonedError, DivergenceError, Stop, check_finite
+from omnet_torchrl.training.loop.streams import GlobalStream, Streams, derived_seed
+from omnet_torchrl.training.options import TrainConfig
+from omnet_torchrl.training.record.checkpoint import Checkpointer, check_shapes, load_replay
+from omnet_torchrl.training.record.reporter import Reporter
+from omnet_torchrl.updates import CompiledPolicy, Update
 
 
 class Trainer:
     """Runs a training job over components that it is given.
 
     Args:
-        collector (Collector): whose environment is of :func:`~omnet_torchrl.training.environments.make_env`, which gives one
-            step of each environment at a time (``frames_per_batch`` equal to the number of environments).
-        buffer (ReplayBuffer): gets a generator of its own here. From the rows of a plain one with a
-            :class:`~omnet_torchrl.training.GatherStorage` on the update's device the update itself gathers its batches, see
-            :class:`~omnet_torchrl.training.storage.Batches`.
-        update (SACUpdate): the update.
+        collector (Collector): gives one step of each environment at a time (``frames_per_batch`` equal to the number of
+            environments), which are of :func:`~omnet_torchrl.training.make_env`.
+        buffer (ReplayBuffer): gets a generator of its own here. A :class:`~omnet_torchrl.GatherStorage` is fast on a CPU.
+        update (Update): the update.
         evaluate (callable): takes the number of frames, returns metrics; an :class:`~omnet_torchrl.training.Evaluation`.
         checkpointer (Checkpointer): where the state is kept.
-        reporter (Reporter): who is told.
-
-    Keyword Args:
-        total_frames, init_random_frames, utd_ratio, policy_update_delay, batch_size: the schedule, in frames and updates as in
-            :class:`~omnet_torchrl.training.options.TrainConfig`; so are ``log_interval``, ``eval_interval``,
-            ``checkpoint_interval`` and ``stop_when_diverged``.
-        seed (int): of exploration, replay, draws and resets.
-        reset_interval (int or None): frames between resets of the networks and all that is learned (SR-SAC, "Sample-Efficient
-            Reinforcement Learning by Breaking the Replay Ratio Barrier", D'Oro et al., 2023). ``None`` (default): never.
+        reporter (Reporter): gets metrics, progress and messages; knows where its log stands, for a checkpoint.
+        config (TrainConfig): the run's options, of which the schedule is read: how many frames and updates, when to log, to
+            evaluate, to save and to reset (SR-SAC, "Sample-Efficient Reinforcement Learning by Breaking the Replay Ratio
+            Barrier", D'Oro et al., 2023), and the seed.
     """
 
     def __init__(
         self,
         collector: Collector,
         buffer: ReplayBuffer,
-        update: SACUpdate,
+        update: Update,
         evaluate: Callable[[int], Mapping[str, float]],
         checkpointer: Checkpointer,
         reporter: Reporter,
-        *,
-        total_frames: int,
-        init_random_frames: int,
-        utd_ratio: float,
-        policy_update_delay: int,
-        batch_size: int,
-        seed: int,
-        reset_interval: int | None = None,
-        log_interval: int = 100,
-        eval_interval: int = 5_000,
-        checkpoint_interval: int = 10_000,
-        stop_when_diverged: bool = True,
+        config: TrainConfig,
     ):
         if isinstance(buffer.sampler, PrioritizedSampler):
             raise ValueError("buffer must not have a PrioritizedSampler: the trainer updates no priorities.")
         self.collector, self.buffer, self.update, self.evaluate = collector, buffer, update, evaluate
-        self.checkpointer, self.reporter = checkpointer, reporter
-        self.total_frames, self.init_random_frames = total_frames, init_random_frames
-        self.utd_ratio, self.policy_update_delay = utd_ratio, policy_update_delay
-        self.reset_interval, self.seed = reset_interval, seed
-        self.log_interval, self.eval_interval, self.checkpoint_interval = log_interval, eval_interval, checkpoint_interval
-        self.stop_when_diverged = stop_when_diverged
-        self.frames = self.updates = 0
+        self.checkpointer, self.reporter, self.config = checkpointer, reporter, config
+        self.frames = 0
         self.elapsed = 0.0  # seconds, those before a resume included
         self.times = dict.fromkeys(("collect", "sample", "update", "log", "evaluate", "save"), 0.0)  # where they went
         self.last: dict[str, float] = {}  # the newest value of each metric
@@ -112,9 +70,9 @@ class Trainer:
         self._metrics: dict[str, Tensor] = {}  # the newest of the update
         self._keys: list[NestedKey] = []  # of what is stored of a frame
         self._log_due = False  # the interval of the log has passed, and no update since
-        self._random = Streams(seed, update.device, buffer.storage.device)
+        self._random = Streams(config.seed, update.device, buffer.storage.device)
         buffer.set_rng(self._random.replay)
-        self._batches = Batches(buffer, batch_size, update.device)
+        self._batch = TensorDict()  # the newest that an update read
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint, if there is one."""
@@ -122,14 +80,21 @@ class Trainer:
         if loaded is None:
             return False
         state, files = loaded
-        self._check(state)
+        transforms = self.collector.state_dict()["env_state_dict"].keys()
+        if transforms != state["transforms"].keys():
+            kept = f"{sorted(transforms)}, the checkpoint has {sorted(state['transforms'])}"
+            raise ValueError(f"the environment's transforms keep {kept}.")
+        check_shapes(
+            {"observation": state["carrier"]["observation"], **state["update"]["loss"]},
+            {"observation": self.collector._carrier["observation"], **self.update.loss.state_dict()},
+        )
         load_replay(self.buffer, files, state["writer"])
         self.update.load_state_dict(state["update"])
         self._load_collection(state)
         self._random.load_state_dict(state["random"], state["frames"])
-        self.frames, self.updates, self.last = state["frames"], state["updates"], state["last"]
+        self.frames, self.update.updates, self.last = state["frames"], state["updates"], state["last"]
         self._metrics, self._log_due = dict(state["metrics"]), state["log_due"]
-        self._evaluation_due = state.get("evaluation_due", False)
+        self._evaluation_due = state["evaluation_due"]
         self.elapsed, self.times, self.saved = state["elapsed"], state["times"], self.frames
         self.reporter.restore(state["log"])
         self.checkpointer.discard_after(self.frames)
@@ -142,20 +107,8 @@ class Trainer:
             self.collector.policy.prepare(made_up)
         if hasattr(self.evaluate, "prepare"):
             self.evaluate.prepare()
-        row = made_up.select(*self._kept(made_up)).reshape(-1)[0]
-        like = self._batches.like(row.to(self.update.device))
-        if like is not None:
-            self.update.prepare(*like)
-
-    def _check(self, state: dict[str, Any]) -> None:
-        """Raise if a checkpoint does not fit, before anything is changed."""
-        known, stored = (set(each) for each in (self.collector.state_dict()["env_state_dict"], state["transforms"]))
-        if known != stored:
-            raise ValueError(f"the environment's transforms keep {sorted(known)}, the checkpoint has {sorted(stored)}.")
-        check_shapes(
-            {"observation": state["carrier"]["observation"], **state["update"]["loss"]},
-            {"observation": self.collector._carrier["observation"], **self.update.loss.state_dict()},
-        )
+        transition = made_up.select(*self._kept(made_up)).reshape(-1)[0]
+        self.update.prepare(transition.expand(self.config.optim.batch_size))
 
     def _load_collection(self, state: dict[str, Any]) -> None:
         carrier = self.collector._carrier
@@ -166,15 +119,19 @@ class Trainer:
                 recorder.load_state_dict(episode)
             except ReplayError as error:
                 warnings.warn(f"environment {i}: {error} Its episode starts anew; the run goes on, inexactly.", stacklevel=2)
-                stored.view(-1)[i].update_(_reset_alone(recorder, fresh.view(-1)[i]))
-        self.collector.load_state_dict(
-            {"env_state_dict": state["transforms"], "frames": state["frames"], "iter": -1}, strict=False
-        )
+                begun = fresh.view(-1)[i].clone()
+                observation = torch.as_tensor(recorder.reset()[0], dtype=begun["observation"].dtype)
+                stored.view(-1)[i].update_(begun.set("observation", observation))
+        collection = {"env_state_dict": state["transforms"], "frames": state["frames"], "iter": -1}
+        self.collector.load_state_dict(collection, strict=False)
         self.collector._carrier = carrier.update(stored)
 
     def save(self) -> None:
-        """Write a checkpoint, unless this frame has one or the run has diverged."""
+        """Write a checkpoint, unless this frame has one or the run has diverged, which is found out here at the latest."""
         if self.frames == self.saved or self._diverged:
+            return
+        if not self.update.is_finite():
+            self._diverge(f"the networks are not finite at frame {self.frames}, update {self.updates}.")
             return
         collector = self.collector.state_dict()
         state = {
@@ -188,7 +145,7 @@ class Trainer:
             "evaluation_due": self._evaluation_due,
             "log": self.reporter.position(),
             "policy": dict(collector["policy_state_dict"]),
-            "update": self.update.state_dict(),
+            "update": {name: part for name, part in self.update.state_dict().items() if name != "updates"},  # it is above
             "writer": dict(self.buffer.writer.state_dict()),
             "transforms": dict(collector["env_state_dict"]),
             "carrier": self.collector._carrier.cpu().to_dict(),
@@ -203,9 +160,9 @@ class Trainer:
         start = time.perf_counter() - self.elapsed
         with self._stop.signals():
             try:
-                self._evaluate()  # what the run that goes on was stopped in
+                self._evaluate()  # if the run was stopped in an evaluation
                 collected = iter(self.collector)
-                while self.frames < self.total_frames and not self._stop.wanted:
+                while self.frames < self.config.total_frames and not self._stop.wanted:
                     before = self.frames
                     self._reset_networks()
                     batch = self._collect(collected)
@@ -213,7 +170,6 @@ class Trainer:
                     self.elapsed = time.perf_counter() - start
                     self._report(before, batch, metrics)
                 with self._timed("save"):
-                    self._check_networks()
                     self.save()
             except DivergenceError as error:
                 self.reporter.say(f"diverged: {error}")
@@ -223,15 +179,15 @@ class Trainer:
         return "diverged" if self._diverged else "finished"
 
     def _reset_networks(self) -> None:
-        # Of a frame that is evaluated and saved before: a run that goes on from there resets as this one does.
-        interval = self.reset_interval
+        # The newest frame is evaluated and saved before: a run that goes on from its checkpoint resets as this one does.
+        interval = self.config.reset_interval
         if interval and self.frames and _crosses(interval, self.frames - self.collector.frames_per_batch, self.frames):
-            with GlobalNumbers(derived_seed(self.seed, "networks", self.frames), self.update.device):
+            with GlobalStream(derived_seed(self.config.seed, "networks", self.frames), self.update.device):
                 self.update.reset()
             self._log({"train/reset": 1.0})
 
     def _collect(self, collected: Iterator[TensorDictBase]) -> TensorDictBase:
-        if self.update.device.type == "cuda":  # where updates are only begun: what is left of them is no collecting
+        if self.update.device.type == "cuda":  # which has only begun the updates: the rest of them is no collecting
             with self._timed("update"):
                 torch.cuda.synchronize(self.update.device)
         with self._timed("collect"), self._random.exploration:
@@ -252,39 +208,38 @@ class Trainer:
 
     def _due(self, frames: int) -> int:
         """Updates that are due by now."""
-        return math.floor(max(0, frames - self.init_random_frames) * self.utd_ratio)
+        return math.floor(max(0, frames - self.config.init_random_frames) * self.config.utd_ratio)
 
     def _train(self, before: int) -> dict[str, Tensor]:
         count = self._due(self.frames) - self._due(before)
         if not count:
             return {}
+        size = self.config.optim.batch_size
         with self._timed("sample"):
-            batches, index = self._batches.sample(count)
-            actor = [(self.updates + i + 1) % self.policy_update_delay == 0 for i in range(count)]
-            draws = self.update.loss.draw(self._batches.example, self._random.draws, num_updates=count, actor=actor)
-            if index is not None:
-                draws.set(INDEX, index)
-        if not self.update.prepared:
-            self.reporter.say("compiling the update for what the buffer samples; this takes up to a minute ...")
+            batches = self.buffer.sample(count * size).to(self.update.device).reshape(count, size)
         with self._timed("update"):
-            metrics = self.update.block(batches, draws, actor)
-            self.updates += count
-        return metrics
+            metrics = self.update(batches, generator=self._random.draws)
+        self._batch = batches[-1]
+        return dict(metrics.items())
+
+    @property
+    def updates(self) -> int:
+        """Critic updates made so far."""
+        return self.update.updates
 
     def _report(self, before: int, data: TensorDictBase, metrics: dict[str, Tensor]) -> None:
         frames = self.frames
         with self._timed("log"):
             self._log_training(before, data, metrics)
-        self._evaluation_due = _crosses(self.eval_interval, before, frames) or frames >= self.total_frames
+        self._evaluation_due = _crosses(self.config.eval.interval, before, frames) or frames >= self.config.total_frames
         self._evaluate()
-        if self.checkpoint_interval and _crosses(self.checkpoint_interval, before, frames):
+        if self.config.checkpoint.interval and _crosses(self.config.checkpoint.interval, before, frames):
             with self._timed("save"):
-                self._check_networks()
                 self.save()
         self.reporter.progress(frames, self.updates, self.last)
 
     def _evaluate(self) -> None:
-        """Evaluate, where it is due. One that a signal ends stays due, for the run that goes on."""
+        """Evaluate, where it is due. An evaluation that a signal ends stays due, for the run that goes on."""
         if not self._evaluation_due or self._stop.wanted:
             return
         metrics: Mapping[str, float] = {}
@@ -305,30 +260,23 @@ class Trainer:
             end = data.get("next").reshape(-1)[i]
             self._log({"train/episode_return": end["episode_reward"].item(), "train/episode_length": end["step_count"].item()})
         self._metrics |= metrics
-        self._log_due |= self.updates > 0 and _crosses(self.log_interval, before, self.frames)
+        self._log_due |= self.updates > 0 and _crosses(self.config.log_interval, before, self.frames)
         if metrics and self._log_due:
             self._log_due = False
             values = {f"train/{name}": value.item() for name, value in self._metrics.items()}
-            values |= {name: value.item() for name, value in self.update.disagreement(self._batches.newest()).items()}
+            values |= {name: value.item() for name, value in subnet_disagreement(self.update.loss, self._batch).items()}
             rates = {"frames": self.frames / self.elapsed, "updates": self.updates / self.elapsed}
             self._log({**values, **{f"time/{name}_per_second": rate for name, rate in rates.items()}})
-            self._check_loss(values)
+            wrong = [name for name, value in values.items() if not math.isfinite(value)]
+            if wrong:
+                self._diverge(f"{', '.join(wrong)} not finite at frame {self.frames}, update {self.updates}.")
 
     def _log(self, metrics: Mapping[str, float]) -> None:
         self.last.update(metrics)
         self.reporter.log(self.frames, self.elapsed, metrics)
 
-    def _check_loss(self, values: Mapping[str, float]) -> None:
-        wrong = [name for name, value in values.items() if not math.isfinite(value)]
-        if wrong:
-            self._diverge(f"{', '.join(wrong)} not finite at frame {self.frames}, update {self.updates}.")
-
-    def _check_networks(self) -> None:
-        if not self._diverged and not self.update.is_finite():
-            self._diverge(f"the networks are not finite at frame {self.frames}, update {self.updates}.")
-
     def _diverge(self, what: str) -> None:
-        if self.stop_when_diverged:
+        if self.config.stop_when_diverged:
             raise DivergenceError(what)
         if not self._diverged:
             self.reporter.say(f"diverged, and goes on without further checkpoints: {what}")
@@ -355,8 +303,3 @@ class Trainer:
 
 def _crosses(interval: int, before: int, after: int) -> bool:
     return after // interval > before // interval
-
-
-def _reset_alone(recorder: Any, fresh: TensorDictBase) -> TensorDictBase:
-    observation, _ = recorder.reset()
-    return fresh.clone().set("observation", torch.as_tensor(observation, dtype=fresh["observation"].dtype))

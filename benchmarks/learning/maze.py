@@ -1,14 +1,14 @@
-"""Pictures of the 2D maze: where agents have been, and which ways the subnetworks of an actor go.
+"""The files and the pictures of the 2D maze: where agents have been, and which ways the subnetworks of an actor go.
 
 Figures 5a, 6 and 7 of the paper (https://arxiv.org/abs/2310.14009), the last two drawn from a CSV file and nothing else. A file
-has a row per position. Positions that follow each other are together and in order; those that come twice, because an
-experiment was killed and went on, count as they stand last.
+has a record per position. The positions of a way follow each other in order. A way that comes twice, because an experiment was
+killed and went on, counts as it stands last.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,54 +19,15 @@ from matplotlib.colors import PowerNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from torch import Tensor
-from torchrl.envs import EnvBase
-from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 
 from omnet_torchrl.envs import ENCLOSURE, GOAL, GOAL_RADIUS, START, Maze2DEnv, Walls
 from omnet_torchrl.metrics import coverage, trajectory_diversity, visitation
-from omnet_torchrl.modules import SubnetActor
-from omnet_torchrl.training.plots import save
+from omnet_torchrl.training.loop.evaluation import TRAJECTORIES, write_trajectories
+from omnet_torchrl.training.record.files import append_positions
+from omnet_torchrl.training.record.plots import save
 
-TRAJECTORIES = ("seed", "updates", "subnet", "step", "x", "y")
+__all__ = ["read_trajectories", "read_visits", "write_trajectories", "write_visits"]  # the files; the rest are pictures
 VISITS = ("actor", "seed", "step", "x", "y")
-MOST = 32  # subnetworks that go, where there are more
-
-
-@torch.no_grad()
-def subnet_trajectories(actor: SubnetActor, env: EnvBase | None = None) -> Tensor:
-    """The way that each subnetwork of an actor goes from the start, its actions deterministic.
-
-    Args:
-        actor (SubnetActor): of N subnetworks; of more than 32, the first 32 go.
-        env (EnvBase or None): of batch size ``(N,)``, one environment per subnetwork. ``None`` (default): a
-            :class:`~omnet_torchrl.Maze2DEnv` on the actor's device.
-
-    Returns:
-        Tensor: ``(N, T + 1, 2)`` on the CPU, the observed positions of T steps, the start first. Who reaches the goal before
-        the others stays there.
-    """
-    device = next(actor.parameters()).device
-    count = min(actor.num_subnets, MOST)
-    env = Maze2DEnv(count, device=device) if env is None else env
-    if env.batch_size != (count,):
-        raise ValueError(f"env must have batch size ({count},), one per subnetwork, got {tuple(env.batch_size)}.")
-    subnet = torch.arange(count, device=device)
-    state = env.reset()
-    positions, playing = [state.get("observation")], ~state.get("done")
-    with set_exploration_type(ExplorationType.DETERMINISTIC):
-        while playing.any():
-            inputs = state.select(*actor.in_keys, strict=False).set(actor.subnet_key, subnet).to(device)
-            action = actor(inputs).get(actor.action_key).to(env.device)
-            state = step_mdp(env.step(state.set(actor.action_key, action * playing)))
-            playing = playing & ~state.get("done")
-            positions.append(state.get("observation"))
-    return torch.stack(positions, 1).cpu()
-
-
-def write_trajectories(path: str | Path, seed: int, updates: int, positions: Tensor) -> None:
-    """Append the ways ``(N, T + 1, 2)`` of a run's subnetworks after ``updates`` gradient steps of the policy to a CSV file."""
-    rows = ((seed, updates, n, t, x, y) for n, way in enumerate(positions.tolist()) for t, (x, y) in enumerate(way))
-    _append(path, TRAJECTORIES, rows)
 
 
 def write_visits(path: str | Path, actor: str, seed: int, positions: Tensor) -> None:
@@ -74,18 +35,18 @@ def write_visits(path: str | Path, actor: str, seed: int, positions: Tensor) -> 
 
     Args:
         path (str or Path): of the file.
-        actor (str): the row of the picture that it belongs to, e.g. ``"OMNet"``.
+        actor (str): the line of pictures that it belongs to, e.g. ``"OMNet"``.
         seed (int): of the run.
         positions (Tensor): after each of the first T steps that the policy took; random steps of the start don't belong to it.
     """
-    _append(path, VISITS, ((actor, seed, t, x, y) for t, (x, y) in enumerate(positions.tolist(), start=1)))
+    append_positions(Path(path), VISITS, ((actor, seed, t, x, y) for t, (x, y) in enumerate(positions.tolist(), start=1)))
 
 
 def read_trajectories(path: str | Path) -> dict[int, dict[int, Tensor]]:
     """Seed to updates to the ways ``(N, T + 1, 2)`` of a file of :func:`write_trajectories`.
 
     Raises:
-        ValueError: the file is none, or a row of it is damaged or missing.
+        ValueError: the file is none, or a record of it is damaged or missing.
     """
     ways: dict[int, dict[int, list[Tensor]]] = {}
     for (seed, updates, _), way in sorted(_read(path, TRAJECTORIES, (int, int, int, int), first=0).items()):
@@ -100,7 +61,7 @@ def read_visits(path: str | Path) -> dict[str, dict[int, Tensor]]:
     """Actor to seed to positions ``(T, 2)`` of a file of :func:`write_visits`; actors as they come.
 
     Raises:
-        ValueError: the file is none, or a row of it is damaged or missing.
+        ValueError: the file is none, or a record of it is damaged or missing.
     """
     visits: dict[str, dict[int, Tensor]] = {}
     for (actor, seed), way in _read(path, VISITS, (str, int, int), first=1).items():
@@ -223,22 +184,8 @@ def _summary(ways: Tensor) -> str:
     return f"{there} of {len(ways)} there,\ndiversity {float(trajectory_diversity(ways)):.3f}"
 
 
-def _append(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    path = Path(path)
-    kept = path.read_bytes() if path.exists() else b""
-    kept = kept[: kept.rfind(b"\n") + 1]  # without a row that a killed process has left unfinished
-    new = not kept
-    with path.open("ab") as file:
-        file.truncate(len(kept))
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(header)
-        writer.writerows([*row[:-2], *(f"{value:.6g}" for value in row[-2:])] for row in rows)
-
-
 def _read(path: str | Path, header: Sequence[str], types: Sequence[type], first: int) -> dict[tuple[Any, ...], Tensor]:
-    """What stands before ``step`` in a row, to the positions ``(T, 2)`` of its steps, which count from ``first``."""
+    """What stands before ``step`` in a record, to the positions ``(T, 2)`` of its steps, which count from ``first``."""
     series: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     with Path(path).open(newline="") as file:
         rows = csv.reader(file)

@@ -1,9 +1,9 @@
-"""Checkpoints that are complete or none.
+"""Checkpoints, each of which is complete or no checkpoint.
 
-A checkpoint is a state file, the segments of the replay buffer, and a manifest with the hash of each, written last. Every file
-is written under another name, flushed to the disk and renamed, so that whatever kills the process leaves the checkpoints before
-as they were. The replay buffer only grows: a save writes what is new since the one before. Files hold tensors, numbers and
-strings; nothing is unpickled.
+A checkpoint is a state file, the segments of the replay buffer, and a manifest with the hash of each, which is written last.
+Every file is written under another name, flushed to the disk and renamed, so that the earlier checkpoints stay as they were
+whatever kills the process. A save writes only the transitions that are new since the one before. Files hold tensors, numbers
+and strings; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 
-from omnet_torchrl.training.files import replace_file
+from omnet_torchrl.training.record.files import replace_file
 
 FORMAT = 4
-POLICIES = (2, 3)  # other formats whose networks can be read
 MANIFESTS = "checkpoint_*.json"
 FILES = re.compile(r"(state_\d+_|replay_\d+_\d+_)[0-9a-f]+\.pt(\.tmp)?|checkpoint_\d+\.json(\.tmp)?")
 
@@ -36,11 +35,9 @@ class CheckpointError(ValueError):
 
 
 class Checkpointer:
-    """The checkpoints of one run, in a folder of their own.
+    """The checkpoints of one run, in a folder of their own, which is made at the first save.
 
-    Args:
-        path (Path): the folder; made at the first save.
-        keep (int): checkpoints kept, at least 2: one that turns out damaged falls back to the one before.
+    The newest ``keep`` of them are kept, at least 2: one that turns out damaged falls back to the one before.
     """
 
     def __init__(self, path: str | Path, keep: int = 2):
@@ -48,12 +45,10 @@ class Checkpointer:
         self._segments: list[dict[str, Any]] | None = None  # of the replay buffer, in the newest checkpoint
 
     def save(self, frames: int, state: dict[str, Any], buffer: ReplayBuffer | None = None) -> None:
-        """Write a checkpoint.
+        """Write a checkpoint, which ``frames`` names and orders.
 
-        Args:
-            frames (int): names and orders the checkpoints.
-            state (dict): nested dicts and lists of tensors, numbers and strings.
-            buffer (ReplayBuffer or None): with a writer that goes round (TorchRL's default).
+        The state is nested dicts and lists of tensors, numbers and strings; the buffer has TorchRL's default writer, which
+        overwrites the oldest transitions.
 
         Raises:
             ValueError: the folder has checkpoints that were not loaded: two runs would mix.
@@ -65,17 +60,15 @@ class Checkpointer:
         if buffer is not None:
             manifest["replay"] = self._save_replay(buffer)
         manifest["state"] = self._write(f"state_{frames:09d}", state)
-        replace_file(self._manifest(frames), json.dumps(manifest, indent=1).encode())
+        replace_file(self.path / f"checkpoint_{frames:09d}.json", json.dumps(manifest, indent=1).encode())
         self._segments = manifest["replay"]
         self._clean()
 
     def load(self, *, replay: bool = True) -> tuple[dict[str, Any], list[Path]] | None:
         """The newest checkpoint that is whole: its state, and the files of its replay buffer for :func:`load_replay`.
 
-        ``None`` where there is none. Every file has been checked against its hash.
-
-        Keyword Args:
-            replay (bool): ``False`` leaves the replay buffer out: its files are neither checked nor returned.
+        ``None`` where there is no checkpoint. Every file has been checked against its hash; without ``replay``, those of the
+        replay buffer are neither checked nor returned.
 
         Raises:
             CheckpointError: there are checkpoints and none is whole.
@@ -94,19 +87,17 @@ class Checkpointer:
             self._segments = manifest["replay"]
             return state, [self.path / segment["file"] for segment in manifest["replay"]]
         if faults:
-            hint = " Its networks are: load_policy and examples/play.py read them." if replay and self._has_networks() else ""
+            hint = ""
+            with warnings.catch_warnings(), contextlib.suppress(CheckpointError):
+                warnings.simplefilter("ignore")
+                if replay and Checkpointer(self.path).load(replay=False):
+                    hint = " Its networks are: load_policy and examples/play.py read them."
             raise CheckpointError(f"no checkpoint in {self.path} is whole: {'; '.join(faults).rstrip('.')}.{hint}")
         return None
 
-    def _has_networks(self) -> bool:
-        with warnings.catch_warnings(), contextlib.suppress(CheckpointError):
-            warnings.simplefilter("ignore")
-            return Checkpointer(self.path).load(replay=False) is not None
-        return False
-
     def _checked(self, path: Path, replay: bool) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
-        if manifest["format"] != FORMAT and (replay or manifest["format"] not in POLICIES):
+        if manifest["format"] != FORMAT:
             raise CheckpointError(
                 f"expected checkpoint format {FORMAT}, got {manifest['format']}: go on with the version that began the run, "
                 "which its run.json names."
@@ -114,7 +105,7 @@ class Checkpointer:
         if not replay:
             manifest["replay"] = []
         for entry in (manifest["state"], *manifest["replay"]):
-            if _sha256((self.path / entry["file"]).read_bytes()) != entry["sha256"]:
+            if hashlib.sha256((self.path / entry["file"]).read_bytes()).hexdigest() != entry["sha256"]:
                 raise CheckpointError(f"{entry['file']} is not what was written.")
         return manifest
 
@@ -134,17 +125,14 @@ class Checkpointer:
         memory = io.BytesIO()
         torch.save(state, memory)
         content = memory.getvalue()
-        digest = _sha256(content)
+        digest = hashlib.sha256(content).hexdigest()
         # Named after its content too: a file that an earlier manifest names is never written over.
         file = f"{name}_{digest[:8]}.pt"
         replace_file(self.path / file, content)
         return {"file": file, "sha256": digest}
 
-    def _manifest(self, frames: int) -> Path:
-        return self.path / f"checkpoint_{frames:09d}.json"
-
     def discard_after(self, frames: int) -> None:
-        """Forget the checkpoints beyond ``frames``: a run that goes on from an earlier one writes its own."""
+        """Delete the checkpoints beyond ``frames``: a run that goes on from an earlier one writes its own."""
         for path in self.path.glob(MANIFESTS):
             if int(re.findall(r"\d+", path.stem)[0]) > frames:
                 path.unlink()
@@ -198,7 +186,3 @@ def check_shapes(stored: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> No
             f"the checkpoint is of other networks or environments: {'; '.join(wrong[:3])}{more}: use the options that it was "
             "saved with (was the run's config.yaml edited?)."
         )
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

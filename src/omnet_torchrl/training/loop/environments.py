@@ -1,7 +1,7 @@
 """Environments of a run: gymnasium's, as TorchRL's, whose episodes can be brought back in their middle.
 
-No simulator state is saved. The current episode is played again, from the state of the random numbers at its reset and its
-actions, and compared with what was seen: exact wherever an environment is a function of these.
+No simulator state is saved. The current episode is played again, from its actions and the state of the random numbers at its
+reset, and compared with what was seen. This is exact wherever an environment is a function of these.
 """
 
 from __future__ import annotations
@@ -12,25 +12,18 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
-from torchrl.envs import (
-    Compose,
-    DoubleToFloat,
-    EnvBase,
-    GymWrapper,
-    RewardSum,
-    StepCounter,
-    Transform,
-    TransformedEnv,
-)
+from torchrl.envs import Compose, DoubleToFloat, EnvBase, GymWrapper, RewardSum, StepCounter, Transform, TransformedEnv
 
 from omnet_torchrl.envs import Maze2DEnv
-from omnet_torchrl.transforms import EpisodePrimer, ObservationOffset
+from omnet_torchrl.offset import ObservationOffset
+from omnet_torchrl.transforms import EpisodePrimer
 
 MAZE = "Maze2D"  # Maze2DEnv; every other name is gymnasium's
 
@@ -40,21 +33,19 @@ class ReplayError(RuntimeError):
 
 
 class EpisodeRecorder(gymnasium.Wrapper):
-    """Remembers how the current episode came about, so that it can be played again.
+    """Remembers the start and the actions of the current episode, so that it can be played again.
 
-    The ``info`` of steps, which nothing reads, is left out: a vector environment would gather it key by key.
+    The ``info`` of steps is left out: nothing reads it, and a vector environment would gather it key by key.
     """
 
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
-        self.resting = False  # steps do nothing and end nothing
-        self._start: dict[str, Any] = {}
-        self._actions: list[np.ndarray] = []
-        self._observation: Any = None
+        self.resting = False  # whether steps do nothing and end nothing
+        self._start, self._actions, self._observation = dict[str, Any](), list[np.ndarray](), None
         self._seen = hashlib.sha256()  # observations, rewards and ends of the current episode
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
-        """As the environment's; the state of its random numbers is kept."""
+        """Reset the environment, and keep the state of its random numbers."""
         rng = None if seed is not None else json.dumps(self.unwrapped.np_random.bit_generator.state)
         self._start, self._actions, self._seen = {"seed": seed, "rng": rng}, [], hashlib.sha256()
         self._observation, info = self.env.reset(seed=seed, options=options)
@@ -62,7 +53,7 @@ class EpisodeRecorder(gymnasium.Wrapper):
         return self._observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
-        """As the environment's, without ``info``; the action is kept."""
+        """Step the environment, and keep the action."""
         if self.resting:
             return self._observation, 0.0, False, False, {}
         self._actions.append(np.array(action))
@@ -73,12 +64,8 @@ class EpisodeRecorder(gymnasium.Wrapper):
 
     def state_dict(self) -> dict[str, Any]:
         """Start and actions of the current episode, and a hash of all that was seen: strings, numbers and tensors."""
-        return {
-            **self._start,
-            "actions": torch.from_numpy(np.array(self._actions)),
-            "observation": torch.from_numpy(np.array(self._observation)),
-            "seen": self._seen.hexdigest(),
-        }
+        actions, observation = (torch.from_numpy(np.array(each)) for each in (self._actions, self._observation))
+        return {**self._start, "actions": actions, "observation": observation, "seen": self._seen.hexdigest()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Play the episode of ``state`` again.
@@ -110,9 +97,7 @@ def check_env(name: str) -> None:
         closest = ", ".join(difflib.get_close_matches(name, [MAZE, *gymnasium.registry], n=3, cutoff=0))
         raise ValueError(f"env must be a gymnasium id with its version, got {name!r}; the closest are {closest}.")
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's tasks are the -v4 ones
-            env = gymnasium.make(name)
+        env = _make_gymnasium(name)
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         raise ValueError(f"env {name!r} needs a package that can't be imported: {error}") from error
     except Exception as error:  # its own constructor may raise anything
@@ -141,8 +126,6 @@ def make_env(
     Args:
         name (str): gymnasium id, or ``Maze2D`` for :class:`~omnet_torchrl.Maze2DEnv`.
         *transforms (Transform): appended, e.g. a :class:`~omnet_torchrl.SubnetPrimer`.
-
-    Keyword Args:
         num_envs (int or None): this many, stepped one after the other in this process, as one environment of batch size
             ``(num_envs,)``. ``None`` (default): a single one, without batch size.
         seed (int or None): of the environment's random numbers.
@@ -150,26 +133,27 @@ def make_env(
         sum_episodes (bool): write each episode's return and length so far, ``episode_reward`` and ``step_count``. Defaults to
             ``True``.
     """
-    base = Maze2DEnv(() if num_envs is None else num_envs) if name == MAZE else GymWrapper(_make_gymnasium(name, num_envs))
+    if name == MAZE:
+        base: EnvBase = Maze2DEnv(() if num_envs is None else num_envs)
+    else:
+        make = partial(_make_gymnasium, name)
+        # The only mode of gymnasium's vector environments in which TorchRL sees each environment's own last observation.
+        mode = gymnasium.vector.AutoresetMode.DISABLED
+        base = GymWrapper(
+            make() if num_envs is None else gymnasium.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
+        )
     offset = [ObservationOffset(observation_offset, generator=seed)] if observation_offset else []
     sums = [RewardSum(), StepCounter()] if sum_episodes else []
-    common = (DoubleToFloat(), *offset, *sums)
-    env = TransformedEnv(base, Compose(*common, *transforms))
+    env = TransformedEnv(base, Compose(DoubleToFloat(), *offset, *sums, *transforms))
     if seed is not None:
         env.set_seed(seed)
     return env
 
 
-def _make_gymnasium(name: str, num_envs: int | None) -> Any:
-    def make() -> gymnasium.Env:
-        return EpisodeRecorder(gymnasium.make(name))
-
+def _make_gymnasium(name: str) -> EpisodeRecorder:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's tasks are the -v4 ones
-        if num_envs is None:
-            return make()
-        # The only mode of gymnasium's vector environments in which TorchRL sees each environment's own last observation.
-        return gymnasium.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)
+        return EpisodeRecorder(gymnasium.make(name))
 
 
 def seed_env(env: EnvBase, seed: int) -> None:
@@ -182,7 +166,7 @@ def seed_env(env: EnvBase, seed: int) -> None:
 
 
 def recorders(env: EnvBase) -> list[EpisodeRecorder | Maze2DEnv]:
-    """What brings the episodes of an environment of :func:`make_env` back: one per environment, or the whole maze."""
+    """The objects that bring back the episodes of an environment of :func:`make_env`: one each, or the whole maze."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
     if isinstance(env, Maze2DEnv):
@@ -193,10 +177,10 @@ def recorders(env: EnvBase) -> list[EpisodeRecorder | Maze2DEnv]:
 
 @contextmanager
 def resting(env: EnvBase) -> Iterator[Callable[[Tensor], None]]:
-    """Gives a function that says, for an environment of batch size ``(E,)``, which of its parts rest from now on.
+    """Gives a function to say which environments of a batch rest: from then on, a step of theirs does nothing.
 
-    A step of those does nothing and takes no time: an evaluation lasts as long as the longest of its episodes. At the end none
-    rests. Only gymnasium's environments of :func:`make_env` can; others, the maze too, go on as ever.
+    An evaluation then takes the time of the steps that count. Only gymnasium's environments of :func:`make_env` can rest; the
+    steps of all others, the maze's too, are made as usual. At the end no environment rests.
     """
     players = [player for player in recorders(env) if isinstance(player, EpisodeRecorder)]
 

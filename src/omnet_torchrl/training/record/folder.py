@@ -8,8 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from importlib import metadata
@@ -17,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
-from omnet_torchrl.training.files import replace_file
+from omnet_torchrl.training.record.files import replace_file
 
 try:
-    import fcntl
     import resource
 except ImportError:  # Windows
-    fcntl = resource = None  # type: ignore[assignment]
+    resource = None  # type: ignore[assignment]
 
 PACKAGES = ("omnet-torchrl", "torch", "tensordict", "torchrl", "gymnasium", "mujoco", "numpy")
 
@@ -36,24 +35,24 @@ def now() -> str:
 
 def versions() -> dict[str, str | None]:
     """The versions that a run's numbers depend on; ``None`` where a package is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version(), **dict.fromkeys(PACKAGES)}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
     return found
 
 
 def git_commit() -> str | None:
     """The commit of this package, with ``-dirty`` if its files differ or are new; ``None`` where it is in no git checkout."""
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parents[2]
 
     def git(*command: str) -> str:
         # Without optional locks, asking doesn't disturb a git command of the user's that runs now.
         environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-        arguments = {"cwd": package, "capture_output": True, "text": True, "check": True, "timeout": 2, "env": environment}
-        return str(subprocess.run(["git", *command], **arguments).stdout).strip()  # type: ignore[call-overload]
+        output = subprocess.check_output(
+            ["git", *command], cwd=package, text=True, stderr=subprocess.DEVNULL, timeout=2, env=environment
+        )
+        return output.strip()
 
     try:
         git("ls-files", "--error-unmatch", "__init__.py")  # not a checkout that merely has the installed package in a folder
@@ -67,7 +66,7 @@ def _code() -> dict[str, Any]:
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """The most that this process, its children left out, has had at a time so far, in MiB.
+    """The most memory that this process, without its children, has had at a time so far, in MiB.
 
     ``peak_memory_mib`` of the machine (not on Windows) and, on a CUDA ``device``, ``peak_gpu_memory_mib`` of PyTorch's tensors.
     """
@@ -84,9 +83,9 @@ class RunFolder:
     """The folder of a run: ``run.json, config.yaml, metrics.csv, checkpoints/, learning_curve.png``.
 
     ``run.json`` says what ran and how it ended: ``status`` (running, finished, interrupted, diverged, failed), ``started``,
-    ``ended``, ``command``, ``versions``, ``git_commit``, ``sessions`` (each start: when, from how many frames, when the run was
-    resumed also with which code, and :func:`peak_memory` at its end, unless it was killed) and what :meth:`write_info` adds.
-    Made by :meth:`create` or :meth:`open`.
+    ``ended``, ``command``, ``versions``, ``git_commit``, ``process`` (the last that had the folder), ``sessions`` (each start:
+    when, from how many frames, when the run was resumed also with which code, and :func:`peak_memory` at its end, unless it was
+    killed) and what :meth:`write_info` adds. Made by :meth:`create` or :meth:`open`.
 
     Args:
         path (str or Path): the folder.
@@ -94,13 +93,15 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._lock: weakref.finalize | None = None
+        self.config_path, self.metrics_path = self.path / "config.yaml", self.path / "metrics.csv"
+        self.checkpoint_path, self.curve_path = self.path / "checkpoints", self.path / "learning_curve.png"
+        self._lock = FileLock(self.checkpoint_path / "lock", timeout=0)
 
     @classmethod
     def create(cls, path: str | Path, before: Callable[[RunFolder], None] = lambda folder: None) -> RunFolder:
         """Make the folder of a new run: ``path`` or, if it exists already, the first free one of ``path-1, path-2, ...``.
 
-        ``before`` gets it while it is no run yet: what it writes is there wherever a ``run.json`` is.
+        ``before`` gets the folder while it is no run yet: what it writes is there wherever a ``run.json`` is.
 
         Raises:
             ValueError: it can't be made.
@@ -142,26 +143,6 @@ class RunFolder:
         return folder
 
     @property
-    def config_path(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics_path(self) -> Path:
-        """Every logged value, see :class:`CSVLogger`."""
-        return self.path / "metrics.csv"
-
-    @property
-    def checkpoint_path(self) -> Path:
-        """The folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def curve_path(self) -> Path:
-        """The picture of the learning curve."""
-        return self.path / "learning_curve.png"
-
-    @property
     def info(self) -> dict[str, Any]:
         """The content of ``run.json``."""
         return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
@@ -169,6 +150,9 @@ class RunFolder:
     def write_info(self, **fields: Any) -> None:
         """Set fields of ``run.json``, which is replaced at once: a reader sees the old or the new, whole."""
         self._write({**self.info, **fields})
+
+    def _write(self, info: dict[str, Any]) -> None:
+        replace_file(self.path / "run.json", json.dumps(info, indent=2, default=str).encode())
 
     def begin_session(self, frames: int = 0, **fields: Any) -> None:
         """Note that the run starts, or goes on from ``frames``, in this process; sets ``fields`` as well."""
@@ -179,39 +163,26 @@ class RunFolder:
     def end_session(self, status: str, device: torch.device, **fields: Any) -> None:
         """Note how what :meth:`begin_session` began has ended, and its peak memory; sets ``fields`` as well."""
         *before, session = self.info["sessions"]
-        sessions = [*before, {**session, **peak_memory(device)}]
-        self.write_info(status=status, ended=now(), **fields, sessions=sessions)
-
-    def _write(self, info: Mapping[str, Any]) -> None:
-        replace_file(self.path / "run.json", json.dumps(info, indent=2, default=str).encode())
+        self.write_info(status=status, ended=now(), **fields, sessions=[*before, {**session, **peak_memory(device)}])
 
     def lock(self) -> None:
-        """Keep everybody else out, other processes too, until :meth:`unlock` or the end of this one; where files can be locked.
+        """Keep everybody else out, other processes too, until :meth:`unlock` or the end of this process, whatever ends it.
 
         Raises:
-            ValueError: somebody else has it.
+            ValueError: somebody else has the folder.
         """
-        if fcntl is None or self._lock is not None:
+        if self._lock.is_locked:
             return
         self.checkpoint_path.mkdir(exist_ok=True)
-        file = os.open(self.checkpoint_path / "lock", os.O_RDWR | os.O_CREAT, 0o666)  # writable, as network file systems want
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(file, 100).decode(errors="replace")
-            os.close(file)
+            self._lock.acquire()
+        except Timeout:
+            owner = self.info.get("process", "unknown")
             raise ValueError(f"the run in {self.path} still goes on (process {owner}): stop it first.") from None
-        except OSError:  # a file system without locks
+        except (OSError, NotImplementedError):  # a file system without locks
             pass
-        os.truncate(file, 0)
-        os.write(file, f"{os.getpid()} on {platform.node()}".encode())
-        self._lock = weakref.finalize(self, os.close, file)
+        self.write_info(process=f"{os.getpid()} on {platform.node()}")
 
     def unlock(self) -> None:
         """Let other processes go on with the run."""
-        if self._lock is not None:
-            self._lock()
-            self._lock = None
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.path)!r})"
+        self._lock.release()

@@ -1,7 +1,6 @@
-"""The options of a run, checked before it starts, and how they are read, written and compared.
+"""The options of a run are checked before it starts; here they are also read, written and compared.
 
-A wrong value, or two that contradict each other, is a ``ValueError`` that says what to do. The options themselves are in
-:mod:`~omnet_torchrl.training.options`.
+A wrong value, or two that contradict each other, is a ``ValueError`` that says what to do.
 """
 
 from __future__ import annotations
@@ -11,19 +10,18 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.config_store import ConfigStore
-from hydra.core.utils import setup_globals
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from omnet_torchrl.training.algorithms import ROWS, network_sparsity, row
-from omnet_torchrl.training.files import replace_file
-from omnet_torchrl.training.options import NetworkConfig, TrainConfig
+from omnet_torchrl.training.options.options import TrainConfig
+from omnet_torchrl.training.options.rows import ROWS, network_sparsity, row
+from omnet_torchrl.training.record.files import replace_file
 
 # What a resumed run may change: how long it lasts (total_frames may only grow), how it is watched and kept, and where it is
 # computed. Everything else decides which numbers it trains on, and a run of two halves would be neither of the two.
@@ -31,7 +29,6 @@ MAY_CHANGE = (
     *("total_frames", "eval", "checkpoint", "logger", "wandb", "log_interval", "progress"),
     *("device", "compile", "num_threads", "stop_when_diverged", "folder", "resume"),
 )
-
 
 # The ends as in mathematics; no range of floats holds nan or infinity. None is always inside.
 _RANGES = {
@@ -50,9 +47,13 @@ _CHOICES = {
     "network.critic": ("masked", "separate"),
     "network.actor": ("masked", "dense"),
     "network.masks": ("weight", "unit", "redrawn"),
+    "precision": ("float32", "bfloat16"),
     "logger": ("csv", "tensorboard", "wandb"),
     "wandb.mode": ("offline", "online", "disabled"),
 }
+
+if not OmegaConf.has_resolver("now"):  # of ${now:...}; Hydra replaces it with its own, which does the same
+    OmegaConf.register_new_resolver("now", lambda pattern: datetime.now().strftime(pattern), use_cache=True)
 
 
 def to_config(config: DictConfig | Mapping[str, Any] | TrainConfig) -> TrainConfig:
@@ -67,15 +68,17 @@ def validate(config: TrainConfig) -> None:
     values = _leaves(typed)
     row(typed.algorithm)
     for interval, names in _RANGES.items():
+        low, high = map(float, interval[1:-1].split(","))
         for name in names.split():
-            if values[name] is not None and not _inside(values[name], interval):
-                raise ValueError(f"{name} must be in {interval}, got {values[name]}.")
+            value = values[name]
+            ends = {low if interval[0] == "[" else None, high if interval[-1] == "]" else None}
+            if value is not None and not low < value < high and value not in ends:
+                raise ValueError(f"{name} must be in {interval}, got {value}.")
     for name, choices in _CHOICES.items():
         if values[name] not in choices:
             closest = _closest(values[name], choices)
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {values[name]!r}; did you mean {closest}?")
-    _check_network(typed.network)
-    _check_loss(typed)
+    _check_network(typed)
     _check_frames(typed)
     resolve_device(typed.device)
     for name, value in _leaves(config).items():
@@ -134,15 +137,8 @@ def load_config(path: str | Path) -> TrainConfig:
     return _typed(given)
 
 
-def register() -> None:
-    """Offer :class:`TrainConfig` to Hydra's ``defaults`` lists, named ``train``, and the rows as its group ``algorithm``."""
-    store = ConfigStore.instance()
-    store.store(name="train", node=TrainConfig)
-    for name, each in ROWS.items():
-        store.store(group="algorithm", name=name, node={"algorithm": name, **each.options}, package="_global_")
-
-
-def _check_network(network: NetworkConfig) -> None:
+def _check_network(config: TrainConfig) -> None:
+    network, limit = config.network, config.network.num_subnets
     sparsity, layers = network.sparsity, len(network.num_cells) + (network.masks != "unit")
     unknown = {"unit": ("mask_bias", "dense_input", "dense_output"), "redrawn": ("mask_bias",)}.get(network.masks, ())
     for name in unknown:
@@ -162,19 +158,14 @@ def _check_network(network: NetworkConfig) -> None:
         raise ValueError(f"network.sparsity must be one number with {dense}, got {sparsity}: write 0 in the list instead.")
     if dense and not any(network_sparsity(network)) and sparsity:  # type: ignore[arg-type]
         raise ValueError(f"network.sparsity must be 0 where {dense} leaves no layer to mask, got {sparsity}.")
-
-
-def _check_loss(config: TrainConfig) -> None:
-    limit = config.network.num_subnets
     for name in ("num_trained_subnets", "num_target_subnets"):
         count = getattr(config.loss, name)
         if count is not None and not 1 <= count <= limit:
             advice = f"set loss.{name}={min(max(count, 1), limit)}" + (" or more subnets" if count > limit else "")
             raise ValueError(f"loss.{name} must be in [1, network.num_subnets={limit}], got {count}: {advice}.")
-    if config.network.masks == "redrawn" and not config.loss.replacement:
-        raise ValueError(
-            "loss.replacement must be true with network.masks=redrawn, whose masks are drawn one by one, got false."
-        )
+    if network.masks == "redrawn" and not config.loss.replacement:
+        reason = "whose masks are drawn one by one"
+        raise ValueError(f"loss.replacement must be true with network.masks=redrawn, {reason}, got false.")
 
 
 def _check_frames(config: TrainConfig) -> None:
@@ -199,10 +190,11 @@ def _check_frames(config: TrainConfig) -> None:
 
 
 def _typed(config: Any) -> TrainConfig:
-    setup_globals()  # Hydra's resolvers, such as the one of ${now:...}
     given = config if isinstance(config, DictConfig) else OmegaConf.create(config)
+    name = given.get("algorithm") if OmegaConf.is_dict(given) else None
+    row_options = ROWS[name].options if isinstance(name, str) and name in ROWS else {}  # for those that are not given
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), _row_options(given), given)
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), row_options, given)
         OmegaConf.copy_cache(from_config=given, to_config=merged)  # ${now:...} stays the time that Hydra's folder has
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except ConfigKeyError as error:
@@ -211,22 +203,11 @@ def _typed(config: Any) -> TrainConfig:
         raise ValueError(f"{error.full_key or 'options'}: {str(error.msg).splitlines()[0]}") from error
 
 
-def _row_options(given: Any) -> dict[str, Any]:
-    """The options of the row that a nested config names, for those that it does not give."""
-    name = given.get("algorithm") if OmegaConf.is_dict(given) else None
-    return ROWS[name].options if isinstance(name, str) and name in ROWS else {}
-
-
 def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for name, value in vars(config).items():
         leaves |= _leaves(value, f"{prefix}{name}.") if is_dataclass(value) else {prefix + name: value}
     return leaves
-
-
-def _inside(value: float, interval: str) -> bool:
-    low, high = map(float, interval[1:-1].split(","))
-    return low <= value <= high and (interval[0] == "[" or value > low) and (interval[-1] == "]" or value < high)
 
 
 def _closest(name: str, names: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """Every option of a run, with its default, unit and meaning.
 
 The dataclasses are structured configs of OmegaConf and Hydra, and the one place of every default: the paper's (section 4.1 of
-https://arxiv.org/abs/2310.14009). What their values may be is said in :mod:`~omnet_torchrl.training.config`.
+https://arxiv.org/abs/2310.14009). What their values may be is said in :mod:`~omnet_torchrl.training.options.checks`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class OptimConfig:
 
     lr: float = 3e-4  # learning rate of critic, actor and temperature
     batch_size: int = 256  # transitions per update
-    lazy: bool = False  # leave weights alone that an update's subnetworks lack; plain Adam moves them by momentum
+    lazy: bool = False  # do not move weights that no subnetwork of an update has; plain Adam moves them by momentum
     tau: float = 0.005  # step of the target critic towards the critic, after each critic update
 
 
@@ -81,12 +81,13 @@ class WandbConfig:
 class TrainConfig:
     """One run."""
 
-    algorithm: str = "omnet"  # the row of the results table whose options these are, see algorithms.py
+    algorithm: str = "omnet"  # the row of the results table whose options these are, see rows.py
     env: str = "Hopper-v4"  # a gymnasium id with a flat Box observation and a bounded Box action
     num_envs: int = 1  # environments stepped together; a step of all is num_envs frames
     observation_offset: float = 0.0  # scale of the constant noise on the observations of an episode (section 4.4)
     seed: int = 0  # of everything random in the run
     device: str = "auto"  # cpu, cuda or cuda:1; auto: cuda where there is one
+    precision: str = "float32"  # of the inputs of matrix products; bfloat16: faster, weights and losses stay float32
     compile: bool = True  # compile update and policy (Inductor; on a GPU the update in a CUDA graph)
     num_threads: int | None = None  # CPU threads of torch; None: torch's own choice
     total_frames: int = 300_000  # environment steps, the random ones included
@@ -102,7 +103,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     logger: str = "csv"  # csv, tensorboard or wandb; metrics.csv is written in any case
-    log_interval: int = 100  # frames between rows of training metrics
+    log_interval: int = 100  # frames between records of training metrics
     progress: bool = True  # show a progress bar
     stop_when_diverged: bool = True  # end the run at a loss that is not finite; false: where the actor is not; nothing is saved
     folder: str = "runs/${env}/${algorithm}/seed${seed}/${now:%Y-%m-%d_%H-%M-%S}"  # of the run's files

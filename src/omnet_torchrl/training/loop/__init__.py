@@ -1,0 +1,1 @@
+"""The loop that trains, and what it asks: environments, rollouts, evaluation, random streams, stopping."""

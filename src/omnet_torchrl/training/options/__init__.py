@@ -1,0 +1,21 @@
+"""The options of a run: data, checked before anything is made. Needs omegaconf, and nothing else that is not the core's."""
+
+from omnet_torchrl.training.options.checks import differences, load_config, resolve_device, save_config, to_config, validate
+from omnet_torchrl.training.options.options import LossConfig, NetworkConfig, OptimConfig, TrainConfig
+from omnet_torchrl.training.options.rows import ROWS, Row, row
+
+__all__ = [
+    "ROWS",
+    "LossConfig",
+    "NetworkConfig",
+    "OptimConfig",
+    "Row",
+    "TrainConfig",
+    "differences",
+    "load_config",
+    "resolve_device",
+    "row",
+    "save_config",
+    "to_config",
+    "validate",
+]

@@ -1,0 +1,100 @@
+"""The rows of the results table, as data.
+
+A row is the options that differ from the defaults, which are OMNet's. All rows go through the same networks with an index, the
+same loss, update and loop; what tells them apart is which critics there are and which of them an update asks
+(:class:`~omnet_torchrl.OMNetSACLoss`). Section 4.1 of https://arxiv.org/abs/2310.14009, figures 2 and 4, and the controls with
+LayerNorm that the paper lacks.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+from omnet_torchrl.training.options.options import NetworkConfig, TrainConfig
+
+# Target entropies that REDQ published for the paper's tasks, in nats, of actions rescaled to [-1, 1] (its code scores them so).
+TARGET_ENTROPY = {"Hopper-v4": -1.0, "Walker2d-v4": -3.0, "Ant-v4": -4.0, "Humanoid-v4": -2.0}
+DROPOUT = 0.01  # for a task that table 1 does not have
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of the results table.
+
+    Args:
+        label (str): its name in figures.
+        options (dict): what differs from the defaults, nested as in :class:`~omnet_torchrl.training.options.TrainConfig`.
+        dropout (dict): task to the value of ``network.dropout=null``.
+        entropy_per_action (float or None): the target entropy is this times the action's dimensions. ``None``: REDQ's values.
+    """
+
+    label: str
+    options: dict[str, Any] = field(default_factory=dict)
+    dropout: dict[str, float] = field(default_factory=dict)
+    entropy_per_action: float | None = None
+
+
+def _separate(critics: int, layer_norm: bool = False, num_target_subnets: int | None = None, **options: Any) -> dict[str, Any]:
+    """Options of a row without masks: separate critics, all trained, and a dense actor."""
+    network = {"critic": "separate", "actor": "dense", "num_subnets": critics, "sparsity": 0.0, **options.pop("network", {})}
+    norms = {"critic_layer_norm": layer_norm, "actor_layer_norm": layer_norm}
+    loss = {"num_trained_subnets": None, "num_target_subnets": num_target_subnets}
+    return {"network": {**norms, **network}, "loss": loss, **options}
+
+
+_DROPOUT = {"dropout": None, "critic_layer_norm": True}  # Linear, Dropout, LayerNorm, ReLU
+_TABLE_1 = {
+    "droq": {"Hopper-v4": 0.001, "Walker2d-v4": 0.003, "Ant-v4": 0.01, "Humanoid-v4": 0.03},
+    "sin_droq": {"Hopper-v4": 0.001, "Walker2d-v4": 0.01, "Ant-v4": 0.1, "Humanoid-v4": 0.01},
+}
+
+ROWS = {
+    "omnet": Row("OMNet"),
+    "omnet_critic": Row("OMNet, critic only", {"network": {"actor": "dense"}}),
+    "omnet_infinity": Row("OMNet, masks redrawn", {"network": {"masks": "redrawn"}, "loss": {"replacement": True}}),
+    "sac": Row("SAC", _separate(2, utd_ratio=1, policy_update_delay=1)),
+    "sac_20": Row("SAC-20", _separate(2)),
+    "redq": Row("REDQ", _separate(10, num_target_subnets=2)),
+    "droq": Row("DroQ", _separate(2, network=_DROPOUT), _TABLE_1["droq"]),
+    "sr_sac": Row("SR-SAC", _separate(2, reset_interval=100_000), entropy_per_action=-0.5),
+    "sin_sac": Row("Sin-SAC", _separate(1)),
+    "sin_droq": Row("Sin-DroQ", _separate(1, network=_DROPOUT), _TABLE_1["sin_droq"]),
+    "sr_sin_sac": Row("SR-Sin-SAC", _separate(1, reset_interval=100_000), entropy_per_action=-0.5),
+    "redq_layer_norm": Row("REDQ + LayerNorm", _separate(10, True, num_target_subnets=2)),
+    "sac_20_layer_norm": Row("SAC-20 + LayerNorm", _separate(2, True)),
+    "sin_sac_layer_norm": Row("Sin-SAC + LayerNorm", _separate(1, True)),
+}
+
+
+def row(name: str) -> Row:
+    """The row called ``name``; a ``ValueError`` names the closest."""
+    if name not in ROWS:
+        closest = ", ".join(difflib.get_close_matches(name, ROWS, n=3, cutoff=0))
+        raise ValueError(f"algorithm must be one of {', '.join(ROWS)}, got {name!r}; the closest are {closest}.")
+    return ROWS[name]
+
+
+def target_entropy(config: TrainConfig, action_dim: int) -> float:
+    """The entropy that the temperature aims at, of the action rescaled to [-1, 1], in nats."""
+    given, per_action = config.loss.target_entropy, row(config.algorithm).entropy_per_action
+    if given is not None:
+        return given
+    return TARGET_ENTROPY.get(config.env, -float(action_dim)) if per_action is None else per_action * action_dim
+
+
+def dropout(config: TrainConfig) -> float:
+    """The critic's dropout."""
+    given = config.network.dropout
+    return row(config.algorithm).dropout.get(config.env, DROPOUT) if given is None else given
+
+
+def network_sparsity(network: NetworkConfig) -> float | list[float]:
+    """The argument ``sparsity`` of the networks, with ``dense_input`` and ``dense_output`` applied."""
+    if not (network.dense_input or network.dense_output):
+        return network.sparsity
+    layers = [float(network.sparsity)] * (len(network.num_cells) + 1)
+    layers[0] *= not network.dense_input
+    layers[-1] *= not network.dense_output
+    return layers

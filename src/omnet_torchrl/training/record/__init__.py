@@ -1,0 +1,1 @@
+"""What a run leaves behind: its folder, checkpoints, metrics, trackers and pictures, and what it prints."""

@@ -1,0 +1,91 @@
+"""Everything that is told of a run while it goes on: to ``metrics.csv``, a tracker, the picture and the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from omnet_torchrl.training.record.folder import RunFolder
+from omnet_torchrl.training.record.metrics import CSVLogger
+from omnet_torchrl.training.record.plots import learning_curve
+from omnet_torchrl.training.record.terminal import Terminal
+from omnet_torchrl.training.record.trackers import BackgroundLogger, make_logger
+
+
+class Reporter:
+    """What a :class:`~omnet_torchrl.training.Trainer` reports to; :meth:`begin` comes before the first report."""
+
+    def __init__(self, folder: RunFolder, terminal: Terminal):
+        self.folder, self.terminal = folder, terminal
+        self._csv: CSVLogger | None = None
+        self._logger, self._shown = BackgroundLogger(), False
+
+    def begin(self, kind: str, config: Mapping[str, Any], frames: int, **options: Any) -> None:
+        """Open ``metrics.csv``, unless :meth:`restore` did, and start the tracker; see :func:`make_logger`."""
+        if self._csv is None:
+            path = self.folder.metrics_path
+            if path.exists():
+                names = (path.with_name(f"{path.name}.old{number or ''}") for number in itertools.count())
+                kept = path.rename(next(name for name in names if not name.exists()))
+                self.say(f"what {path.name} had is in {kept.name}")
+            self._csv = CSVLogger(path)
+        self._logger = make_logger(kind, self.folder, config, frames=frames, warn=self.say, **options)
+
+    def log(self, frames: int, seconds: float, metrics: Mapping[str, float]) -> None:
+        """Write metrics to ``metrics.csv`` and the tracker."""
+        assert self._csv is not None
+        self._csv.log(frames, seconds, metrics)
+        self._logger.log(frames, seconds, metrics)
+        if self._logger.place and not self._shown:
+            self._shown = True
+            self.say(f"{self._logger.name}: {self._logger.place}")
+        if "eval/return" in metrics:
+            self.terminal.evaluation(frames, metrics, seconds)
+            try:
+                learning_curve(self.folder.path)
+            except Exception as error:  # a picture never ends a run
+                self.say(f"warning: {self.folder.curve_path.name} could not be drawn: {error}")
+
+    def progress(self, frames: int, updates: int, metrics: Mapping[str, float]) -> None:
+        """Move the progress bar; after each frame."""
+        self.terminal.update(frames, updates, metrics.get("train/episode_return"), metrics.get("eval/return"))
+
+    def say(self, text: str) -> None:
+        """A line on the terminal."""
+        self.terminal.line(text)
+
+    def position(self) -> int:
+        """Bytes of ``metrics.csv``, on the disk."""
+        assert self._csv is not None
+        self._csv.sync()
+        return self._csv.position
+
+    def restore(self, position: int) -> None:
+        """Go on with ``metrics.csv`` from ``position``."""
+        self._csv = CSVLogger(self.folder.metrics_path, position)
+
+    def close_csv(self) -> bool:
+        """Close ``metrics.csv``; whether it could be, which a full disk prevents."""
+        try:
+            if self._csv is not None:
+                self._csv.close()
+        except OSError as error:
+            self.say(f"warning: {self.folder.metrics_path.name} could not be closed: {error}")
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the tracker, which may take a while."""
+        self._logger.close()
+
+    @contextlib.contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Within, warnings are lines on the terminal."""
+        before, warnings.showwarning = warnings.showwarning, lambda message, *_, **__: self.say(f"warning: {message}")
+        try:
+            yield
+        finally:
+            warnings.showwarning = before
