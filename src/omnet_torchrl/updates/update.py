@@ -81,7 +81,7 @@ class Update:
         >>> sorted(metrics.keys())
         ['alpha', 'entropy', 'loss_actor', 'loss_alpha', 'loss_qvalue', 'qvalue', 'td_error']
         >>> update
-        Update(OMNetSACLoss, steps=[critic: 71,425 parameters, actor (every 20): 71,431 parameters], tau=0.005, 20 updates made)
+        Update(OMNetSACLoss, steps=[critic: 70,913 parameters, actor (every 20): 71,431 parameters], tau=0.005, 20 updates made)
 
     .. note:: It is numerically the step of the optimisers, whose own state it changes, and of
         :class:`~torchrl.objectives.SoftUpdate`. Gradients never appear in ``.grad``.
