@@ -179,7 +179,8 @@ def test_public_names_exist_and_are_documented():
     assert (PACKAGE / "py.typed").exists()
 
 
-# The budgets of DESIGN.md: a session that adds a feature also removes what it made superfluous.
+# Whoever adds a feature also removes what it made superfluous. training/ is still above the 2,900 lines that it is to have, and
+# must not grow.
 MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 5_100, 3_080
 
 

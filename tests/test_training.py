@@ -255,7 +255,7 @@ def test_one_seed_repeats_itself_and_another_does_not(tmp_path):
     assert rows[0][0] != rows[2][0]
 
 
-def disturb_the_global_numbers(trainer):
+def disturb_the_global_generators(trainer):
     collect = trainer._collect
 
     def call(collected):
@@ -284,7 +284,7 @@ def compile_it(trainer):
     trainer.prepare()
 
 
-@pytest.mark.parametrize("disturb", [disturb_the_global_numbers, evaluate_often, log_often, save_often, compile_it])
+@pytest.mark.parametrize("disturb", [disturb_the_global_generators, evaluate_often, log_often, save_often, compile_it])
 def test_nothing_else_changes_the_training(disturb, tmp_path):
     plain, disturbed = (make_trainer(tmp_path / name, num_envs=2) for name in "ab")
     disturb(disturbed)
@@ -375,7 +375,7 @@ def test_a_prioritised_buffer_is_refused(tmp_path):
         make_trainer(tmp_path, buffer=buffer)
 
 
-def test_a_run_leaves_the_global_numbers_alone(tmp_path):
+def test_a_run_leaves_the_global_generators_alone(tmp_path):
     trainer = make_trainer(tmp_path)
     before = torch.get_rng_state()
     trainer.run()
