@@ -6,11 +6,13 @@ from scipy import stats
 from scores import (
     common_curve,
     denominators,
+    difference,
     final_score,
     interquartile_mean,
     mean_interval,
     mean_over_tasks,
     paper_score,
+    seeds_needed,
     shared_tasks,
     stratified_bootstrap,
     td3_normalised,
@@ -84,3 +86,29 @@ def test_a_common_curve_has_the_frames_of_all_runs():
     assert frames.tolist() == [2, 3]
     assert values.tolist() == [[6, 7], [1, 2]]
     assert len(common_curve([])[0]) == 0
+
+
+def test_the_interval_of_a_difference_covers_what_it_should():
+    """Of normal numbers: about 95 % of the intervals of many hold the true difference."""
+    random = np.random.default_rng(0)
+    inside = []
+    for trial in range(200):
+        one, other = random.normal(5, 1, 20), random.normal(3, 2, 20)
+        value, low, high = difference(one, other, repeats=500, seed=trial)
+        assert value == pytest.approx(one.mean() - other.mean())
+        inside.append(low <= 2 <= high)
+    assert 0.88 < np.mean(inside) < 0.99
+    assert np.isnan(difference([1.0, 2.0], [3.0, 4.0, 5.0]).low)
+
+
+def test_seeds_needed_are_those_of_the_usual_formula_and_give_the_power():
+    random = np.random.default_rng(0)
+    one, other = random.normal(0, 1, 5_000), random.normal(0, 1, 5_000)
+    needed = seeds_needed(one, other, 0.5)
+    assert needed == pytest.approx(2 * (1.96 + 0.84) ** 2 / 0.5**2, rel=0.05)
+    trials = [
+        stats.ttest_ind(random.normal(0.5, 1, int(needed)), random.normal(0, 1, int(needed))).pvalue for _ in range(1_000)
+    ]
+    assert np.mean(np.array(trials) < 0.05) == pytest.approx(0.8, abs=0.05)
+    assert seeds_needed([1.0, 1.0], [2.0, 2.0], 1.0) == 2
+    assert np.isnan(seeds_needed([1.0], [2.0, 3.0], 1.0))

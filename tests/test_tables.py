@@ -93,3 +93,14 @@ def test_a_figure_of_the_value_bias_without_any_says_so(tmp_path):
     text = written(tmp_path / "results", "fig4")
     assert "| OMNet | Humanoid-v4 | missing |" in text
     assert "- without bias: OMNet on Humanoid-v4, seed 0\n" in text
+
+
+def test_differences_have_an_interval_from_three_seeds_on_and_say_how_many_would_do(tmp_path, without_pictures):
+    write_scores(tmp_path / "results", "controls", {"omnet": 999.0, "sac_20_layer_norm": 899.0}, ["Hopper-v4"], 3)
+    write_scores(tmp_path / "results", "controls", {"sin_sac_layer_norm": 999.0}, ["Hopper-v4"], 2)
+    text = written(tmp_path / "results", "controls")
+    lines = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| OMNet less")}
+    apart = lines["| OMNet less SAC-20 + LayerNorm"]
+    assert "| 3, 3 | 100 [" in apart
+    assert apart.endswith("], apart from 0 | 2 |")
+    assert lines["| OMNet less Sin-SAC + LayerNorm"].endswith("| 3, 2 | 0 | 2 |")  # no interval

@@ -156,6 +156,8 @@ def section(part: Part, found: dict[Path, Record], output: Path, references: dic
     if references:
         lines += ["", tables.references(references, experiment.tasks, end)]
     lines += ["", tables.aggregate(experiment.variants, runs, end)]
+    if experiment.variants[0].name == "omnet":
+        lines += ["", tables.differences(experiment.variants, experiment.tasks, runs, end)]
     if name == "fig6":
         lines += ["", maze_pictures.coverage(experiment.variants, runs)]
     if name in ("table1", "fig10", "fig11"):

@@ -16,9 +16,11 @@ from scores import (
     Interval,
     common_curve,
     denominators,
+    difference,
     mean_interval,
     mean_over_tasks,
     paper_score,
+    seeds_needed,
     shared_tasks,
     stratified_bootstrap,
     td3_normalised,
@@ -100,6 +102,31 @@ def aggregate(variants: Sequence[Variant], runs: Runs, end: int) -> str:
         seeds = ", ".join(str(len(own[task])) for task in tasks)
         lines.append(f"| {label} | {seeds} | {paper_score(own, best):.2f} | {mean:.2f} | {iqm} |")
     return "\n".join(lines)
+
+
+def differences(variants: Sequence[Variant], tasks: Sequence[str], runs: Runs, end: int) -> str:
+    """The first row's score less that of each other one, by task, and the seeds that would show a tenth of it."""
+    first, *others = variants
+    rows = []
+    for variant in others:
+        for task in tasks:
+            own, other = (scores(each, task, runs, end) for each in (first, variant))
+            if own and other:
+                found = difference(own, other)
+                said = interval(found)
+                if not math.isnan(found.low):
+                    said += ", apart from 0" if found.low > 0 or found.high < 0 else ", 0 within"
+                needed = seeds_needed(own, other, np.mean(own) / 10)
+                seeds = "not known" if math.isnan(needed) else f"{needed:.0f}"
+                rows.append(f"| {first.label} less {variant.label} | {task} | {len(own)}, {len(other)} | {said} | {seeds} |")
+    if not rows:
+        return ""
+    head = f"| difference of scores at {end:,} frames | task | seeds | mean, 95 % bootstrap over seeds | seeds for a tenth |"
+    note = (
+        f"An interval needs {SEEDS} seeds of both. Seeds for a tenth: of each row, by which a difference of a tenth of "
+        f"{first.label}'s score would be seen with probability 0.8, from the spread of these few."
+    )
+    return "\n".join([head, "|---" * 5 + "|", *rows, "", note])
 
 
 def bias(variants: Sequence[Variant], tasks: Sequence[str], runs: Runs, end: int) -> str:
