@@ -23,7 +23,7 @@ ROOMS = {
     "offset": {"transforms"},
     "envs": set(),
     "objectives": {"layers"},
-    "updates": {"layers", "modules", "objectives"},
+    "updates": {"layers", "modules", "objectives", "topology"},
     "metrics": set(),
     "__init__": {"masks", "layers", "modules", "builders", "transforms", "offset", "objectives", "updates", "envs"},
 }
@@ -57,7 +57,9 @@ FOLDERS = {
         "acting": {"compiled", "kernels"},
         "replay": set(),
         "stepper": {"update"},
-        "__init__": {"acting", "adam", "replay", "update", "stepper"},
+        "masked_networks": {"adam", "update"},
+        "mask_schedule": {"masked_networks", "update"},
+        "__init__": {"acting", "adam", "mask_schedule", "replay", "update", "stepper"},
     },
 }
 FILES = [(room, None) for room in ROOMS if room not in FOLDERS] + [(room, f) for room in FOLDERS for f in FOLDERS[room]]
@@ -183,7 +185,7 @@ def test_public_names_exist_and_are_documented():
 
 # Whoever adds a feature also removes what it made superfluous. training/ is still above the 2,900 lines that it is to have, and
 # must not grow.
-MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 5_740, 3_080
+MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 6_160, 3_080
 
 
 def test_files_functions_and_rooms_keep_within_their_budgets():

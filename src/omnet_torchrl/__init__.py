@@ -35,7 +35,7 @@ from omnet_torchrl.modules import SubnetActor, SubnetModule, SubnetQValueOperato
 from omnet_torchrl.objectives import OMNetSACLoss
 from omnet_torchrl.offset import ObservationOffset
 from omnet_torchrl.transforms import SubnetPrimer
-from omnet_torchrl.updates import CompiledPolicy, GatherStorage, LazyAdam, Update
+from omnet_torchrl.updates import CompiledPolicy, GatherStorage, LazyAdam, MaskSchedule, Update
 
 __version__ = "0.1.0.dev0"
 
@@ -46,6 +46,7 @@ __all__ = [
     "EnsembleMLP",
     "GatherStorage",
     "LazyAdam",
+    "MaskSchedule",
     "MaskedLinear",
     "MaskedMLP",
     "Maze2DEnv",

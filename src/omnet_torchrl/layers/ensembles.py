@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from omnet_torchrl.layers.indexed import IndexedLayerNorm, IndexedLinear, IndexedMLP, InitFn, initialise, linear_shapes
-from omnet_torchrl.masks import check_num_subnets
+from omnet_torchrl.masks import as_generator, bernoulli_masks, check_masks, check_num_subnets, each_sparsity
 
 
 class EnsembleLinear(IndexedLinear):
@@ -25,6 +25,9 @@ class EnsembleLinear(IndexedLinear):
         num_subnets (int): number of layers N.
         init_fn (callable or None): see :class:`~omnet_torchrl.MaskedLinear`; called once per layer.
 
+        masks (Tensor or None): boolean, ``(N, out_features, in_features)``, a mask for each of the layers, live as those of
+            :class:`~omnet_torchrl.MaskedLinear`. ``None`` (default): every weight is kept.
+
     Shape:
         As :class:`~omnet_torchrl.MaskedLinear`. ``weight`` is ``(N, out_features, in_features)``, ``bias`` ``(N,
         out_features)``.
@@ -32,6 +35,7 @@ class EnsembleLinear(IndexedLinear):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    masks: Tensor | None
 
     def __init__(
         self,
@@ -41,6 +45,7 @@ class EnsembleLinear(IndexedLinear):
         *,
         num_subnets: int,
         init_fn: InitFn | None = None,
+        masks: Tensor | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -50,6 +55,10 @@ class EnsembleLinear(IndexedLinear):
         kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_subnets, out_features, in_features, **kwargs))
         self.register_parameter("bias", nn.Parameter(torch.empty(num_subnets, out_features, **kwargs)) if bias else None)
+        if masks is not None:
+            check_masks(masks, (out_features, in_features))
+            masks = masks.expand(num_subnets, -1, -1).to(self.weight.device, copy=True)
+        self.register_buffer("masks", masks)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -59,7 +68,10 @@ class EnsembleLinear(IndexedLinear):
 
     def select(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the weights and biases of the layers ``index (R,)``."""
-        return self.weight.index_select(0, index), None if self.bias is None else self.bias.index_select(0, index)
+        weight = self.weight.index_select(0, index)
+        if self.masks is not None:
+            weight = weight * self.masks.view(torch.uint8).index_select(0, index).to(weight.dtype)
+        return weight, None if self.bias is None else self.bias.index_select(0, index)
 
     def extra_repr(self) -> str:
         """Describe the layer as :class:`torch.nn.Linear` does, with N."""
@@ -117,6 +129,9 @@ class EnsembleMLP(IndexedMLP):
     Keyword Args:
         num_subnets (int): number of networks N. Defaults to 2.
         init_fn (callable or None): see :class:`~omnet_torchrl.MaskedLinear`.
+        sparsity (float, sequence of float or None): of a Bernoulli mask over the weights of each network, in [0, 1), as in
+            :class:`~omnet_torchrl.MaskedMLP`; 0 gives masks that keep everything, to be changed. ``None`` (default): no masks.
+        generator (torch.Generator, int or None): of the masks, as in :class:`~omnet_torchrl.MaskedMLP`.
 
     Shape:
         As :class:`~omnet_torchrl.MaskedMLP`.
@@ -138,10 +153,12 @@ class EnsembleMLP(IndexedMLP):
         norm_class: type[nn.Module] | None = None,
         norm_kwargs: dict[str, Any] | list[dict[str, Any]] | None = None,
         init_fn: InitFn | None = None,
+        sparsity: float | Sequence[float] | None = None,
+        generator: torch.Generator | int | None = None,
         **kwargs: Any,
     ):
         check_num_subnets(num_subnets)
-        linear_shapes(in_features, out_features, depth, num_cells)
+        shapes = linear_shapes(in_features, out_features, depth, num_cells)
         if norm_class is not None:
             if norm_class is not nn.LayerNorm:
                 raise ValueError(f"EnsembleMLP separates no other normalisation than LayerNorm, got norm_class={norm_class}.")
@@ -150,7 +167,12 @@ class EnsembleMLP(IndexedMLP):
                 norm_kwargs = [{**kw, "num_subnets": num_subnets} for kw in norm_kwargs]
             else:
                 norm_kwargs = {**(norm_kwargs or {}), "num_subnets": num_subnets}
-        layer_kwargs = {"num_subnets": num_subnets, "init_fn": init_fn}
+        layer_kwargs: list[dict[str, Any]] = [{"num_subnets": num_subnets, "init_fn": init_fn} for _ in shapes]
+        if sparsity is not None:
+            source = as_generator(generator)
+            each = each_sparsity(sparsity, len(shapes), "linear layer")
+            for options, shape, s in zip(layer_kwargs, shapes, each, strict=True):
+                options["masks"] = bernoulli_masks(num_subnets, shape, s, generator=source, device=kwargs.get("device"))
         ours: dict[str, Any] = {"layer_class": EnsembleLinear, "layer_kwargs": layer_kwargs}
         ours |= {"norm_class": norm_class, "norm_kwargs": norm_kwargs}
         super().__init__(in_features, out_features, depth, num_cells, **ours, **kwargs)
@@ -158,4 +180,6 @@ class EnsembleMLP(IndexedMLP):
         shared = [type(x).__name__ for x in self if not isinstance(x, apart) and next(x.parameters(), None) is not None]
         if shared:
             raise ValueError(f"EnsembleMLP separates linear and LayerNorm layers only, its networks would share {shared}.")
+        # MLP keeps what it was built from; the masks live in the layers, and a second copy would follow no move.
+        self.layer_kwargs = self._layer_kwargs_iter = None
         self.num_subnets = num_subnets
