@@ -17,7 +17,17 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.func import grad
 
-from omnet_torchrl import topology
+from omnet_torchrl.topology import (
+    cosine_decay,
+    drop_and_grow,
+    erdos_renyi_densities,
+    global_top_k,
+    layer_top_k,
+    mask_overlap,
+    moving_average,
+    saliency,
+    uniform_densities,
+)
 from omnet_torchrl.updates.masked_networks import MaskedNetwork, Path, masked_networks
 from omnet_torchrl.updates.update import Update
 
@@ -151,7 +161,7 @@ class MaskSchedule:
             before |= {".".join(path): mask.clone() for path, mask in old.items()}
             after |= {".".join(path): mask for path, mask in new.items()}
             self._write(network, old, new)
-        overlap = topology.mask_overlap(before, after)
+        overlap = mask_overlap(before, after)
         if self.freeze_overlap is not None and not first and overlap >= self.freeze_overlap:
             self._freeze(frames)
         kept, total = (sum(int(each(mask)) for mask in after.values()) for each in (torch.sum, torch.numel))
@@ -180,16 +190,16 @@ class MaskSchedule:
     ) -> dict[Path, Tensor]:
         gradients = self._gradients(network, k, None, batch, frames)
         names = {".".join(path): path for path in weights}
-        scores = topology.saliency(*({".".join(path): value for path, value in each.items()} for each in (weights, gradients)))
+        scores = saliency(*({".".join(path): value for path, value in each.items()} for each in (weights, gradients)))
         place = f"{network.group}/{k if isinstance(k, int) else 'all'}"
-        scores = self._average[place] = topology.moving_average(self._average.get(place), scores, self.average_decay)
+        scores = self._average[place] = moving_average(self._average.get(place), scores, self.average_decay)
         if self.layers == "global":
-            masks = topology.global_top_k(scores, self.density)
+            masks = global_top_k(scores, self.density)
         else:  # each of several separate networks by itself
             separate, densities = not isinstance(k, int), self._densities(scores)
             count = len(next(iter(scores.values()))) if separate else 1
             each = [{name: score[i] if separate else score for name, score in scores.items()} for i in range(count)]
-            parts = [topology.layer_top_k(own, densities) for own in each]
+            parts = [layer_top_k(own, densities) for own in each]
             masks = {name: torch.stack([part[name] for part in parts]) if separate else parts[0][name] for name in scores}
         return {names[name]: mask for name, mask in masks.items()}
 
@@ -202,7 +212,7 @@ class MaskSchedule:
         frames: int,
     ) -> dict[Path, Tensor]:
         """RigL's and SET's change: each layer, of each network, keeps as many weights as it has."""
-        fraction = topology.cosine_decay(frames, self.end, self.fraction) if self.end else self.fraction
+        fraction = cosine_decay(frames, self.end, self.fraction) if self.end else self.fraction
         changed = {}
         for path, mask in masks.items():
             layers = mask if mask.ndim == 3 else mask.unsqueeze(0)
@@ -211,7 +221,7 @@ class MaskSchedule:
                 keep = weights[path].view(layers.shape)[i].abs()
                 scores = None if grow is None else grow[path].view(layers.shape)[i]
                 seed = _seed(self.seed, frames, path, k, i)
-                parts.append(topology.drop_and_grow(layer, fraction, keep=keep, grow=scores, generator=seed))
+                parts.append(drop_and_grow(layer, fraction, keep=keep, grow=scores, generator=seed))
             changed[path] = torch.stack(parts).view(mask.shape)
         return changed
 
@@ -250,7 +260,7 @@ class MaskSchedule:
         return grad(objective)(weights)
 
     def _densities(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
-        rule = topology.erdos_renyi_densities if self.layers == "erk" else topology.uniform_densities
+        rule = erdos_renyi_densities if self.layers == "erk" else uniform_densities
         layers = {name: score[0] if score.ndim == 3 else score for name, score in scores.items()}
         return rule(layers, self.density)
 
@@ -266,7 +276,7 @@ class MaskSchedule:
                 layers = []
                 for layer in mask:
                     scores = {"layer": torch.rand(layer.shape, generator=generator, dtype=torch.float64)}
-                    layers.append(topology.layer_top_k(scores, {"layer": densities[".".join(path)]})["layer"])
+                    layers.append(layer_top_k(scores, {"layer": densities[".".join(path)]})["layer"])
                 new[path] = torch.stack(layers).to(mask.device)
             self._write(network, old, new)
 
