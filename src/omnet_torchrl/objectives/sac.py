@@ -28,19 +28,9 @@ from torchrl.objectives import SACLoss
 
 from omnet_torchrl.layers.dropout import with_seed
 from omnet_torchrl.objectives.draws import dropout_seed, rsample_with_noise
-from omnet_torchrl.objectives.networks import check_log_prob, prepare_networks
+from omnet_torchrl.objectives.networks import check_log_prob, prepare_networks, refuse_arguments
 from omnet_torchrl.objectives.subnet_loss import LossStep
 from omnet_torchrl.objectives.td_loss import REDUCTIONS, TDLoss, check_reduction
-
-# Arguments of TorchRL's SACLoss that this loss lacks, and what takes their place.
-ELSEWHERE = {
-    "num_qvalue_nets": "the number of critics is the critic's: make_qvalue(..., network_class=EnsembleMLP, num_subnets=2)",
-    "value_network": "there is no separate state-value network: this is the version of SAC without one",
-    "delay_actor": "targets are computed with the current actor",
-    "delay_value": "there is no separate state-value network",
-    "gamma": "call loss.make_value_estimator(gamma=...)",
-    "priority_key": "call loss.set_keys(priority=...)",
-}
 
 
 class OMNetSACLoss(TDLoss, SACLoss):
@@ -145,8 +135,7 @@ class OMNetSACLoss(TDLoss, SACLoss):
         log_prob_offset: float = 0.0,
         **kwargs: Any,
     ):
-        for name in ELSEWHERE.keys() & kwargs.keys():
-            raise TypeError(f"OMNetSACLoss has no argument {name!r} of SACLoss: {ELSEWHERE[name]}.")
+        refuse_arguments("OMNetSACLoss", kwargs)
         check_reduction(value_reduction)
         prepare_networks(actor_network=actor_network, qvalue_network=qvalue_network)
         # num_qvalue_nets=0: the critic is not expanded, what the index selects is its own affair.

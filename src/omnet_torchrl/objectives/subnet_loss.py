@@ -36,8 +36,9 @@ class LossStep:
         name (str): of the step, e.g. ``"critic"``.
         trains (tuple of str): the parameter groups that it trains, named as the attributes of the loss: networks
             (``"qvalue_network_params"``) or single parameters (``"log_alpha"``). What requires no gradient is left alone.
-        objective (callable): maps (batch, draws, params) to the loss, a scalar, and to a dictionary of what else it computed,
-            detached: scalars to be logged, or a value for each transition. ``params`` are named like ``trains``.
+        objective (callable or None): maps (batch, draws, params) to the loss, a scalar, and to a dictionary of what else it
+            computed, detached: scalars to be logged, or a value for each transition. ``params`` are named like ``trains``.
+            ``None``: nothing is trained, ``targets`` move.
         targets (tuple of str): the groups whose target networks move towards them after the step.
         delayed (bool): the step is made in every ``policy_update_delay``-th update only. Defaults to ``False``.
         after (callable or None): gets the params after the step, may change them in place (keep them within bounds), and
@@ -46,7 +47,7 @@ class LossStep:
 
     name: str
     trains: tuple[str, ...]
-    objective: Objective
+    objective: Objective | None
     targets: tuple[str, ...] = ()
     delayed: bool = False
     after: Callable[[TensorDictBase], dict[str, Tensor]] | None = None
