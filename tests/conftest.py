@@ -5,9 +5,9 @@ import contextlib
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import Bounded, Unbounded
+from torchrl.data import Bounded, OneHot, Unbounded
 
-from omnet_torchrl import make_actor, make_qvalue
+from omnet_torchrl import make_actor, make_deterministic_actor, make_qvalue, make_qvalue_actor
 
 OBS, ACT = 5, 2
 torch.set_num_threads(1)  # the networks are small, and tests run side by side
@@ -36,6 +36,16 @@ def small_actor(num_subnets=3, sparsity=0.4, **kwargs):
 
 def small_qvalue(num_subnets=3, sparsity=0.4, **kwargs):
     return make_qvalue(*specs(), num_subnets=num_subnets, sparsity=sparsity, num_cells=(16, 16), generator=2, **kwargs)
+
+
+def small_deterministic_actor(num_subnets=3, sparsity=0.4, **kwargs):
+    options = {"num_cells": (16, 16), "generator": 1, **kwargs}
+    return make_deterministic_actor(*specs(), num_subnets=num_subnets, sparsity=sparsity, **options)
+
+
+def small_qvalue_actor(num_subnets=3, sparsity=0.4, spec=None, **kwargs):
+    options = {"num_cells": (16, 16), "generator": 2, **kwargs}
+    return make_qvalue_actor(specs()[0], spec or OneHot(3), num_subnets=num_subnets, sparsity=sparsity, **options)
 
 
 def make_batch(*batch, seed=0, done=0.0):

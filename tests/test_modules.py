@@ -31,7 +31,7 @@ from omnet_torchrl import (
     make_qvalue,
     mask_density,
 )
-from omnet_torchrl.modules import check_action_spec
+from omnet_torchrl.specs import check_action_spec
 
 N = 3
 DETERMINISTIC, RANDOM = ExplorationType.DETERMINISTIC, ExplorationType.RANDOM

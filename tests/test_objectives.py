@@ -1022,7 +1022,7 @@ def test_the_objectives_of_its_steps_are_its_losses():
 def test_other_mistakes_are_refused_where_they_enter():
     with pytest.raises(TypeError, match="EnsembleMLP"):
         OMNetSACLoss(small_actor(), [small_qvalue(), small_qvalue()])
-    with pytest.raises(ValueError, match="value_reduction must be 'mean' or 'min', got 'max'"):
+    with pytest.raises(ValueError, match="value_reduction must be one of 'mean', 'min', 'first', got 'max'"):
         OMNetSACLoss(small_actor(), small_qvalue(), value_reduction="max")
 
     class Silent(nn.Module):

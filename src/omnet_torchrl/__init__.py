@@ -1,12 +1,14 @@
 """OMNet for TorchRL: many value functions and policies for the price of one network.
 
 Reading order: :mod:`~omnet_torchrl.masks`, :mod:`~omnet_torchrl.layers`, :mod:`~omnet_torchrl.modules`,
-:mod:`~omnet_torchrl.builders`, :mod:`~omnet_torchrl.transforms`, :mod:`~omnet_torchrl.objectives`,
+:mod:`~omnet_torchrl.deterministic`, :mod:`~omnet_torchrl.builders`, :mod:`~omnet_torchrl.transforms`,
+:mod:`~omnet_torchrl.objectives`,
 :mod:`~omnet_torchrl.updates`; beside them :mod:`~omnet_torchrl.offset`, :mod:`~omnet_torchrl.envs`,
 :mod:`~omnet_torchrl.metrics`.
 """
 
-from omnet_torchrl.builders import make_actor, make_qvalue
+from omnet_torchrl.builders import make_actor, make_deterministic_actor, make_qvalue, make_qvalue_actor
+from omnet_torchrl.deterministic import SubnetDeterministicActor, SubnetQValueActor
 from omnet_torchrl.envs import Maze2DEnv
 from omnet_torchrl.layers import (
     EnsembleLayerNorm,
@@ -32,7 +34,7 @@ from omnet_torchrl.masks import (
     unused_fraction,
 )
 from omnet_torchrl.modules import SubnetActor, SubnetModule, SubnetQValueOperator
-from omnet_torchrl.objectives import OMNetSACLoss
+from omnet_torchrl.objectives import OMNetDQNLoss, OMNetSACLoss, OMNetTD3Loss
 from omnet_torchrl.offset import ObservationOffset
 from omnet_torchrl.transforms import SubnetPrimer
 from omnet_torchrl.updates import CompiledPolicy, GatherStorage, LazyAdam, MaskSchedule, Update
@@ -50,14 +52,18 @@ __all__ = [
     "MaskedLinear",
     "MaskedMLP",
     "Maze2DEnv",
+    "OMNetDQNLoss",
     "OMNetSACLoss",
+    "OMNetTD3Loss",
     "ObservationOffset",
     "RedrawnLinear",
     "RedrawnMLP",
     "SeededDropout",
     "SubnetActor",
+    "SubnetDeterministicActor",
     "SubnetModule",
     "SubnetPrimer",
+    "SubnetQValueActor",
     "SubnetQValueOperator",
     "UnitLayerNorm",
     "UnitLinear",
@@ -67,7 +73,9 @@ __all__ = [
     "bernoulli_module_masks",
     "hashed_masks",
     "make_actor",
+    "make_deterministic_actor",
     "make_qvalue",
+    "make_qvalue_actor",
     "mask_density",
     "mask_iou",
     "shared_fraction",

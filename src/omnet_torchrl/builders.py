@@ -17,8 +17,10 @@ from torch import nn
 from torchrl.data import Composite, TensorSpec
 from torchrl.modules import MLP
 
+from omnet_torchrl.deterministic import SubnetDeterministicActor, SubnetQValueActor
 from omnet_torchrl.layers import MaskedMLP
-from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator, check_action_spec
+from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator
+from omnet_torchrl.specs import check_action_spec, check_discrete_spec
 
 
 def make_actor(
@@ -104,6 +106,56 @@ def make_qvalue(
     features = observation.shape[-1] + check_action_spec(action_spec).shape[-1]
     network = _paper_network(network_class, features, 1, num_cells, layer_norm, observation.dtype, options, kwargs)
     return SubnetQValueOperator(network, in_keys=[observation_key, action_key, subnet_key])
+
+
+def make_deterministic_actor(
+    observation_spec: TensorSpec,
+    action_spec: TensorSpec,
+    *,
+    network_class: Callable[..., nn.Module] = MaskedMLP,
+    num_cells: Sequence[int] = (256, 256),
+    layer_norm: bool = True,
+    observation_key: NestedKey = "observation",
+    action_key: NestedKey = "action",
+    subnet_key: NestedKey = "subnet",
+    **kwargs: Any,
+) -> SubnetDeterministicActor:
+    """TD3's actor from two specs; arguments as in :func:`make_actor`.
+
+    Examples:
+        >>> from torchrl.envs import GymEnv
+        >>> env = GymEnv("Pendulum-v1")
+        >>> actor = make_deterministic_actor(env.observation_spec, env.action_spec, sparsity=[0.0, 0.5, 0.5])
+    """
+    spec, observation = check_action_spec(action_spec), _observation(observation_spec, observation_key)
+    sizes = (observation.shape[-1], spec.shape[-1])
+    network = _paper_network(network_class, *sizes, num_cells, layer_norm, observation.dtype, kwargs, {})
+    return SubnetDeterministicActor(network, spec, [observation_key, subnet_key], action_key)
+
+
+def make_qvalue_actor(
+    observation_spec: TensorSpec,
+    action_spec: TensorSpec,
+    *,
+    network_class: Callable[..., nn.Module] = MaskedMLP,
+    num_cells: Sequence[int] = (256, 256),
+    layer_norm: bool = True,
+    observation_key: NestedKey = "observation",
+    action_key: NestedKey = "action",
+    subnet_key: NestedKey = "subnet",
+    **kwargs: Any,
+) -> SubnetQValueActor:
+    """DQN's network and greedy policy from two specs, the action's discrete; other arguments as in :func:`make_actor`.
+
+    Examples:
+        >>> from torchrl.envs import GymEnv
+        >>> env = GymEnv("CartPole-v1")
+        >>> actor = make_qvalue_actor(env.observation_spec, env.action_spec, sparsity=[0.0, 0.5, 0.5])
+    """
+    spec, observation = check_discrete_spec(action_spec), _observation(observation_spec, observation_key)
+    sizes = (observation.shape[-1], spec.space.n)
+    network = _paper_network(network_class, *sizes, num_cells, layer_norm, observation.dtype, kwargs, {})
+    return SubnetQValueActor(network, spec, [observation_key, subnet_key], action_key)
 
 
 def _paper_network(

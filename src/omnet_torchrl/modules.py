@@ -23,6 +23,7 @@ from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
 
 from omnet_torchrl.layers import IndexedMLP, apply_masks, as_index, check_subnet
 from omnet_torchrl.masks import check_module_masks
+from omnet_torchrl.specs import check_action_spec
 from omnet_torchrl.transforms import SubnetPrimer
 
 LOG_STD_BOUNDS = (-20.0, 2.0)
@@ -58,7 +59,7 @@ class SubnetQValueOperator(ValueOperator):
         in_keys: Sequence[NestedKey] | None = None,
         out_keys: Sequence[NestedKey] | None = None,
     ):
-        self.num_subnets = _get_num_subnets(module)
+        self.num_subnets = get_num_subnets(module)
         super().__init__(
             module,
             in_keys=["observation", "action", "subnet"] if in_keys is None else in_keys,
@@ -68,7 +69,7 @@ class SubnetQValueOperator(ValueOperator):
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
         """Write the output of the subnetwork that the index names."""
-        return _call_indexed(super().forward, self.num_subnets, self.in_keys, tensordict, *args, **kwargs)
+        return call_indexed(super().forward, self.num_subnets, self.in_keys, tensordict, *args, **kwargs)
 
     def extract(self, subnet: int) -> ValueOperator:
         """Return subnetwork ``subnet`` as a plain :class:`~torchrl.modules.ValueOperator` that reads no index."""
@@ -76,7 +77,35 @@ class SubnetQValueOperator(ValueOperator):
         return plain.train(self.training)
 
 
-class SubnetActor(ProbabilisticActor):
+class SubnetPolicy:
+    """What every policy over subnetworks offers an environment: its index is ``subnet_key``, of ``num_subnets``."""
+
+    num_subnets: int
+    subnet_key: NestedKey
+
+    def make_tensordict_primer(self, **kwargs: Any) -> SubnetPrimer:
+        """Return the transform that draws this policy's index; ``kwargs`` as in :class:`~omnet_torchrl.SubnetPrimer`."""
+        return SubnetPrimer(self.num_subnets, key=self.subnet_key, **kwargs)
+
+    def check_env(self, env: EnvBase) -> None:
+        """Raise unless ``env`` draws the index of as many subnetworks as this policy has.
+
+        Raises:
+            KeyError: the environment has no index.
+            ValueError: it draws from another number of subnetworks.
+        """
+        if self.subnet_key not in env.full_observation_spec.keys(True, True):
+            raise KeyError(_missing(self.subnet_key, "the environment"))
+        spec = env.full_observation_spec[self.subnet_key]
+        if not isinstance(spec, Categorical) or spec.space.n != self.num_subnets:
+            drawn = f"one of {spec.space.n} subnetworks" if isinstance(spec, Categorical) else f"a {type(spec).__name__}"
+            raise ValueError(
+                f"the environment's {self.subnet_key!r} is {drawn}, the actor has {self.num_subnets}: build the primer with "
+                "actor.make_tensordict_primer()."
+            )
+
+
+class SubnetActor(SubnetPolicy, ProbabilisticActor):
     r"""Squashed Gaussian policy of one subnetwork, :math:`\pi_{\phi_k}(\cdot \mid s)`.
 
     A :class:`~torchrl.modules.ProbabilisticActor` with :class:`~torchrl.modules.TanhNormal` within the bounds of the action
@@ -118,7 +147,7 @@ class SubnetActor(ProbabilisticActor):
         spec, parameter = check_action_spec(action_spec), next(module.parameters(), None)
         if parameter is not None:  # the bounds, which each call reads, belong where the network is
             spec = spec.to(parameter.device)
-        num_subnets = _get_num_subnets(module)
+        num_subnets = get_num_subnets(module)
         _init_actor(super().__init__, _SquashedGaussian(module, in_keys, spec.shape[-1]), spec, action_key)
         self.num_subnets, self.subnet_key, self.action_key = num_subnets, in_keys[-1], action_key
 
@@ -128,33 +157,12 @@ class SubnetActor(ProbabilisticActor):
         # Where nothing else is asked, call one module after the other: at batch 1, what a TensorDictSequential does besides
         # takes as long as the network.
         forward = super().forward if args or kwargs or skip_existing() else self._in_order
-        return _call_indexed(forward, self.num_subnets, self.module[0].in_keys, tensordict, *args, **kwargs)
+        return call_indexed(forward, self.num_subnets, self.module[0].in_keys, tensordict, *args, **kwargs)
 
     def _in_order(self, tensordict: TensorDictBase) -> TensorDictBase:
         for module in self.module:
             tensordict = module(tensordict)
         return tensordict
-
-    def make_tensordict_primer(self, **kwargs: Any) -> SubnetPrimer:
-        """Return the transform that draws this actor's index; ``kwargs`` as in :class:`~omnet_torchrl.SubnetPrimer`."""
-        return SubnetPrimer(self.num_subnets, key=self.subnet_key, **kwargs)
-
-    def check_env(self, env: EnvBase) -> None:
-        """Raise unless ``env`` draws the index of as many subnetworks as this actor has.
-
-        Raises:
-            KeyError: the environment has no index.
-            ValueError: it draws from another number of subnetworks.
-        """
-        if self.subnet_key not in env.full_observation_spec.keys(True, True):
-            raise KeyError(_missing(self.subnet_key, "the environment"))
-        spec = env.full_observation_spec[self.subnet_key]
-        if not isinstance(spec, Categorical) or spec.space.n != self.num_subnets:
-            drawn = f"one of {spec.space.n} subnetworks" if isinstance(spec, Categorical) else f"a {type(spec).__name__}"
-            raise ValueError(
-                f"the environment's {self.subnet_key!r} is {drawn}, the actor has {self.num_subnets}: build the primer with "
-                "actor.make_tensordict_primer()."
-            )
 
     def extract(self, subnet: int) -> ProbabilisticActor:
         """Return subnetwork ``subnet`` as a plain :class:`~torchrl.modules.ProbabilisticActor` that reads no index."""
@@ -241,26 +249,6 @@ class SubnetModule(nn.Module):
         return plain
 
 
-def check_action_spec(action_spec: TensorSpec) -> Bounded:
-    """Return the spec of one action; raise unless it is a vector of continuous actions with finite bounds."""
-    if isinstance(action_spec, Composite) and len(action_spec.keys(True, True)) == 1:
-        action_spec = next(iter(action_spec.values(True, True)))
-    if not isinstance(action_spec, Bounded) or not action_spec.dtype.is_floating_point or not action_spec.shape:
-        raise TypeError(
-            f"the action spec must be a Bounded of floating point vectors, got {action_spec}: OMNet-SAC is continuous."
-        )
-    while action_spec.ndim > 1:  # dimensions of a batched environment
-        if any(row != action_spec[0] for row in action_spec.unbind(0)):
-            raise ValueError("the action spec differs between the environments of a batch, and an actor has one.")
-        action_spec = action_spec[0]
-    if not (action_spec.space.low.isfinite().all() and action_spec.space.high.isfinite().all()):
-        raise ValueError(
-            f"the action spec must have finite bounds, got low={action_spec.space.low.tolist()}, "
-            f"high={action_spec.space.high.tolist()}; rescale the actions with torchrl.envs.ActionScaling or a wrapper."
-        )
-    return action_spec
-
-
 class _SquashedGaussian(TensorDictModuleBase):
     """Splits a network's output into the mean and the standard deviation of a Gaussian to be squashed.
 
@@ -302,7 +290,8 @@ def _init_actor(init: Callable[..., Any], module: _SquashedGaussian, spec: Bound
     )
 
 
-def _get_num_subnets(module: nn.Module) -> int:
+def get_num_subnets(module: nn.Module) -> int:
+    """Return the number of subnetworks of a module that takes an index."""
     num_subnets = getattr(module, "num_subnets", None)
     if isinstance(num_subnets, int):
         return num_subnets
@@ -323,7 +312,7 @@ def _missing(key: NestedKey, where: str) -> str:
     )
 
 
-def _call_indexed(
+def call_indexed(
     forward: Callable[..., TensorDictBase],
     num_subnets: int,
     in_keys: Sequence[NestedKey],

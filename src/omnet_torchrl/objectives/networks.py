@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tensordict import NestedKey
@@ -9,6 +10,28 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from omnet_torchrl.layers.dropout import seed_dropout
+
+# Arguments of TorchRL's losses that ours lack, and what takes their place.
+EVERYWHERE = {
+    "num_qvalue_nets": "the number of critics is the critic's: make_qvalue(..., network_class=EnsembleMLP, num_subnets=2)",
+    "gamma": "call loss.make_value_estimator(gamma=...)",
+    "priority_key": "call loss.set_keys(priority=...)",
+}
+ELSEWHERE = {
+    "OMNetSACLoss": EVERYWHERE
+    | {
+        "value_network": "there is no separate state-value network: this is the version of SAC without one",
+        "delay_actor": "targets are computed with the current actor",
+        "delay_value": "there is no separate state-value network",
+    },
+}
+
+
+def refuse_arguments(loss: str, given: Mapping[str, Any]) -> None:
+    """Raise a ``TypeError`` at an argument of TorchRL's loss that ours lacks; it says what takes its place."""
+    elsewhere = ELSEWHERE.get(loss, EVERYWHERE)
+    for name in elsewhere.keys() & given.keys():
+        raise TypeError(f"{loss} has no argument {name!r} of {loss.removeprefix('OMNet')}: {elsewhere[name]}.")
 
 
 def prepare_networks(**networks: Any) -> None:

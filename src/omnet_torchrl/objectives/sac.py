@@ -20,31 +20,20 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SACLoss
-from torchrl.objectives.utils import distance_loss
 
 from omnet_torchrl.layers.dropout import with_seed
 from omnet_torchrl.objectives.draws import dropout_seed, rsample_with_noise
-from omnet_torchrl.objectives.networks import check_log_prob, prepare_networks
-from omnet_torchrl.objectives.subnet_loss import LossStep, SubnetLoss
-
-# Arguments of TorchRL's SACLoss that this loss lacks, and what takes their place.
-ELSEWHERE = {
-    "num_qvalue_nets": "the number of critics is the critic's: make_qvalue(..., network_class=EnsembleMLP, num_subnets=2)",
-    "value_network": "there is no separate state-value network: this is the version of SAC without one",
-    "delay_actor": "targets are computed with the current actor",
-    "delay_value": "there is no separate state-value network",
-    "gamma": "call loss.make_value_estimator(gamma=...)",
-    "priority_key": "call loss.set_keys(priority=...)",
-}
+from omnet_torchrl.objectives.networks import check_log_prob, prepare_networks, refuse_arguments
+from omnet_torchrl.objectives.subnet_loss import LossStep
+from omnet_torchrl.objectives.td_loss import REDUCTIONS, TDLoss, check_reduction
 
 
-class OMNetSACLoss(SubnetLoss, SACLoss):
+class OMNetSACLoss(TDLoss, SACLoss):
     r"""SAC loss of OMNet; SAC, DroQ, REDQ and single-critic rows are configurations of it.
 
     =====================  =================================  ============  ==========  ===========
@@ -70,8 +59,8 @@ class OMNetSACLoss(SubnetLoss, SACLoss):
         num_value_subnets (int or None): V, critics the actor is trained against. Defaults to ``None``, all.
         replacement (bool): draw the K, M and V indices independently, so that some may be equal; all (``None``) are all of
             them. A :class:`~omnet_torchrl.RedrawnMLP` needs it. Defaults to ``False``.
-        value_reduction (str): the actor ascends the ``"mean"`` (default, equation 5) or, as TorchRL's SAC, the ``"min"`` over
-            V.
+        value_reduction (str): the actor ascends the ``"mean"`` (default, equation 5), the ``"min"``, as TorchRL's SAC does, or
+            the ``"first"`` of V.
         loss_function (str): of the critic. Defaults to ``"l2"``, the squared error of equation 4.
         target_entropy (float or str): of the policy, in nats. ``"auto"`` (default): minus the number of action dimensions, as
             in SACLoss, which is meant for actions in [-1, 1]; for others give ``log_prob_offset`` too.
@@ -140,16 +129,14 @@ class OMNetSACLoss(SubnetLoss, SACLoss):
         num_target_subnets: int | Literal["auto"] | None = "auto",
         num_value_subnets: int | None = None,
         replacement: bool = False,
-        value_reduction: Literal["mean", "min"] = "mean",
+        value_reduction: Literal["mean", "min", "first"] = "mean",
         loss_function: str = "l2",
         target_entropy: float | Literal["auto"] = "auto",
         log_prob_offset: float = 0.0,
         **kwargs: Any,
     ):
-        for name in ELSEWHERE.keys() & kwargs.keys():
-            raise TypeError(f"OMNetSACLoss has no argument {name!r} of SACLoss: {ELSEWHERE[name]}.")
-        if value_reduction not in ("mean", "min"):
-            raise ValueError(f"value_reduction must be 'mean' or 'min', got {value_reduction!r}.")
+        refuse_arguments("OMNetSACLoss", kwargs)
+        check_reduction(value_reduction)
         prepare_networks(actor_network=actor_network, qvalue_network=qvalue_network)
         # num_qvalue_nets=0: the critic is not expanded, what the index selects is its own affair.
         options = {"num_qvalue_nets": 0, "loss_function": loss_function, "target_entropy": target_entropy, **kwargs}
@@ -163,17 +150,16 @@ class OMNetSACLoss(SubnetLoss, SACLoss):
 
     def steps(self) -> tuple[LossStep, ...]:
         """The critic's step, and the delayed one of actor and temperature."""
-        critic = ("qvalue_network_params",)
         temperature = () if self.fixed_alpha else ("log_alpha",)
         return (
-            LossStep("critic", critic, self._critic_objective, targets=critic if self.delay_qvalue else ()),
+            self.critic_step(),
             LossStep(
                 "actor", ("actor_network_params", *temperature), self._actor_objective, delayed=True, after=self._bound_alpha
             ),
         )
 
     def reset(self) -> None:
-        """As :meth:`SubnetLoss.reset`; the temperature is ``alpha_init`` again."""
+        """As :meth:`~omnet_torchrl.objectives.SubnetLoss.reset`; the temperature is ``alpha_init`` again."""
         super().reset()
         self.log_alpha.data.copy_(self.alpha_init.log())
 
@@ -203,35 +189,6 @@ class OMNetSACLoss(SubnetLoss, SACLoss):
         )
         return output
 
-    def qvalue_loss(
-        self, tensordict: TensorDictBase, *, draws: TensorDictBase | None = None, params: TensorDictBase | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Critic loss, the sum over the trained subnetworks (equation 4). Costs nothing of the actor's loss.
-
-        Args:
-            tensordict (TensorDictBase): a batch; it is not written to.
-
-        Keyword Args:
-            draws (TensorDictBase or None): see :meth:`draw`. ``None``: drawn here.
-            params (TensorDictBase or None): parameters to use instead of the loss's own: any of ``actor_network_params``,
-                ``qvalue_network_params``, ``target_qvalue_network_params``, ``log_alpha``, named as the attributes they stand
-                for. Bounds of the temperature are applied to a given ``log_alpha``'s value; keeping it within is the caller's.
-
-        Returns:
-            tuple: the loss, reduced, and ``{"td_error": (*batch,), "target_value": (*batch,), "pred_value": (K, *batch)}``,
-            detached.
-        """
-        draws = self.draw(tensordict) if draws is None else draws
-        target = self.compute_target(tensordict, draws=draws, params=params)
-        critic_params = self._params("qvalue_network_params", params)
-        action = tensordict.get(self.tensor_keys.action)
-        seed = dropout_seed(draws, "critic")
-        pred = self.value(tensordict, action, draws.get("critic"), params=critic_params, seed=seed)
-        loss = distance_loss(pred, target.expand_as(pred), loss_function=self.loss_function).sum(0)
-        pred = pred.detach()
-        data = {"td_error": (pred - target).abs().amax(0), "target_value": target, "pred_value": pred}
-        return self._reduced(loss, tensordict), data
-
     def actor_loss(
         self, tensordict: TensorDictBase, *, draws: TensorDictBase | None = None, params: TensorDictBase | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -244,10 +201,7 @@ class OMNetSACLoss(SubnetLoss, SACLoss):
         actor_params = self._params("actor_network_params", params)
         options = {"noise": draws.get("noise", None), "seed": dropout_seed(draws, "actor"), "params": actor_params}
         action, log_prob = self.act(tensordict, draws.get("actor"), **options)
-        critic_params = self._params("qvalue_network_params", params).detach()
-        seed = dropout_seed(draws, "value")
-        qvalue = self.value(tensordict, action, draws.get("value"), params=critic_params, seed=seed)
-        qvalue = qvalue.mean(0) if self.value_reduction == "mean" else qvalue.amin(0)
+        qvalue = REDUCTIONS[self.value_reduction](self._value_of_policy(tensordict, action, draws, params))
         check_log_prob(log_prob, qvalue)
         loss = self._temperature(params) * log_prob - qvalue
         return self._reduced(loss, tensordict), {"log_prob": log_prob.detach(), "action": action.detach()}
@@ -263,31 +217,17 @@ class OMNetSACLoss(SubnetLoss, SACLoss):
         """
         return -self._params("log_alpha", params) * (log_prob.detach() + self.target_entropy)
 
-    @torch.no_grad()
-    def compute_target(
-        self, tensordict: TensorDictBase, *, draws: TensorDictBase | None = None, params: TensorDictBase | None = None
-    ) -> Tensor:
-        """Regression target of the critics, ``(*batch,)``: the value estimator's, of the soft value of the next state.
-
-        Arguments as in :meth:`qvalue_loss`.
-        """
-        draws = self.draw(tensordict) if draws is None else draws
-        tensordict = tensordict.copy()
-        following = tensordict.get("next").copy()
-        if self.skip_done_states:
-            following = self._without_terminal(following)
+    def _next_value(self, following: TensorDictBase, draws: TensorDictBase, params: TensorDictBase | None) -> Tensor:
+        """The soft value of the next state, with the minimum over the target subnetworks (equation 4)."""
         actor_params = self._params("actor_network_params", params)
         options = {"noise": draws.get("next_noise", None), "seed": dropout_seed(draws, "next_actor"), "params": actor_params}
         action, log_prob = self.act(following, draws.get("next_actor"), **options)
-        target_params = self._target_params("qvalue_network_params", params, self.delay_qvalue)
-        seed = dropout_seed(draws, "target")
+        target_params, seed = self._target_params("qvalue_network", params), dropout_seed(draws, "target")
         value = self.value(following, action, draws.get("target"), params=target_params, seed=seed).amin(0)
         check_log_prob(log_prob, value)
-        value = value - self._temperature(params) * log_prob
-        tensordict.set("next", following.set(self.value_estimator.tensor_keys.value, value.unsqueeze(-1)))
-        return self.value_estimator.value_estimate(tensordict).squeeze(-1)
+        return value - self._temperature(params) * log_prob
 
-    qvalue_v2_loss = qvalue_loss  # SACLoss's name of it
+    qvalue_v2_loss = TDLoss.qvalue_loss  # SACLoss's name of it
 
     def act(
         self,
@@ -317,13 +257,6 @@ class OMNetSACLoss(SubnetLoss, SACLoss):
         with set_exploration_type(ExplorationType.RANDOM), params.to_module(self.actor_network, preserve_module_state=False):
             action, log_prob = rsample_with_noise(self.actor_network.get_dist(inputs), noise)
         return action, log_prob + self.log_prob_offset if self.log_prob_offset else log_prob
-
-    def _critic_objective(
-        self, batch: TensorDictBase, draws: TensorDictBase, params: TensorDictBase
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, data = self.qvalue_loss(batch, draws=draws, params=params)
-        outputs = {"loss_qvalue": loss.detach(), "qvalue": data["pred_value"].mean(), "td_error": data["td_error"]}
-        return loss, outputs
 
     def _actor_objective(
         self, batch: TensorDictBase, draws: TensorDictBase, params: TensorDictBase

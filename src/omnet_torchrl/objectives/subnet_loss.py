@@ -18,10 +18,9 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule
 from tensordict.utils import expand_as_right, unravel_key
 from torch import Tensor
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives.common import LossModule
 
-from omnet_torchrl.layers.dropout import SEED, with_seed
+from omnet_torchrl.layers.dropout import SEED
 from omnet_torchrl.objectives.draws import PASSES, draw_indices
 from omnet_torchrl.objectives.networks import count_subnets
 
@@ -37,8 +36,9 @@ class LossStep:
         name (str): of the step, e.g. ``"critic"``.
         trains (tuple of str): the parameter groups that it trains, named as the attributes of the loss: networks
             (``"qvalue_network_params"``) or single parameters (``"log_alpha"``). What requires no gradient is left alone.
-        objective (callable): maps (batch, draws, params) to the loss, a scalar, and to a dictionary of what else it computed,
-            detached: scalars to be logged, or a value for each transition. ``params`` are named like ``trains``.
+        objective (callable or None): maps (batch, draws, params) to the loss, a scalar, and to a dictionary of what else it
+            computed, detached: scalars to be logged, or a value for each transition. ``params`` are named like ``trains``.
+            ``None``: nothing is trained, ``targets`` move.
         targets (tuple of str): the groups whose target networks move towards them after the step.
         delayed (bool): the step is made in every ``policy_update_delay``-th update only. Defaults to ``False``.
         after (callable or None): gets the params after the step, may change them in place (keep them within bounds), and
@@ -47,7 +47,7 @@ class LossStep:
 
     name: str
     trains: tuple[str, ...]
-    objective: Objective
+    objective: Objective | None
     targets: tuple[str, ...] = ()
     delayed: bool = False
     after: Callable[[TensorDictBase], dict[str, Tensor]] | None = None
@@ -56,8 +56,8 @@ class LossStep:
 class SubnetLoss(LossModule):
     """Base of the losses over subnetworks: which subnetworks are asked, and how.
 
-    A subclass calls :meth:`_init_subnets` at the end of its constructor, has the attributes ``qvalue_network`` and
-    ``actor_network``, and accepts the key ``subnet``.
+    A subclass calls :meth:`_init_subnets` at the end of its constructor, says in ``_networks`` which of its attributes are the
+    critic and the actor, and accepts the key ``subnet``.
 
     Attributes:
         num_subnets, num_actor_subnets (int): N of the critic and of the actor.
@@ -66,6 +66,7 @@ class SubnetLoss(LossModule):
 
     num_subnets: int
     num_actor_subnets: int
+    _networks: tuple[str, ...] = ("qvalue_network", "actor_network")  # the critic, and the actor where there is one
     # The draws that choose one actor subnetwork, and those that are noise of an action: always, or of delayed steps only.
     _actor_draws: tuple[str, ...] = ("next_actor", "actor")
     _noise_draws: tuple[str, ...] = ("next_noise",)
@@ -81,23 +82,25 @@ class SubnetLoss(LossModule):
 
     def _init_subnets(self, replacement: bool, **counts: int | str | None) -> None:
         """Read the numbers of subnetworks from the modules, and check the counts ``trained``, ``target`` and ``value``."""
-        self.num_subnets = count_subnets(self.qvalue_network, self.tensor_keys.subnet, "qvalue_network")
-        self.num_actor_subnets = count_subnets(self.actor_network, self.tensor_keys.subnet, "actor_network")
-        self.replacement = replacement
-        self._all = {name for name, count in counts.items() if count is None}
+        self.num_subnets, *actor = self._count_subnets()
+        self.num_actor_subnets = actor[0] if actor else 0
+        self.replacement, self._counts = replacement, counts
         for name, count in counts.items():
             number = min(2, self.num_subnets) if count == "auto" else count
             setattr(self, f"num_{name}_subnets", self._checked_count(f"num_{name}_subnets", number))
-        networks = (self.actor_network_params, self.qvalue_network_params)
-        self._seeded = any(key[-1] == SEED for params in networks for key in params.keys(True, True))
+        params = {name: getattr(self, name) for name in (f"{network}_params" for network in self._networks)}
+        self._seeded = any(key[-1] == SEED for each in params.values() for key in each.keys(True, True))
         # What of a network is no number of its own: masks and units. A target network has those of the online one.
         self._shared_keys = {
-            name: [key for key, value in getattr(self, name).items(True, True) if not value.is_floating_point()]
-            for name in ("actor_network_params", "qvalue_network_params")
+            name: [key for key, value in each.items(True, True) if not value.is_floating_point()]
+            for name, each in params.items()
         }
         # The value estimator is made now rather than at first use, so that nothing is registered while tracing, and nothing
         # is missing from a state dict.
         self.make_value_estimator()
+
+    def _count_subnets(self) -> list[int]:
+        return [count_subnets(getattr(self, name), self.tensor_keys.subnet, name) for name in self._networks]
 
     def _checked_count(self, name: str, count: Any) -> int:
         if self.num_subnets > MAX_LISTED and (count is None or (count != 1 and not self.replacement)):
@@ -112,13 +115,15 @@ class SubnetLoss(LossModule):
         return count
 
     def _set_in_keys(self) -> None:
-        keys, subnet = self.tensor_keys, self.tensor_keys.subnet
-        actor_keys = [k for k in self.actor_network.in_keys if k != subnet]
-        qvalue_keys = [k for k in self.qvalue_network.in_keys if k != subnet]
-        states = dict.fromkeys([*actor_keys, *(k for k in qvalue_keys if k != keys.action)])
+        keys = self.tensor_keys
+        states = [key for key in self._input_keys() if key not in (keys.subnet, keys.action)]
         ends = [keys.reward, keys.done, keys.terminated]
         following = [unravel_key(("next", key)) for key in [*ends, *states]]
         self._in_keys = list(dict.fromkeys([keys.action, *following, *states]))
+
+    def _input_keys(self) -> list[NestedKey]:
+        """What the networks read, the actor's first."""
+        return list(dict.fromkeys(key for name in reversed(self._networks) for key in getattr(self, name).in_keys))
 
     @property
     def optional_in_keys(self) -> list[NestedKey]:
@@ -129,8 +134,7 @@ class SubnetLoss(LossModule):
     def set_keys(self, **kwargs: Any) -> None:
         """As :meth:`~torchrl.objectives.LossModule.set_keys`, and ``subnet``, the key of the index."""
         super().set_keys(**kwargs)
-        for name in ("qvalue_network", "actor_network"):
-            count_subnets(getattr(self, name), self.tensor_keys.subnet, name)
+        self._count_subnets()
 
     def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> SubnetLoss:
         """As :meth:`~torchrl.objectives.LossModule.make_value_estimator`, on the device of the networks; returns the loss."""
@@ -175,23 +179,24 @@ class SubnetLoss(LossModule):
                 ``noise`` of those without them is not drawn, and 0. ``None`` (default): to all.
 
         Returns:
-            TensorDict: on the device of the parameters, without (further) batch size: the int64 indices ``critic (K,)``,
-            ``target (M,)``, ``value (V,)``, ``next_actor ()``, ``actor ()``; and the standard-normal ``next_noise``, ``noise``
-            of the next and the current action, of the action's shape (left out where the action is no tensor); where a network
-            has dropout, ``dropout (5,)``, int64 seeds of its noise in the passes ``critic, target, value, next_actor, actor``
-            (:class:`~omnet_torchrl.SeededDropout`). Replace any of them before you pass it on: indices of shape ``batch`` for
-            the actors or ``(K, *batch)`` for the critics choose per element.
-
+            TensorDict: on the device of the parameters, without (further) batch size, what the loss needs of: the int64 indices
+            ``critic (K,)``, ``target (M,)``, ``value (V,)``, ``next_actor ()``, ``actor ()``; the standard-normal
+            ``next_noise``, ``noise`` of the next and the current action, of the action's shape (left out where the action is no
+            tensor); where a network has dropout, ``dropout (5,)``, int64 seeds of its noise in the passes ``critic, target,
+            value, next_actor, actor`` (:class:`~omnet_torchrl.SeededDropout`). Replace any of them before you pass it on:
+            indices of shape ``batch`` for the actors or ``(K, *batch)`` for the critics choose per element.
         """
         if delayed is not None and len(delayed) != num_updates:
             raise ValueError(f"delayed must have num_updates={num_updates} elements, got {len(delayed)}.")
-        parameter, *_ = (leaf for leaf in self.qvalue_network_params.values(True, True) if leaf.is_floating_point())
+        params = getattr(self, f"{self._networks[0]}_params")
+        parameter, *_ = (leaf for leaf in params.values(True, True) if leaf.is_floating_point())
         device, lead = parameter.device, () if num_updates is None else (num_updates,)
         source = {"generator": generator, "device": device}
         draws = {}
-        for name, count in (("critic", "trained"), ("target", "target"), ("value", "value")):
-            options = {"lead": lead, "replacement": self.replacement and count not in self._all, **source}
-            draws[name] = draw_indices(self.num_subnets, getattr(self, f"num_{count}_subnets"), **options)
+        for name, count in self._counts.items():
+            options = {"lead": lead, "replacement": self.replacement and count is not None, **source}
+            number = getattr(self, f"num_{name}_subnets")
+            draws["critic" if name == "trained" else name] = draw_indices(self.num_subnets, number, **options)
         for name in self._actor_draws:
             draws[name] = draw_indices(self.num_actor_subnets, 1, lead=lead, **source).squeeze(-1)
         if self._seeded:
@@ -216,68 +221,11 @@ class SubnetLoss(LossModule):
 
     # Asking networks --------------------------------------------------------------------------------------------------------
 
-    def value(
-        self,
-        tensordict: TensorDictBase,
-        action: Any,
-        subnet: Tensor,
-        *,
-        params: TensorDictBase | None = None,
-        seed: Tensor | None = None,
-    ) -> Tensor:
-        """Values of an action by several critic subnetworks.
-
-        Args:
-            tensordict (TensorDictBase): of batch size ``batch``, with the critic's inputs but the action. It is not written to.
-            action (Tensor or TensorDictBase): ``(*batch, action_dim)``.
-            subnet (Tensor): int64, ``(K,)``; or ``(K, *batch)``, which chooses for each element.
-
-        Keyword Args:
-            params (TensorDictBase or None): of the critic. ``None``: the loss's own, ``qvalue_network_params``.
-            seed (Tensor or None): of the noise of dropout, if the critic has it. ``None``: the seed that is set.
-
-        Returns:
-            Tensor: ``(K, *batch)``.
-        """
-        batch = tensordict.batch_size
-        params = with_seed(self.qvalue_network_params if params is None else params, seed)
-        if subnet.ndim <= 1:
-            subnet = subnet.reshape(-1, *(1 for _ in batch))
-        inputs = self._inputs(self.qvalue_network, tensordict, subnet).set(self.tensor_keys.action, action)
-        with params.to_module(self.qvalue_network, preserve_module_state=False):
-            value = self.qvalue_network(inputs).get(self.tensor_keys.state_action_value, None)
-        if value is None:
-            raise KeyError(
-                f"the critic writes {self.qvalue_network.out_keys} and no {self.tensor_keys.state_action_value!r}: say which "
-                "key is its value with loss.set_keys(state_action_value=...)."
-            )
-        value = value.squeeze(-1)
-        # A critic that ignores the index answers without its dimension.
-        return value.expand(subnet.shape[0], *batch)
-
-    def deterministic_action(
-        self, tensordict: TensorDictBase, subnet: Tensor, *, params: TensorDictBase | None = None
-    ) -> Tensor:
-        """The action of actor subnetworks without noise, of the broadcast batch's shape.
-
-        Args:
-            tensordict (TensorDictBase): of batch size ``batch``, with the actor's inputs. It is not written to.
-            subnet (Tensor): int64, an index that broadcasts against ``batch``.
-
-        Keyword Args:
-            params (TensorDictBase or None): of the actor. ``None``: the loss's own, ``actor_network_params``.
-        """
-        inputs, params = self._inputs(self.actor_network, tensordict, subnet), self._params("actor_network_params", params)
-        with (
-            set_exploration_type(ExplorationType.DETERMINISTIC),
-            params.to_module(self.actor_network, preserve_module_state=False),
-        ):
-            return self.actor_network(inputs).get(self.tensor_keys.action)
-
     def _inputs(self, network: TensorDictModule, tensordict: TensorDictBase, subnet: Tensor) -> TensorDictBase:
         """The network's inputs and its index, in a TensorDict of its own; the index fits no batch size."""
         if self.tensor_keys.subnet not in network.in_keys:
-            if (self.num_subnets if network is self.qvalue_network else self.num_actor_subnets) > 1:
+            critic = network is getattr(self, self._networks[0])
+            if (self.num_subnets if critic else self.num_actor_subnets) > 1:
                 raise ValueError(
                     f"a network of several subnetworks reads {network.in_keys} and no {self.tensor_keys.subnet!r}: say which "
                     "key is its index with loss.set_keys(subnet=...)."
@@ -293,7 +241,7 @@ class SubnetLoss(LossModule):
     def _without_terminal(self, following: TensorDictBase) -> TensorDictBase:
         """The next states, zeros where they are terminal."""
         terminated = following.get(self.tensor_keys.terminated)
-        for key in dict.fromkeys([*self.actor_network.in_keys, *self.qvalue_network.in_keys]):
+        for key in self._input_keys():
             value = following.get(key, None)
             if isinstance(value, Tensor) and key != self.tensor_keys.subnet and value.is_floating_point():
                 following.set(key, value.masked_fill(expand_as_right(terminated.squeeze(-1), value), 0.0))
@@ -303,10 +251,14 @@ class SubnetLoss(LossModule):
         given = None if params is None else params.get(name, None)
         return getattr(self, name) if given is None else given
 
-    def _target_params(self, name: str, params: TensorDictBase | None, delayed: bool) -> TensorDictBase:
-        """The target network's parameters, under the masks that the online network has now."""
+    def _is_delayed(self, network: str) -> bool:
+        return getattr(self, f"delay_{network.removesuffix('_network')}")
+
+    def _target_params(self, network: str, params: TensorDictBase | None) -> TensorDictBase:
+        """The target network's parameters, under the masks that the online network has now; without one, the online ones."""
+        name = f"{network}_params"
         online = self._params(name, params)
-        if not delayed:
+        if not self._is_delayed(network):
             return online.detach()
         target = self._params(f"target_{name}", params)
         # Plain tensors: what is marked as a buffer can't be put back by a network that calls another one functionally.

@@ -13,8 +13,9 @@ from omnet_torchrl.builders import make_actor, make_qvalue
 from omnet_torchrl.layers import EnsembleMLP, MaskedMLP, RedrawnMLP, UnitMaskedMLP
 from omnet_torchrl.masks import each_sparsity, kept_units
 from omnet_torchrl.metrics import sac_flops
-from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator, check_action_spec
+from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator
 from omnet_torchrl.objectives import OMNetSACLoss
+from omnet_torchrl.specs import check_action_spec
 from omnet_torchrl.training.loop.streams import derived_seed
 from omnet_torchrl.training.options import NetworkConfig, TrainConfig, row
 from omnet_torchrl.training.options.rows import dropout, network_sparsity, target_entropy

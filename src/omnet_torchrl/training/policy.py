@@ -11,7 +11,7 @@ from torchrl.data import Bounded, TensorSpec, Unbounded
 from torchrl.modules import ProbabilisticActor
 
 from omnet_torchrl.builders import make_actor
-from omnet_torchrl.modules import check_action_spec
+from omnet_torchrl.specs import check_action_spec
 from omnet_torchrl.training.build import network_options
 from omnet_torchrl.training.options import TrainConfig, load_config, resolve_device
 from omnet_torchrl.training.record.checkpoint import Checkpointer, check_shapes

@@ -10,7 +10,7 @@ from omnet_torchrl.objectives.subnet_loss import SubnetLoss
 from omnet_torchrl.updates.kernels import PRECISIONS
 
 
-def check_options(loss: Any, optim: Any, lr: Any, tau: Any, policy_update_delay: Any, precision: Any) -> None:
+def check_options(loss: Any, optim: Any, lr: Any, tau: Any, precision: Any, **counts: Any) -> None:
     """Raise if an argument of :class:`~omnet_torchrl.Update` is of a wrong type or out of its range."""
     if not isinstance(loss, SubnetLoss):
         raise TypeError(f"loss must be a loss over subnetworks, such as OMNetSACLoss, got {type(loss).__name__}.")
@@ -20,8 +20,9 @@ def check_options(loss: Any, optim: Any, lr: Any, tau: Any, policy_update_delay:
         raise ValueError(f"lr must be left out where optimisers are given, got lr={lr}: set it in the optimisers.")
     if not 0 < tau <= 1:
         raise ValueError(f"tau must be in (0, 1], got {tau}.")
-    if isinstance(policy_update_delay, bool) or not isinstance(policy_update_delay, int) or policy_update_delay < 1:
-        raise ValueError(f"policy_update_delay must be an int of at least 1, got {policy_update_delay!r}.")
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be an int of at least 1, got {count!r}.")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
 

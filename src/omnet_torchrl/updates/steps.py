@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from torch import Tensor
 from torch.func import grad_and_value
 
-from omnet_torchrl.objectives.subnet_loss import LossStep
+from omnet_torchrl.objectives.subnet_loss import LossStep, SubnetLoss
 from omnet_torchrl.updates.adam import AdamGroup
 from omnet_torchrl.updates.kernels import LowPrecision
 
 PRIORITY = "priority"  # of each transition, among the outputs of a step
+TARGETS = "targets"  # the step that moves the target networks, where they move at an interval
 Weights = dict[tuple[str, ...], Tensor]
+Schedule = tuple[tuple[str, int], ...]  # name of a step, and which of the batches it reads
+
+
+def steps_of(loss: SubnetLoss, target_update_interval: int) -> dict[str, LossStep]:
+    """The steps of a loss by their names; where targets move at an interval, in a step of their own, the last one."""
+    steps = {step.name: step for step in loss.steps()}
+    if target_update_interval == 1:
+        return steps
+    targets = tuple(name for step in steps.values() for name in step.targets)
+    return {name: replace(step, targets=()) for name, step in steps.items()} | {TARGETS: LossStep(TARGETS, (), None, targets)}
+
+
+def schedule_of(
+    steps: Mapping[str, LossStep], delayed: Sequence[bool], numbers: Sequence[int], target_update_interval: int
+) -> Schedule:
+    """Which steps the updates of these numbers make, where it is known whether the delayed ones belong to each."""
+    due = [number % target_update_interval == 0 for number in numbers]
+    every = ((name, i, step) for i in range(len(numbers)) for name, step in steps.items())
+    return tuple((name, i) for name, i, step in every if (due[i] if name == TARGETS else delayed[i] or not step.delayed))
 
 
 def run_step(
@@ -48,22 +69,31 @@ def run_step(
     params = state.get("params")
     trained = {key: params.get(key) for group in adam for key in group.params}
 
+    compute = step.objective
+    if compute is None:
+        _move_targets(step.targets, trained, params, tau)
+        return {}
+
     def objective(weights: Weights) -> tuple[Tensor, dict[str, Tensor]]:
-        return step.objective(batch, draws, params.copy().update(TensorDict(weights)))
+        return compute(batch, draws, params.copy().update(TensorDict(weights)))
 
     with contextlib.nullcontext() if dtype is None else LowPrecision(dtype):
         grads, (_, outputs) = grad_and_value(objective, has_aux=True)(trained)
     _clip(grads, {name: norm for name, norm in max_grad_norm.items() if name in step.trains})
     for place, group in enumerate(adam):
         group.step(state.get(("optim", step.name, str(place))), trained, grads)
-    for key, weight in trained.items():
-        if key[0] in step.targets:
-            params.get((f"target_{key[0]}", *key[1:])).lerp_(weight, tau)
+    _move_targets(step.targets, trained, params, tau)
     outputs = {key: value.detach() for key, value in outputs.items()}
     for key, value in list(outputs.items()):
         if value.ndim:
             outputs |= {key: value.mean(), PRIORITY: value}
     return outputs | ({} if step.after is None else step.after(params))
+
+
+def _move_targets(groups: Iterable[str], trained: Weights, params: TensorDictBase, tau: float) -> None:
+    for key, weight in trained.items():
+        if key[0] in groups:
+            params.get((f"target_{key[0]}", *key[1:])).lerp_(weight, tau)
 
 
 def _clip(grads: Weights, norms: Mapping[str, float]) -> None:

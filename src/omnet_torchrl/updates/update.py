@@ -2,9 +2,8 @@ r"""The update: loss, backward, optimiser and target step as one function of (st
 
 The state is a TensorDict of fixed tensors, the ones that the loss module and the optimisers hold, changed in place; masks are
 among them, in the storage that the modules read. With the draws passed in there is no random number inside and nothing waits
-for the
-device: run eagerly, compiled, or captured in a CUDA graph, the same numbers come out (to rounding), and a resumed run repeats
-itself. What an update does is stated by its loss (:meth:`~omnet_torchrl.objectives.SubnetLoss.steps`).
+for the device: run eagerly, compiled, or captured in a CUDA graph, the same numbers come out (to rounding), and a resumed run
+repeats itself. What an update does is stated by its loss (:meth:`~omnet_torchrl.objectives.SubnetLoss.steps`).
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ from omnet_torchrl.updates.checks import check_options, checked_norms
 from omnet_torchrl.updates.compiled import CompiledFunction, as_bytes, preserved
 from omnet_torchrl.updates.cuda_graph import CUDAGraph
 from omnet_torchrl.updates.kernels import PRECISIONS
-from omnet_torchrl.updates.steps import PRIORITY, collected, held, leaves_of, run_step
+from omnet_torchrl.updates.steps import PRIORITY, Schedule, collected, held, leaves_of, run_step, schedule_of, steps_of
 
-Schedule = tuple[tuple[str, int], ...]  # name of a step, and which of the batches it reads
 LR = 3e-4  # of REDQ, DroQ and OMNet
 
 
@@ -48,6 +46,9 @@ class Update:
         tau (float): step of the target networks towards the online ones, in (0, 1]. Defaults to 0.005.
         policy_update_delay (int): the loss's delayed steps (the actor's) are made in every update whose number is a multiple of
             it. Defaults to 1.
+        target_update_interval (int): the target networks move at the end of every update whose number is a multiple of it; with
+            ``tau=1.0`` they are copies that are renewed at this interval, as in DQN. Defaults to 1: each target moves whenever
+            its network was trained.
         max_grad_norm (float, mapping or None): largest norm of the gradient of a parameter group; larger ones are scaled down,
             as :func:`torch.nn.utils.clip_grad_norm_` does. A mapping has one for some of the groups that the loss's steps train
             (``{"qvalue_network_params": 10.0}``). ``None`` (default): gradients are left as they are.
@@ -95,20 +96,22 @@ class Update:
         lr: float | None = None,
         tau: float = 0.005,
         policy_update_delay: int = 1,
+        target_update_interval: int = 1,
         max_grad_norm: float | Mapping[str, float] | None = None,
         precision: str = "float32",
         compile: bool = True,
     ):
-        check_options(loss, optim, lr, tau, policy_update_delay, precision)
+        counts = {"policy_update_delay": policy_update_delay, "target_update_interval": target_update_interval}
+        check_options(loss, optim, lr, tau, precision, **counts)
         self.loss, self.tau, self.policy_update_delay = loss, tau, policy_update_delay
+        self.target_update_interval = target_update_interval
         self.precision, self.compiled, self.updates = precision, compile, 0
-        self.steps = {step.name: step for step in loss.steps()}
+        self.steps = steps_of(loss, target_update_interval)
         self._groups = loss.parameter_groups()
         self._trained = {
-            step.name: {
-                key: leaf for key, leaf in leaves_of(self._groups).items() if key[0] in step.trains and leaf.requires_grad
-            }
-            for step in self.steps.values()
+            name: {key: leaf for key, leaf in leaves_of(self._groups).items() if key[0] in step.trains and leaf.requires_grad}
+            for name, step in self.steps.items()
+            if step.trains
         }
         if optim is None:
             optim = [Adam(params.values(), lr=LR if lr is None else lr) for params in self._trained.values()]
@@ -129,7 +132,7 @@ class Update:
         targets = [leaf for key, leaf in live.items() if key[0].startswith("target_")]
         if targets:
             with preserved(targets, self.device):  # which it would set to the online networks
-                SoftUpdate(loss, tau=tau)  # tells the loss that somebody moves its targets
+                SoftUpdate(loss, tau=0.5)  # tells the loss that somebody moves its targets
         for step in self.steps.values():
             if step.after is not None:
                 step.after(self.state.get("params"))
@@ -164,7 +167,8 @@ class Update:
         if batches.ndim != 2:
             raise ValueError(f"batch must have batch size (B,) or (U, B), got {tuple(batch.batch_size)}.")
         count = len(batches)
-        delayed = [(self.updates + i + 1) % self.policy_update_delay == 0 for i in range(count)]
+        numbers = range(self.updates + 1, self.updates + 1 + count)
+        delayed = [number % self.policy_update_delay == 0 for number in numbers]
         read = self._read(batches)
         for key in self.loss.in_keys:
             if read.get(key, None) is None:
@@ -173,8 +177,7 @@ class Update:
             draws = self.loss.draw(read[0], generator, num_updates=count, delayed=delayed)
         elif batch.ndim == 1:
             draws = draws.unsqueeze(0)
-        schedule = [(name, i) for i in range(count) for name, step in self.steps.items() if delayed[i] or not step.delayed]
-        outputs = self._run(tuple(schedule), read, draws)
+        outputs = self._run(schedule_of(self.steps, delayed, numbers, self.target_update_interval), read, draws)
         self.updates += count
         priority = outputs.pop(PRIORITY, None)
         if priority is not None:
@@ -317,7 +320,8 @@ class Update:
     def _step(self, name: str, state: TensorDict, batch: TensorDictBase, draws: TensorDictBase) -> dict[str, Tensor]:
         """One step of the loss: a function of its arguments that changes ``state`` in place."""
         options: dict[str, Any] = {"tau": self.tau, "max_grad_norm": self._max_grad_norm, "dtype": PRECISIONS[self.precision]}
-        return run_step(self.steps[name], self._adam[name], state, batch, draws, **options)
+        every = [group for groups in self._adam.values() for group in groups]
+        return run_step(self.steps[name], self._adam.get(name, every), state, batch, draws, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Update:
         """An update of a copied loss and copied optimisers, which shares the compiled code."""
@@ -326,14 +330,15 @@ class Update:
         old, new = ({**leaves_of(each)} for each in (self._groups, groups))
         optims = [copied(optim, {id(tensor): new[key] for key, tensor in old.items()}) for optim in self.optims]
         memo |= {id(optim): optims[i] for i, optim in enumerate(self.optims)}
-        options: dict[str, Any] = {"tau": self.tau, "policy_update_delay": self.policy_update_delay, "compile": self.compiled}
-        update = type(self)(loss, optims, max_grad_norm=self._max_grad_norm, precision=self.precision, **options)
+        names = ("tau", "policy_update_delay", "target_update_interval", "precision")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        update = type(self)(loss, optims, max_grad_norm=self._max_grad_norm, compile=self.compiled, **options)
         update.updates, update._code = self.updates, dict(self._code)
         return update
 
     def __repr__(self) -> str:
         steps = []
-        for name, step in self.steps.items():
+        for name, step in ((name, self.steps[name]) for name in self._trained):
             every = f" (every {self.policy_update_delay})" if step.delayed and self.policy_update_delay > 1 else ""
             steps.append(f"{name}{every}: {sum(param.numel() for param in self._trained[name].values()):,} parameters")
         precision = "" if self.precision == "float32" else f", {self.precision}"
