@@ -42,6 +42,7 @@ from omnet_torchrl.training import (
 )
 from omnet_torchrl.training.build import loss_options, network_options, update_options
 from omnet_torchrl.training.command_line import check_command_line, register
+from omnet_torchrl.training.loop.environments import env_options
 from omnet_torchrl.training.loop.streams import derived_seed
 
 
@@ -53,7 +54,8 @@ def main(cfg: DictConfig) -> float:
 
     num_envs = config.num_envs if config.num_envs > 1 else None  # a single one is stepped without a vector around it
     seed = derived_seed(config.seed, "environments")
-    env = make_env(config.env, num_envs=num_envs, seed=seed, observation_offset=config.observation_offset)
+    options = {"observation_offset": config.observation_offset, **env_options(config)}
+    env = make_env(config.env, num_envs=num_envs, seed=seed, **options)
 
     # One network and N masks, for the critic and for the actor (section 3.1).
     actor = make_actor(env.observation_spec, env.action_spec, **network_options(config, "actor"), device=device)

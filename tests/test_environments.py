@@ -10,7 +10,8 @@ from torchrl.envs.utils import check_env_specs
 
 from omnet_torchrl import SubnetPrimer
 from omnet_torchrl.training import make_env
-from omnet_torchrl.training.loop.environments import EpisodeRecorder, ReplayError, check_env, recorders
+from omnet_torchrl.training.loop.border import Border, ReplayError
+from omnet_torchrl.training.loop.environments import check_env, recorders
 
 TASKS = ["Hopper-v4", "Humanoid-v4", "InvertedPendulum-v4"]
 
@@ -54,7 +55,7 @@ def play(env, acts, state):
 
 
 def solo(name, seed=None):
-    return EpisodeRecorder(gymnasium.make(name, disable_env_checker=True))
+    return Border(gymnasium.make(name, disable_env_checker=True))
 
 
 def play_gym(env, count, rng):
@@ -215,7 +216,7 @@ def test_a_batch_is_brought_back_in_the_middle_of_its_episodes():
 
 @pytest.mark.parametrize("shown", ["observation", "reward", "end"])
 def test_a_hidden_state_is_found_out(shown):
-    env = EpisodeRecorder(Counter(shown, length=3))
+    env = Border(Counter(shown, length=3))
     env.reset(seed=0)
     for _ in range(2):
         for _ in range(3):
@@ -225,17 +226,17 @@ def test_a_hidden_state_is_found_out(shown):
     for _ in range(steps):
         env.step(np.zeros(1, "f"))
     with pytest.raises(ReplayError, match=f"{steps} steps"):
-        EpisodeRecorder(Counter(shown, length=3)).load_state_dict(env.state_dict())
+        Border(Counter(shown, length=3)).load_state_dict(env.state_dict())
 
 
 def test_the_error_names_the_environment():
     gymnasium.register("Counter-v0", Counter, disable_env_checker=True)
     try:
-        env = EpisodeRecorder(gymnasium.make("Counter-v0"))
+        env = Border(gymnasium.make("Counter-v0"))
         env.reset(seed=0)
         env.reset()
         with pytest.raises(ReplayError, match="Counter-v0"):
-            EpisodeRecorder(gymnasium.make("Counter-v0")).load_state_dict(env.state_dict())
+            Border(gymnasium.make("Counter-v0")).load_state_dict(env.state_dict())
     finally:
         del gymnasium.registry["Counter-v0"]
 
@@ -249,6 +250,12 @@ class OfSpaces(gymnasium.Env):
     def __init__(self, observation=None, action=None):
         self.observation_space = box() if observation is None else observation
         self.action_space = box() if action is None else action
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(self.observation_space.shape, self.observation_space.dtype), {}
+
+    def step(self, action):
+        return self.reset()[0], 0.0, False, False, {}
 
     def close(self):
         type(self).closed += 1
@@ -292,8 +299,8 @@ def test_what_is_opened_is_closed(env_of):
         ("a:b:c", "env 'a:b:c' can't be made: "),
         (":x", "env ':x' can't be made: "),
         ("Broken-v0", r"env 'Broken-v0' can't be made: FileNotFoundError: model\.xml"),
-        ("CartPole-v1", r"the action of env must be .* finite bounds, got Discrete\(2\) from 'CartPole-v1'"),
-        ("FrozenLake-v1", r"the observation of env must be a Box of floats with one dimension, got Discrete\(16\)"),
+        ("CartPole-v1", r"the action of env must be a Box of floats .* got Discrete\(2\) from 'CartPole-v1'"),
+        ("FrozenLake-v1", r"the observation of env must be a Box of numbers with one dimension, .* got Discrete\(16\)"),
     ],
 )
 def test_an_env_that_cannot_be_trained_is_refused(name, message, monkeypatch):
@@ -319,12 +326,20 @@ def test_a_missing_dependency_says_what_to_install(monkeypatch):
     [
         ("observation", gymnasium.spaces.Dict(a=box()), r"Dict\('a': Box"),
         ("observation", box(4, 4, 3), r"\(4, 4, 3\)"),
-        ("observation", gymnasium.spaces.Box(0, 255, (8,), np.uint8), "uint8"),
-        ("action", box(bound=np.inf), "inf"),
+        ("observation", gymnasium.spaces.Box(-1, 1, (0,)), r"\(0,\)"),
         ("action", box(2, 2), r"\(2, 2\)"),
+        ("action", gymnasium.spaces.Box(-1, 1, (0,)), r"\(0,\)"),
+        ("action", gymnasium.spaces.Box(0, 9, (2,), np.int64), "int64"),
         ("action", gymnasium.spaces.MultiDiscrete([2, 3]), "MultiDiscrete"),
     ],
 )
 def test_spaces_that_are_not_supported_are_named(env_of, kind, space, got):
-    with pytest.raises(ValueError, match=f"the {kind} of env must be a Box of floats .*got .*{got}.* from 'SpacesTest-v0'"):
+    of = "numbers" if kind == "observation" else "floats"
+    with pytest.raises(ValueError, match=f"the {kind} of env must be a Box of {of} .*got .*{got}.* from 'SpacesTest-v0'"):
         check_env(env_of(**{kind: space}))
+
+
+@pytest.mark.parametrize(("low", "high"), [(-np.inf, np.inf), (0, 0), (-3.4e38, 3.4e38), (1, np.inf)])
+def test_bounds_between_which_no_action_lies_are_refused(env_of, low, high):
+    with pytest.raises(ValueError, match=r"the action of env must have finite bounds, low < high, .* from 'SpacesTest-v0'"):
+        check_env(env_of(action=gymnasium.spaces.Box(np.full(2, low, "f"), np.full(2, high, "f"))))

@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, O
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from omnet_torchrl.training.loop.environments import check_env
+from omnet_torchrl.training.loop.environments import check_env, env_options
 from omnet_torchrl.training.options import ROWS, TrainConfig, row, to_config
 from omnet_torchrl.training.options.checks import OPTIONS, unknown
 
@@ -28,7 +28,9 @@ from omnet_torchrl.training.options.checks import OPTIONS, unknown
 def register() -> None:
     """Offer :class:`TrainConfig` to Hydra's ``defaults`` lists, named ``train``, and the rows as its group ``algorithm``."""
     store = ConfigStore.instance()
-    store.store(name="train", node=TrainConfig)
+    options = OmegaConf.structured(TrainConfig)
+    OmegaConf.set_struct(options.env_kwargs, False)  # whose names are the environment's
+    store.store(name="train", node=options)
     for name, each in ROWS.items():
         store.store(group="algorithm", name=name, node={"algorithm": name, **each.options}, package="_global_")
 
@@ -48,7 +50,8 @@ def check_overrides(arguments: Sequence[str]) -> None:
     """
     for override in map(parse, _split(arguments)[1]):
         key = override.key_or_group
-        if override.type is OverrideType.CHANGE and not _is_hydras(override) and key not in OPTIONS:
+        known = key in OPTIONS or key.startswith("env_kwargs.")  # whose names are the environment's
+        if override.type is OverrideType.CHANGE and not _is_hydras(override) and not known:
             raise ValueError(unknown(key))
         value = override.value()
         if key == "algorithm" and not isinstance(value, Glob):
@@ -80,9 +83,10 @@ def check_command_line(arguments: Sequence[str], script: str | Path) -> None:
         for job in map(list, itertools.product(*values)):
             try:
                 config = to_config(compose(flags.config_name or script.stem, job))
-                if config.env not in environments:
-                    check_env(config.env)
-                environments.add(config.env)
+                environment = f"{config.env} {env_options(config)}"
+                if environment not in environments:
+                    check_env(config.env, **env_options(config))
+                environments.add(environment)
             except (ValueError, HydraException) as error:
                 raise ValueError(f"{error} (the job {shlex.join(job)} of the sweep; none was started)") from error
 

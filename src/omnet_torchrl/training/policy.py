@@ -72,9 +72,8 @@ def _specs(run: RunFolder, config: TrainConfig) -> tuple[TensorSpec, TensorSpec]
         kept = info["spaces"]
         low, high = (torch.tensor(kept[name], dtype=getattr(torch, kept["dtype"])) for name in ("low", "high"))
         return Unbounded((kept["observation"],)), Bounded(low, high, low.shape, dtype=low.dtype)
-    from omnet_torchrl.training.loop.environments import check_env, make_env  # which import gymnasium
+    from omnet_torchrl.training.loop.environments import env_options, make_env  # which import gymnasium
 
-    check_env(config.env)
-    env = make_env(config.env)
+    env = make_env(config.env, **env_options(config))
     env.close()
     return env.observation_spec, env.action_spec

@@ -22,7 +22,7 @@ import torch
 from omegaconf import DictConfig
 
 from omnet_torchrl.training.command_line import argument, merge_overrides
-from omnet_torchrl.training.loop.environments import check_env
+from omnet_torchrl.training.loop.environments import check_env, env_options
 from omnet_torchrl.training.loop.stopping import handled
 from omnet_torchrl.training.loop.trainer import Trainer
 from omnet_torchrl.training.options import TrainConfig, differences, load_config, resolve_device, save_config, to_config
@@ -56,7 +56,7 @@ class Run:
         else:
             self.config = to_config(config)
         check_logger(self.config.logger)
-        check_env(self.config.env)
+        notes = check_env(self.config.env, **env_options(self.config))
         self.device = resolve_device(self.config.device)
         if not self.resumed:
             self.folder = RunFolder.create(self.config.folder, self._save_config)
@@ -67,6 +67,8 @@ class Run:
         self.checkpointer = Checkpointer(self.folder.checkpoint_path, self.config.checkpoint.keep)
         self.terminal = Terminal(self.config.total_frames, enabled=self.config.progress)
         self.reporter = Reporter(self.folder, self.terminal)
+        for note in notes:
+            self.reporter.say(note)
         self._signals, self._interrupted = contextlib.ExitStack(), False
 
     def _save_config(self, folder: RunFolder) -> None:

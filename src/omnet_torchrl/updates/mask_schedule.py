@@ -245,6 +245,8 @@ class MaskSchedule:
                 draws.set("target", asked.expand(draws.get("target").shape))
         elif isinstance(k, int):
             draws.set(network.draw, asked.squeeze(0))
+        compute = network.step.objective
+        assert compute is not None  # of a step that trains a network
         ones = {path: torch.ones_like(mask) for path, mask in network.masks(update).items()}
         replaced = {network.mask_path(path): one for path, one in ones.items()}
         weights = dict(network.weights(update))
@@ -255,7 +257,7 @@ class MaskSchedule:
                 replaced[target] = params.get(target) * mask
 
         def objective(weights: dict[Path, Tensor]) -> Tensor:
-            return network.step.objective(batch, draws, params.copy().update(TensorDict({**replaced, **weights})))[0]
+            return compute(batch, draws, params.copy().update(TensorDict({**replaced, **weights})))[0]
 
         return grad(objective)(weights)
 

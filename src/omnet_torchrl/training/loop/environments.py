@@ -1,116 +1,98 @@
-"""Environments of a run: gymnasium's, as TorchRL's, whose episodes can be brought back in their middle.
-
-No simulator state is saved. The current episode is played again, from its actions and the state of the random numbers at its
-reset, and compared with what was seen. This is exact wherever an environment is a function of these.
-"""
+"""Environments of a run: gymnasium's, a user's own and TorchRL's, each behind a :class:`Border`, and the maze."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
+import os
+import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import gymnasium
 import numpy as np
-import torch
+from gymnasium.wrappers import FlattenObservation, TimeLimit
 from torch import Tensor
 from torchrl.envs import Compose, DoubleToFloat, EnvBase, GymWrapper, RewardSum, StepCounter, Transform, TransformedEnv
 
 from omnet_torchrl.envs import Maze2DEnv
 from omnet_torchrl.offset import ObservationOffset
+from omnet_torchrl.training.loop.adapter import TorchRLAdapter
+from omnet_torchrl.training.loop.border import Border, check_spaces
+from omnet_torchrl.training.loop.generators import OwnGlobals
+from omnet_torchrl.training.options import TrainConfig
 from omnet_torchrl.transforms import EpisodePrimer
 
-MAZE = "Maze2D"  # Maze2DEnv; every other name is gymnasium's
+MAZE = "Maze2D"  # Maze2DEnv; every other name is gymnasium's or a user's own
 
 
-class ReplayError(RuntimeError):
-    """An episode, played again, came out differently."""
+def env_options(config: TrainConfig) -> dict[str, Any]:
+    """The options that make an environment, which :func:`check_env` and :func:`make_env` take beside its name."""
+    names = ("env_kwargs", "wrappers", "flatten_observation", "max_episode_steps")
+    return {name: getattr(config, name) for name in names}
 
 
-class EpisodeRecorder(gymnasium.Wrapper):
-    """Remembers the start and the actions of the current episode, so that it can be played again.
+def check_env(name: str, **options: Any) -> list[str]:
+    """Make the environment once, reset it, make a step, and close it.
 
-    The ``info`` of steps is left out: nothing reads it, and a vector environment would gather it key by key.
+    Args:
+        name (str): the option ``env``.
+        **options: of :func:`make_gymnasium`.
+
+    Returns:
+        list of str: what a person should know of it, a line each.
+
+    Raises:
+        ValueError: it is unknown, lacks a package, can't be made, reset or stepped, or has spaces, observations or rewards that
+            are not supported.
     """
-
-    def __init__(self, env: gymnasium.Env):
-        super().__init__(env)
-        self.resting = False  # whether steps do nothing and end nothing
-        self._start, self._actions, self._observation = dict[str, Any](), list[np.ndarray](), None
-        self._seen = hashlib.sha256()  # observations, rewards and ends of the current episode
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
-        """Reset the environment, and keep the state of its random numbers."""
-        rng = None if seed is not None else json.dumps(self.unwrapped.np_random.bit_generator.state)
-        self._start, self._actions, self._seen = {"seed": seed, "rng": rng}, [], hashlib.sha256()
-        self._observation, info = self.env.reset(seed=seed, options=options)
-        self._seen.update(np.asarray(self._observation).tobytes())
-        return self._observation, info
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
-        """Step the environment, and keep the action."""
-        if self.resting:
-            return self._observation, 0.0, False, False, {}
-        self._actions.append(np.array(action))
-        self._observation, reward, terminated, truncated, _ = self.env.step(action)
-        self._seen.update(np.asarray(self._observation).tobytes())
-        self._seen.update(np.array([reward, terminated, truncated], dtype=np.float64).tobytes())
-        return self._observation, reward, terminated, truncated, {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Start and actions of the current episode, and a hash of all that was seen: strings, numbers and tensors."""
-        actions, observation = (torch.from_numpy(np.array(each)) for each in (self._actions, self._observation))
-        return {**self._start, "actions": actions, "observation": observation, "seen": self._seen.hexdigest()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Play the episode of ``state`` again.
-
-        Raises:
-            ReplayError: an observation, reward or end on the way is not the one that was seen, bit for bit.
-        """
-        if state["rng"] is not None:
-            self.unwrapped.np_random.bit_generator.state = json.loads(state["rng"])
-        self.reset(seed=state["seed"])
-        self._start = {"seed": state["seed"], "rng": state["rng"]}
-        for action in state["actions"].numpy():
-            self.step(action)
-        if self._seen.hexdigest() != state["seen"]:
-            name = type(self.unwrapped).__name__ if self.spec is None else self.spec.id
-            distance = np.abs(np.asarray(self._observation) - state["observation"].numpy()).max()
-            raise ReplayError(
-                f"the episode of {name} in progress, played again for {len(self._actions)} steps, came out differently: its "
-                f"last observation is off by up to {distance:.3g}, or a reward or end is another; has the environment a state "
-                "that neither its seed nor its actions tell?"
-            )
-
-
-def check_env(name: str) -> None:
-    """Make the environment once; raise a ``ValueError`` if it is unknown, lacks a package, or its spaces are not supported."""
     if name == MAZE:
-        return
+        for option in ("env_kwargs", "wrappers", "flatten_observation"):
+            if options.get(option):
+                raise ValueError(f"{option} must not be given with env={MAZE}, got {options[option]!r}: leave it out.")
+        return []
     if ":" not in name and name not in gymnasium.registry:
         closest = ", ".join(difflib.get_close_matches(name, [MAZE, *gymnasium.registry], n=3, cutoff=0))
-        raise ValueError(f"env must be a gymnasium id with its version, got {name!r}; the closest are {closest}.")
+        own = "one of your own is module:Id or module:function"
+        raise ValueError(f"env must be a gymnasium id with its version, got {name!r}; the closest are {closest}; {own}.")
+    with ExitStack() as stack:
+        stack.callback((env := _bordered(name, **options)).close)
+        with _blamed(name, "reset"):
+            first, again = (env.reset(seed=0)[0] for _ in range(2))
+        with _blamed(name, "stepped"):
+            observation, reward, *_ = env.step(env.action_space.low / 2 + env.action_space.high / 2)
+    for what, value in {"observation": np.stack([first, observation]), "reward": np.array(reward)}.items():
+        if not np.isfinite(value).all():
+            raise ValueError(f"the {what} of env must be finite, got {value.tolist()} in the first step of {name!r}: mend it.")
+    return _notes(name, env, repeats=np.array_equal(first, again))
+
+
+def _notes(name: str, env: gymnasium.Env, repeats: bool) -> list[str]:
+    notes = []
+    if not repeats:
+        unlike = "two resets with the same seed differ, so will two runs, and a resumed run goes on inexactly"
+        notes.append(f"warning: {name} draws random numbers that its seed does not decide: {unlike}")
+    while isinstance(env, gymnasium.Wrapper):
+        if any(type(each).__name__ == "RunningMeanStd" for each in vars(env).values()):
+            apart = "each environment of training and of evaluation has its own, and no checkpoint keeps them"
+            notes.append(f"warning: {type(env).__name__} around {name} keeps running statistics: {apart}")
+        env = env.env
+    return notes
+
+
+@contextmanager
+def _blamed(name: str, what: str) -> Iterator[None]:
+    """Whatever an environment's own code raises is a ``ValueError`` of one line."""
     try:
-        env = _make_gymnasium(name)
+        yield
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         raise ValueError(f"env {name!r} needs a package that can't be imported: {error}") from error
-    except Exception as error:  # its own constructor may raise anything
-        kind = "" if isinstance(error, gymnasium.error.Error) else f"{type(error).__name__}: "
-        raise ValueError(f"env {name!r} can't be made: {kind}{error}") from error
-    spaces = {"observation": env.observation_space, "action": env.action_space}
-    env.close()
-    for kind, space in spaces.items():
-        box = space if isinstance(space, gymnasium.spaces.Box) else None
-        if box is None or len(box.shape) != 1 or box.dtype.kind != "f" or (kind == "action" and not box.is_bounded()):
-            expected = "a Box of floats with one dimension" + (" and finite bounds" if kind == "action" else "")
-            advice = "choose another env, or register it with a wrapper of gymnasium.wrappers that changes it"
-            raise ValueError(f"the {kind} of env must be {expected}, got {space} from {name!r}: {advice}.")
+    except Exception as error:
+        kind = "" if isinstance(error, gymnasium.error.Error | ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"env {name!r} can't be {what}: {kind}{' '.join(str(error).split())}") from error
 
 
 def make_env(
@@ -120,11 +102,12 @@ def make_env(
     seed: int | None = None,
     observation_offset: float = 0.0,
     sum_episodes: bool = True,
+    **options: Any,
 ) -> EnvBase:
     """An environment for training or evaluation.
 
     Args:
-        name (str): gymnasium id, or ``Maze2D`` for :class:`~omnet_torchrl.Maze2DEnv`.
+        name (str): the option ``env``: ``Maze2D`` for :class:`~omnet_torchrl.Maze2DEnv`, or see :func:`make_gymnasium`.
         *transforms (Transform): appended, e.g. a :class:`~omnet_torchrl.SubnetPrimer`.
         num_envs (int or None): this many, stepped one after the other in this process, as one environment of batch size
             ``(num_envs,)``. ``None`` (default): a single one, without batch size.
@@ -132,28 +115,100 @@ def make_env(
         observation_offset (float): scale of an :class:`~omnet_torchrl.ObservationOffset`; 0 (default): none.
         sum_episodes (bool): write each episode's return and length so far, ``episode_reward`` and ``step_count``. Defaults to
             ``True``.
+        **options: of :func:`make_gymnasium`; the maze has ``max_episode_steps`` alone.
     """
     if name == MAZE:
-        base: EnvBase = Maze2DEnv(() if num_envs is None else num_envs)
+        limit = options.get("max_episode_steps")
+        base: EnvBase = Maze2DEnv(() if num_envs is None else num_envs, **({} if limit is None else {"max_steps": limit}))
     else:
-        make = partial(_make_gymnasium, name)
-        # The only mode of gymnasium's vector environments in which TorchRL sees each environment's own last observation.
-        mode = gymnasium.vector.AutoresetMode.DISABLED
-        base = GymWrapper(
-            make() if num_envs is None else gymnasium.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
-        )
+        with ExitStack() as stack:  # which closes those that were made where another can't be
+            envs = []
+            for i in range(num_envs or 1):
+                envs.append(_bordered(name, seed=i + (seed or 0), **options))
+                stack.callback(envs[-1].close)
+            base = GymWrapper(envs[0] if num_envs is None else _vector(envs))
+            stack.pop_all()
     offset = [ObservationOffset(observation_offset, generator=seed)] if observation_offset else []
     sums = [RewardSum(), StepCounter()] if sum_episodes else []
+    # Nothing is float64 any more; a checkpoint knows transforms by their number, and older ones count this.
     env = TransformedEnv(base, Compose(DoubleToFloat(), *offset, *sums, *transforms))
     if seed is not None:
         env.set_seed(seed)
     return env
 
 
-def _make_gymnasium(name: str) -> EpisodeRecorder:
+def _vector(envs: Sequence[Border]) -> gymnasium.vector.SyncVectorEnv:
+    # The only mode of gymnasium's vector environments in which TorchRL sees each environment's own last observation.
+    mode = gymnasium.vector.AutoresetMode.DISABLED
+    return gymnasium.vector.SyncVectorEnv([partial(next, iter([env])) for env in envs], autoreset_mode=mode)
+
+
+def _bordered(name: str, *, seed: int = 0, **options: Any) -> Border:
+    own_globals = OwnGlobals(seed)
+    with own_globals, _blamed(name, "made"):
+        env = make_gymnasium(name, **options)
+    try:
+        check_spaces(name, env.observation_space, env.action_space)
+    except ValueError:
+        env.close()
+        raise
+    return Border(env, own_globals)
+
+
+def make_gymnasium(
+    name: str,
+    *,
+    env_kwargs: Mapping[str, Any] | None = None,
+    wrappers: Sequence[str] = (),
+    flatten_observation: bool = False,
+    max_episode_steps: int | None = None,
+    render_mode: str | None = None,
+) -> gymnasium.Env:
+    """The gymnasium environment that the options of a run name.
+
+    Args:
+        name (str): an id; ``module:Id``, whose module registers the id and is imported first; or ``module:function``, which
+            returns an environment of gymnasium or TorchRL. Modules are also looked for in the working directory.
+
+    Keyword Args:
+        env_kwargs (mapping or None): arguments of the constructor or function.
+        wrappers (sequence of str): ``module.Class``, called with the environment, one after the other.
+        flatten_observation (bool): make one vector of observations of any other space.
+        max_episode_steps (int or None): steps after which an episode is truncated. ``None`` (default): the id's own number.
+        render_mode (str or None): as in ``gymnasium.make``.
+    """
+    kwargs = {**(env_kwargs or {}), **({} if render_mode is None else {"render_mode": render_mode})}
+    function = _function(name)
+    if function is None and max_episode_steps is not None:
+        kwargs["max_episode_steps"] = -1  # gymnasium's word for none
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's tasks are the -v4 ones
-        return EpisodeRecorder(gymnasium.make(name))
+        env = gymnasium.make(name, **kwargs) if function is None else function(**kwargs)
+    if isinstance(env, EnvBase):
+        env = TorchRLAdapter(env)
+    if not isinstance(env, gymnasium.Env):
+        raise TypeError(f"it must return an environment of gymnasium or TorchRL, got {type(env).__name__}.")
+    for wrapper in wrappers:
+        module, _, attribute = wrapper.rpartition(".")
+        env = getattr(_import(module), attribute)(env)
+    if flatten_observation:
+        env = FlattenObservation(env)
+    return env if max_episode_steps is None else TimeLimit(env, max_episode_steps)
+
+
+def _function(name: str) -> Callable[..., Any] | None:
+    """What ``module:function`` names; ``None`` for an id."""
+    if name.count(":") != 1:
+        return None
+    module, attribute = name.split(":")
+    imported = _import(module)  # which may register the id
+    return None if name in gymnasium.registry or attribute in gymnasium.registry else getattr(imported, attribute, None)
+
+
+def _import(module: str) -> Any:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return import_module(module)
 
 
 def seed_env(env: EnvBase, seed: int) -> None:
@@ -165,7 +220,7 @@ def seed_env(env: EnvBase, seed: int) -> None:
             transform.generator.manual_seed(seed)
 
 
-def recorders(env: EnvBase) -> list[EpisodeRecorder | Maze2DEnv]:
+def recorders(env: EnvBase) -> list[Border | Maze2DEnv]:
     """The objects that bring back the episodes of an environment of :func:`make_env`: one each, or the whole maze."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
@@ -182,7 +237,7 @@ def resting(env: EnvBase) -> Iterator[Callable[[Tensor], None]]:
     An evaluation then takes the time of the steps that count. Only gymnasium's environments of :func:`make_env` can rest; the
     steps of all others, the maze's too, are made as usual. At the end no environment rests.
     """
-    players = [player for player in recorders(env) if isinstance(player, EpisodeRecorder)]
+    players = [player for player in recorders(env) if isinstance(player, Border)]
 
     def rest(which: Tensor) -> None:
         for player, rests in zip(players, which.tolist(), strict=bool(players)):

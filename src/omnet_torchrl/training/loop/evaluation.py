@@ -17,7 +17,7 @@ from omnet_torchrl.envs import Maze2DEnv
 from omnet_torchrl.metrics import soft_returns, value_bias
 from omnet_torchrl.modules import SubnetActor
 from omnet_torchrl.objectives import OMNetSACLoss
-from omnet_torchrl.training.loop.environments import MAZE, make_env, seed_env
+from omnet_torchrl.training.loop.environments import MAZE, env_options, make_env, seed_env
 from omnet_torchrl.training.loop.rollout import rollout
 from omnet_torchrl.training.loop.streams import derived_seed
 from omnet_torchrl.training.options import TrainConfig
@@ -38,7 +38,8 @@ class Evaluation:
     """
 
     def __init__(self, config: TrainConfig, policy: SubnetActor | CompiledPolicy, loss: OMNetSACLoss):
-        make = partial(make_env, config.env, observation_offset=config.observation_offset, sum_episodes=False)
+        options = {"observation_offset": config.observation_offset, "sum_episodes": False, **env_options(config)}
+        make = partial(make_env, config.env, **options)
         self.config, self.policy, self.loss = config, policy, loss
         self.env = make(num_envs=config.eval.episodes)
         self.bias_env = make(num_envs=config.eval.bias_episodes) if config.eval.bias_episodes else None

@@ -21,7 +21,8 @@ from torchrl.collectors import Collector
 from torchrl.data import PrioritizedSampler, ReplayBuffer
 
 from omnet_torchrl.metrics import subnet_disagreement
-from omnet_torchrl.training.loop.environments import ReplayError, recorders
+from omnet_torchrl.training.loop.border import ReplayError
+from omnet_torchrl.training.loop.environments import recorders
 from omnet_torchrl.training.loop.stopping import AbandonedError, DivergenceError, Stop, check_finite
 from omnet_torchrl.training.loop.streams import GlobalStream, Streams, derived_seed
 from omnet_torchrl.training.options import TrainConfig

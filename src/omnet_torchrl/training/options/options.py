@@ -82,7 +82,11 @@ class TrainConfig:
     """One run."""
 
     algorithm: str = "omnet"  # the row of the results table whose options these are, see rows.py
-    env: str = "Hopper-v4"  # a gymnasium id with a flat Box observation and a bounded Box action
+    env: str = "Hopper-v4"  # a gymnasium id, Maze2D, or one of your own: module:Id or module:function, which returns one
+    env_kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of the environment: env_kwargs.frame_skip=2
+    wrappers: list[str] = field(default_factory=list)  # around it, one after the other, each module.Class
+    flatten_observation: bool = False  # make one vector of observations that are none
+    max_episode_steps: int | None = None  # steps after which an episode is truncated; None: the environment's own number
     num_envs: int = 1  # environments stepped together; a step of all is num_envs frames
     observation_offset: float = 0.0  # scale of the constant noise on the observations of an episode (section 4.4)
     seed: int = 0  # of everything random in the run
