@@ -12,12 +12,8 @@
 https://arxiv.org/abs/2310.14009.
 """
 
-import sys
-
 import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from torch.optim import Adam
 from torchrl.collectors import Collector
@@ -41,14 +37,18 @@ from omnet_torchrl.training import (
     make_env,
 )
 from omnet_torchrl.training.build import loss_options, network_options, update_options
-from omnet_torchrl.training.command_line import check_command_line, register
+from omnet_torchrl.training.command_line import execute
 from omnet_torchrl.training.loop.environments import env_options
 from omnet_torchrl.training.loop.streams import derived_seed
 
 
 @hydra.main(version_base="1.3", config_path=".", config_name="omnet_sac")
 def main(cfg: DictConfig) -> float:
-    run = Run.start(cfg, HydraConfig.get().overrides.task)
+    with Run.start(cfg) as run:
+        return train(run)
+
+
+def train(run: Run) -> float:
     config, device = run.config, run.device
     torch.manual_seed(config.seed)
 
@@ -96,18 +96,9 @@ def main(cfg: DictConfig) -> float:
         run.reporter,
         config,
     )
-    status = run.train(trainer, describe(config, actor, qvalue))
-    if status == "interrupted":
-        sys.exit(130)
-    if status == "diverged" and HydraConfig.get().mode is not RunMode.MULTIRUN:  # a sweep goes on
-        sys.exit(1)
+    run.train(trainer, describe(config, actor, qvalue))
     return trainer.last.get("eval/return", float("nan"))
 
 
 if __name__ == "__main__":
-    register()
-    try:
-        check_command_line(sys.argv[1:], __file__)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    main()
+    execute(main, __file__)

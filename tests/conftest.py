@@ -1,6 +1,10 @@
 """Shared parts of the tests: seeds, a batch, small networks."""
 
 import contextlib
+import io
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from torchrl.data import Bounded, OneHot, Unbounded
 
 from omnet_torchrl import make_actor, make_deterministic_actor, make_qvalue, make_qvalue_actor
 
+EXAMPLE = Path(__file__).parent.parent / "examples" / "omnet_sac.py"
 OBS, ACT = 5, 2
 torch.set_num_threads(1)  # the networks are small, and tests run side by side
 
@@ -94,3 +99,18 @@ def figures(monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", spy)
     return drawn
+
+
+def run_script(*arguments):
+    """The exit code of ``examples/omnet_sac.py`` with these arguments, in this process, and what it prints for a person."""
+    printed, code = io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(sys, "argv", [str(EXAMPLE), *arguments])
+        try:
+            runpy.run_path(str(EXAMPLE), run_name="__main__")
+        except SystemExit as error:
+            code = error.code
+            if isinstance(code, str):
+                printed.write(f"{code}\n")
+                code = 1
+    return code or 0, printed.getvalue()

@@ -4,8 +4,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
 
-from omnet_torchrl.training.command_line import argument, check_command_line, check_overrides, parse, register
+from omnet_torchrl.training.command_line import _Flags, argument, check_command_line, check_overrides, parse, register
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "omnet_sac.py"
 
@@ -15,7 +16,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "omnet_sac.py"
     [
         [],
         ["algorithm=omnet,redq", "-m"],
-        ["seed=0,1,2", "-m", "env=Walker2d-v4", "utd_ratio=range(1,5)"],
+        ["-m", "seed=0,1,2", "env=Walker2d-v4", "utd_ratio=range(1,5)"],
         ["network.num_cells=[64,64]", "network.sparsity=[0,0.5,0]", "optim.lr=1e-4"],
         ["network={num_subnets:3}"],
         ["hydra.run.dir=x", "hydra/launcher=joblib", "+new=1", "++new.deep=1", "~seed", "~optim.lr=3e-4"],
@@ -40,7 +41,7 @@ def test_options_that_exist_pass(arguments):
 )
 def test_an_unknown_option_names_the_closest(argument, message):
     with pytest.raises(ValueError) as error:
-        check_overrides(["seed=1", "-m", argument])
+        check_overrides(["-m", "seed=1", argument])
     assert str(error.value).startswith(message)
 
 
@@ -48,6 +49,24 @@ def test_an_unknown_option_names_the_closest(argument, message):
 def test_an_argument_that_is_no_option_is_repeated(word):
     with pytest.raises(ValueError, match=f"options have the form name=value, got '{word}': "):
         check_overrides([word])
+
+
+def test_hydras_flags_are_those_that_hydra_reads():
+    def flags(parser):
+        return {
+            action.dest: (tuple(sorted(action.option_strings)), action.choices and list(action.choices))
+            for action in parser._actions
+        }
+
+    assert flags(_Flags()) == flags(get_args_parser())
+
+
+@pytest.mark.parametrize("wrong", [["--nope"], ["--cfg"], ["--cfg", "x"], ["seed=0", "-m", "env=x"], ["--info", "x"], ["-x"]])
+def test_flags_that_hydra_does_not_read_are_one_line(wrong):
+    with pytest.raises(
+        ValueError, match=r"^[^\n]+ \(first Hydra's flags, see --hydra-help, then options in the form name=value\)$"
+    ):
+        check_overrides(wrong)
 
 
 @pytest.mark.parametrize("argument", ["algorithm=red", "algorithm=omnet,red"])
@@ -67,7 +86,7 @@ SWEEPS = {
 def test_every_job_of_a_sweep_is_checked_before_the_first(option):
     register()
     with pytest.raises(ValueError) as error:
-        check_command_line(["compile=false", option, "--multirun", "hydra/launcher=basic"], EXAMPLE)
+        check_command_line(["--multirun", "compile=false", option, "hydra/launcher=basic"], EXAMPLE)
     assert str(error.value).startswith(SWEEPS[option])
     assert f"(the job compile=False {option.split('=')[0]}=" in str(error.value)
 

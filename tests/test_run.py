@@ -21,6 +21,7 @@ from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.training import Run, Trainer, describe, evaluate, load_policy, make_env
 from omnet_torchrl.training.build import network_options
 from omnet_torchrl.training.loop import trainer as trainer_module
+from omnet_torchrl.training.loop.stopping import RunError
 from omnet_torchrl.training.options import load_config
 
 OPTIONS = {
@@ -188,12 +189,11 @@ def test_a_signal_before_the_first_frame_leaves_a_run_that_can_go_on(number, tmp
             os.kill(os.getpid(), number)
 
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    Run.start(options(tmp_path))
-    with pytest.raises(SystemExit, match="130"):
+    with pytest.raises(KeyboardInterrupt), Run(options(tmp_path)):
         os.kill(os.getpid(), number)  # while networks are made
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "prepare", compiling)
-        assert train(Run.start(options(tmp_path))) == "interrupted"
+        assert train(Run(options(tmp_path))) == "interrupted"
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     for name in ("run", "run-1"):
         assert json.loads((tmp_path / name / "run.json").read_text())["status"] == "interrupted"
@@ -206,7 +206,7 @@ def test_a_missing_compiler_is_one_line(tmp_path, monkeypatch):
         raise InductorError(InvalidCxxCompiler(), None)
 
     monkeypatch.setattr(Trainer, "prepare", prepare)
-    with pytest.raises(SystemExit, match=r"error: compiling needs a C\+\+ compiler, .* or set compile=false"):
+    with pytest.raises(RunError, match=r"^compiling needs a C\+\+ compiler, .* or set compile=false\.$"):
         train(Run(options(tmp_path)))
     assert info(tmp_path)["status"] == "failed"
 

@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 from contextlib import closing
 
 import pytest
@@ -128,3 +129,11 @@ def test_returns_that_are_not_finite_are_a_line():
     returns = {"eval/return": float("inf"), "eval/return_subnet_0": 1.0, "eval/return_subnet_1": float("inf")}
     Terminal(100, file=file).evaluation(10, returns, 60)
     assert file.getvalue() == "         10 frames   return       inf ± nan          1.0 min\n"
+
+
+def test_what_has_nowhere_to_be_printed_ends_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    terminal = Terminal(10)
+    terminal.block({"a": 1})
+    terminal.update(5, 5)
+    terminal.close()

@@ -2,27 +2,74 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import os
 import re
 import shlex
-from argparse import Namespace
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
-
-# The one private name of Hydra: no public one says which arguments are its flags, and which are options.
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, OverrideType, Quote, QuotedString
+from hydra.core.utils import env_override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from omnet_torchrl.training.loop.environments import check_env, env_options
+from omnet_torchrl.training.loop.stopping import RunError
 from omnet_torchrl.training.options import ROWS, TrainConfig, row, to_config
 from omnet_torchrl.training.options.checks import OPTIONS, unknown
+
+# Hydra's flags (hydra.cc/docs/advanced/hydra-command-line-flags), of which it has no public list.
+SWITCHES = {"help": "h", "hydra-help": "", "version": "", "resolve": "", "run": "r", "multirun": "m", "shell-completion": "sc"}
+VALUES = {"cfg": "c", "package": "p", "config-path": "cp", "config-name": "cn", "config-dir": "cd", "experimental-rerun": ""}
+CHOICES = {"cfg": ("job", "hydra", "all"), "info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")}
+
+
+class _Flags(argparse.ArgumentParser):
+    """Reads Hydra's flags; what it can't read is a ``ValueError``."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False)
+        for name, short in SWITCHES.items():
+            self.add_argument(f"--{name}", *([f"-{short}"] if short else []), action="store_true")
+        for name, short in VALUES.items():
+            self.add_argument(f"--{name}", *([f"-{short}"] if short else []), choices=CHOICES.get(name))
+        self.add_argument("--info", "-i", nargs="?", const="all", choices=CHOICES["info"])
+        self.add_argument("overrides", nargs="*")
+
+    def error(self, message: str) -> NoReturn:
+        """Say it without the usage."""
+        raise ValueError(f"{message} (first Hydra's flags, see --hydra-help, then options in the form name=value)")
+
+
+def execute(main: Callable[[], object], script: str | Path) -> None:
+    """Run a script's ``main``, which :func:`hydra.main` decorates: whatever is refused is one line and a code that is not 0.
+
+    A run says itself how it ended, see :meth:`~omnet_torchrl.training.Run.start`. With ``HYDRA_FULL_ERROR=1`` in the
+    environment, errors are tracebacks.
+
+    Args:
+        main (callable): the job.
+        script (str or Path): its ``__file__``; the configurations lie beside it.
+    """
+    register()
+    try:
+        with env_override({"HYDRA_FULL_ERROR": "1"}):  # Hydra's own errors come here
+            check_command_line(sys.argv[1:], script)
+            main()
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        known = isinstance(error, ValueError | HydraException | OmegaConfBaseException | RunError)
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        sys.exit(f"error: {' '.join(text.split())}")
 
 
 def register() -> None:
@@ -111,11 +158,10 @@ def argument(name: str, value: str) -> str:
     return shlex.quote(given if as_it_is == value else f"{name}={QuotedString(value, Quote.single).with_quotes()}")
 
 
-def _split(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
+def _split(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Hydra's flags, and the options, of which ``install=bash`` is no part."""
-    flags, others = get_args_parser().parse_known_args(list(arguments))  # others: options after flags, and flags unknown to it
-    options = [*flags.overrides, *(each for each in others if not each.startswith("-"))]
-    return flags, [] if flags.shell_completion else options
+    flags = _Flags().parse_args(list(arguments))
+    return flags, [] if flags.shell_completion else flags.overrides
 
 
 def _is_hydras(override: Override) -> bool:

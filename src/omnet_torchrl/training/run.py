@@ -1,29 +1,35 @@
 """One run from its options to its summary. Calls go one way: the Run calls the Trainer, and both tell the Reporter.
 
 The Run owns the folder with its lock and status, the checkpointer and the reporter, which it opens and closes.
-Signals: before training, Ctrl-C and SIGTERM end the process; within :meth:`Trainer.run`, they end the loop after the frame.
+Signals: before training, they end the process; within :meth:`Trainer.run`, they end the loop after the frame.
 Resume: the Run reads and compares the options of the folder; the Trainer brings its own components back from the checkpoint.
 Reports: the Trainer tells the Reporter what happens at each frame; the Run tells it the header, the outcome and the summary.
-Whatever ends the training, the Run writes how in ``run.json`` and says how to go on.
+Whatever ends a run, the Run writes how in ``run.json`` and says how to go on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import shlex
+import signal
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from omnet_torchrl.training.command_line import argument, merge_overrides
 from omnet_torchrl.training.loop.environments import check_env, env_options
-from omnet_torchrl.training.loop.stopping import handled
+from omnet_torchrl.training.loop.stopping import RunError, exit_code, handled
 from omnet_torchrl.training.loop.trainer import Trainer
 from omnet_torchrl.training.options import TrainConfig, differences, load_config, resolve_device, save_config, to_config
 from omnet_torchrl.training.policy import spaces
@@ -32,22 +38,34 @@ from omnet_torchrl.training.record.folder import RunFolder, now, peak_memory
 from omnet_torchrl.training.record.metrics import read_metrics
 from omnet_torchrl.training.record.reporter import Reporter
 from omnet_torchrl.training.record.terminal import Terminal, duration, shares
-from omnet_torchrl.training.record.trackers import check_logger
+from omnet_torchrl.training.record.trackers import check_logger, reason
+
+# Errors whose message says what to do: where they were raised tells nobody anything.
+PLAIN = (OSError, MemoryError, torch.OutOfMemoryError, RunError)
 
 
 class Run:
     """A run: new, or going on in the folder that ``resume`` names. Options are checked before anything is made.
+
+    A ``with`` statement around what makes networks and environments records their errors, too: whatever ends it, ``run.json``
+    has the status, and the error, if there was one.
 
     Args:
         config (DictConfig, Mapping or TrainConfig): the options. Where ``resume`` is among them, the others are those of the
             run in that folder.
         overrides (sequence of str): ``name=value``, what a resumed run changes of its options; the others must be the same.
 
+    Keyword Args:
+        sweep (bool): this is one run of several, each of which gets a folder without the time of day. Defaults to ``False``.
+
     Raises:
         ValueError: a wrong option, environment or folder to resume, one whose run still goes on, or whose checkpoints are gone.
     """
 
-    def __init__(self, config: DictConfig | Mapping[str, Any] | TrainConfig, overrides: Sequence[str] = ()):
+    def __init__(
+        self, config: DictConfig | Mapping[str, Any] | TrainConfig, overrides: Sequence[str] = (), *, sweep: bool = False
+    ):
+        gc.collect()  # an earlier run of this process: its networks and its buffer are parts of cycles
         resume = config.resume if isinstance(config, TrainConfig) else config.get("resume")
         self.resumed = resume is not None
         if resume is not None:
@@ -64,60 +82,78 @@ class Run:
         if self.config.num_threads is not None:
             torch.set_num_threads(self.config.num_threads)
         logging.getLogger("torchrl").setLevel(logging.WARNING)
+        self.status = "running"
         self.checkpointer = Checkpointer(self.folder.checkpoint_path, self.config.checkpoint.keep)
         self.terminal = Terminal(self.config.total_frames, enabled=self.config.progress)
         self.reporter = Reporter(self.folder, self.terminal)
         for note in notes:
             self.reporter.say(note)
-        self._signals, self._interrupted = contextlib.ExitStack(), False
+        self._signals, self._signal = contextlib.ExitStack(), 0
+        self._script, self._sweep, self._begun = False, sweep, False
 
     def _save_config(self, folder: RunFolder) -> None:
         self.config.folder = str(folder.path)
         save_config(self.config, folder.config_path)
 
     @classmethod
-    def start(cls, config: DictConfig | Mapping[str, Any] | TrainConfig, overrides: Sequence[str] = ()) -> Run:
-        """As the constructor, for a script: a wrong option ends it with a line instead of a traceback.
+    def start(cls, config: DictConfig) -> Run:
+        """As the constructor, for a job of Hydra, which is to end with a line and an exit code instead of a traceback.
 
-        From here on, Ctrl-C and SIGTERM leave the status ``interrupted`` and say how to go on.
+        The codes: 0 where the run has finished, 1 where it failed or diverged, 130 after Ctrl-C, and 75 where another signal
+        stopped it: it is to be started again. A job of a sweep raises a :class:`RunError` in the place of 1, after it has said
+        why: Hydra goes on with the next one.
         """
+        hydra = HydraConfig.get()
+        sweep = hydra.mode is RunMode.MULTIRUN
         try:
-            run = cls(config, overrides)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
-        run._signals.enter_context(handled(run._give_up))
+            run = cls(config, hydra.overrides.task, sweep=sweep)
+        except (ValueError, OSError) as error:
+            if not sweep:
+                sys.exit(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            raise RunError(str(error)) from None
+        run._script = True
         return run
 
-    def _give_up(self, *_: object) -> None:
-        """The answer to a signal before anything is trained."""
-        if self.folder.info["status"] == "running":
-            self.folder.write_info(status="interrupted", ended=now())
-        self._say_how_to_go_on()
-        self._signals.close()
-        sys.exit(130)
+    def __enter__(self) -> Run:
+        self._signals.enter_context(handled(self._interrupt))
+        return self
 
-    def _interrupt(self, *_: object) -> None:
-        """The answer to a signal while the trainer compiles, and to a second one while it runs."""
-        self._interrupted = True
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.status == "running":
+            self._end(error=error or RunError("it ended before it was trained"))
+        self._signals.close()
+        if not self._script or self.status == "finished":
+            return
+        if self.status == "interrupted":
+            if callable(signal.getsignal(self._signal)) and self._signal != signal.SIGINT:
+                signal.raise_signal(self._signal)  # to submitit, which hands the job in again
+            sys.exit(exit_code(self._signal))
+        if self._sweep:
+            if self.status == "refused":
+                self.reporter.say(str(error))
+            raise RunError(f"the run in {_relative(self.folder.path)}: {self.status}") from None
+        if self.status != "refused":  # which says why itself
+            sys.exit(1)
+
+    def _interrupt(self, number: int, _: object) -> None:
+        """The answer to a signal before anything is trained, and to a second one while the trainer runs."""
+        self._signal = number
         raise KeyboardInterrupt
 
     def train(self, trainer: Trainer, description: Mapping[str, object]) -> str:
         """Run ``trainer`` and say so; the status: ``finished``, ``interrupted`` or ``diverged``."""
-        status = "failed"
         try:
             title = f"{self.config.env}, seed {self.config.seed}, on {_device_name(self.device)}"
             self.terminal.block({**description, "results": _relative(self.folder.path)}, title)
             self._begin(trainer)
-            self._signals.enter_context(handled(self._interrupt))
-            try:
-                with self.reporter.warnings():
-                    status = self._run(trainer)
-            finally:
-                self._close(status, trainer)
-        finally:
-            self._signals.close()
-            self.folder.unlock()
-        return status
+            with handled(self._interrupt), self.reporter.warnings():
+                status = self._run(trainer)
+        except BaseException as error:
+            self._end(trainer, error=error)
+            raise
+        self._end(trainer, status)
+        return self.status
 
     def _begin(self, trainer: Trainer) -> None:
         config, env = self.config, trainer.collector.env
@@ -130,9 +166,10 @@ class Run:
             self.reporter.say(
                 f"goes on from frame {trainer.frames:,}" if found else "no checkpoint yet: starts from the beginning"
             )
-        fields = {"env": config.env, "seed": config.seed, "device": _device_name(self.device)}
+        fields = {"env": config.env, "seed": config.seed, "device": _device_name(self.device), "error": None}
         self.folder.begin_session(trainer.frames, **fields, spaces=spaces(env.observation_spec, env.action_spec))
         self.reporter.begin(config.logger, asdict(config), trainer.frames, **asdict(config.wandb))
+        self._begun = True
 
     def _run(self, trainer: Trainer) -> str:
         try:
@@ -143,19 +180,61 @@ class Run:
         except KeyboardInterrupt:
             return "interrupted"
         except Exception as error:
-            if self._interrupted:  # tensordict's contexts raise a RuntimeError in the place of a KeyboardInterrupt
+            if self._signal:  # tensordict's contexts raise a RuntimeError in the place of a KeyboardInterrupt
                 return "interrupted"
             if "InvalidCxxCompiler" not in f"{type(error).__name__}: {error}":
                 raise
             advice = "install one (apt install g++), name yours in the environment variable CXX, or set compile=false"
-            sys.exit(f"error: compiling needs a C++ compiler, and none works here: {advice}.")
+            raise RunError(f"compiling needs a C++ compiler, and none works here: {advice}.") from error
 
-    def _close(self, status: str, trainer: Trainer) -> None:
-        status = status if self.reporter.close_csv() else "failed"
-        frames, updates, elapsed = trainer.frames, trainer.updates, trainer.elapsed
-        self.folder.end_session(status, self.device, frames=frames, updates=updates, saved=trainer.saved)
+    def _end(self, trainer: Trainer | None = None, status: str = "failed", error: BaseException | None = None) -> None:
+        """Write how the run ended, say it, and let go of the folder."""
+        if not self._begun and self.resumed and isinstance(error, SystemExit):  # refused to go on: the run stays as it was
+            self.status = "refused"
+            return self.folder.unlock()
+        if self._signal or isinstance(error, KeyboardInterrupt):
+            status, error = "interrupted", None
+        elif error and self._script and isinstance(error, Exception) and not isinstance(error, PLAIN):
+            self.terminal.line("".join(traceback.format_exception(error)).rstrip())
+        if not self.reporter.close_csv():
+            status, error = "failed", error or RunError("metrics.csv could not be closed")
+        if status == "interrupted" and trainer:
+            self._signal = self._signal or trainer.stopped_by or signal.SIGINT
+        said = str(error) if isinstance(error, RunError) else reason(error) if error else None
+        self.status = self._write_end(status, said, trainer if self._begun else None)
         self.reporter.close()
-        fields = {"status": status, "frames": f"{frames:,}", "updates": f"{updates:,}", "time": duration(elapsed)}
+        if trainer and self._begun:
+            self._summarise(trainer)
+        if said:
+            self.reporter.say(f"failed: {said}")
+        if self.status in ("interrupted", "failed"):
+            script = shlex.join(["python", _relative(Path(sys.argv[0]).resolve())])
+            self.reporter.say(f"to go on: {script} {argument('resume', _relative(self.folder.path))}")
+        self.folder.unlock()
+        return None
+
+    def _write_end(self, status: str, error: str | None, trainer: Trainer | None) -> str:
+        """Write ``run.json``; the status, which is ``failed`` where that can't be done."""
+        for last in (False, True):
+            try:
+                if trainer is None:
+                    self.folder.write_info(status=status, error=error, ended=now())
+                else:
+                    fields = {"frames": trainer.frames, "updates": trainer.updates, "saved": trainer.saved}
+                    self.folder.end_session(status, self.device, **fields, error=error)
+                break
+            except (OSError, ValueError) as problem:
+                for half in self.folder.path.rglob("*.tmp"):  # which may be what has filled the disk
+                    with contextlib.suppress(OSError):
+                        half.unlink()
+                if last:
+                    self.reporter.say(f"warning: run.json could not be written: {reason(problem)}")
+                    return "failed"
+        return status
+
+    def _summarise(self, trainer: Trainer) -> None:
+        frames, updates, elapsed = trainer.frames, trainer.updates, trainer.elapsed
+        fields = {"status": self.status, "frames": f"{frames:,}", "updates": f"{updates:,}", "time": duration(elapsed)}
         fields["where it went"] = shares(trainer.times)
         if elapsed and frames:
             fields["rate"] = f"{frames / elapsed:.1f} frames/s, {updates / elapsed:.0f} updates/s"
@@ -165,12 +244,6 @@ class Run:
         if "eval/return" in trainer.last:
             fields["evaluation return"] = f"{trainer.last['eval/return']:.1f}"
         self.terminal.block({**fields, "results": _relative(self.folder.path)})
-        if status in ("interrupted", "failed"):
-            self._say_how_to_go_on()
-
-    def _say_how_to_go_on(self) -> None:
-        script = shlex.join(["python", _relative(Path(sys.argv[0]).resolve())])
-        self.reporter.say(f"to go on: {script} {argument('resume', _relative(self.folder.path))}")
 
 
 def _resumed(folder: RunFolder, overrides: Sequence[str]) -> TrainConfig:

@@ -1,4 +1,8 @@
-"""What ends a run before its time: Ctrl-C and SIGTERM, and numbers that are not finite."""
+"""What ends a run before its time: signals, errors, and numbers that are not finite.
+
+A process that a signal stopped after the run was saved ends with one of two codes. ``STOPPED`` asks whoever started it to start
+it again, as a scheduler does with a job that had to make room; 130 says that a person pressed Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,19 @@ from tensordict import NestedKey
 from torch import Tensor
 
 Handler = Callable[[int, Any], Any]
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, try again
+ENDING = (signal.SIGINT, signal.SIGTERM)
+# Schedulers give notice by these (Slurm's --signal, submitit), before they end the job; a terminal that closes sends SIGHUP.
+NOTICE = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, name))
+
+
+class RunError(RuntimeError):
+    """Why a run ended, for a person: its message says everything."""
+
+
+def exit_code(number: int) -> int:
+    """The exit code of a process that signal ``number`` stopped."""
+    return 130 if number == signal.SIGINT else STOPPED
 
 
 class AbandonedError(Exception):
@@ -28,15 +45,24 @@ class Stop:
     _abandonable: Stop | None = None  # whose signals :func:`check_stop` looks for
 
     def __init__(self, say: Callable[[str], None]):
-        self.wanted, self._say = False, say
+        self.number: int | None = None  # the first signal
+        self._say = say
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the run is to be stopped."""
+        return self.number is not None
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Within, the first Ctrl-C or SIGTERM sets ``wanted``; a second one does what it did before."""
+        """Within, a signal stops the run; after Ctrl-C or SIGTERM, another of these two does what it did before."""
 
-        def stop(*_: object) -> None:
-            self.wanted = True
-            restore()
+        def stop(number: int, _: object) -> None:
+            if number in ENDING:  # what ends the job a while after it gave notice leaves time to save
+                restore()
+            if self.number is not None:
+                return
+            self.number = number
             with contextlib.suppress(RuntimeError):  # Python's files refuse a print that interrupts another
                 self._say("stopping: the run is saved first")
 
@@ -61,15 +87,18 @@ def check_stop() -> None:
 
 @contextlib.contextmanager
 def handled(handler: Handler) -> Iterator[Callable[[], None]]:
-    """Within, ``handler`` gets both signals, until the function that is given here is called.
+    """Within, ``handler`` gets the signals that end a run; the function that is given here lets go of Ctrl-C and SIGTERM.
 
-    Outside of the main thread, which alone may change that, nothing happens.
+    Outside of the main thread, which alone may change that, nothing happens. A SIGHUP that is ignored (nohup) stays so.
     """
-    with contextlib.ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread
-                stack.callback(signal.signal, number, signal.signal(number, handler))
-        yield stack.close
+    with contextlib.ExitStack() as noticed, contextlib.ExitStack() as ended:
+        for stack, numbers in ((noticed, NOTICE), (ended, ENDING)):
+            for number in numbers:
+                if stack is noticed and signal.getsignal(number) is signal.SIG_IGN:
+                    continue
+                with contextlib.suppress(ValueError):  # not in the main thread
+                    stack.callback(signal.signal, number, signal.signal(number, handler))
+        yield ended.close
 
 
 class DivergenceError(RuntimeError):

@@ -224,6 +224,11 @@ class Trainer:
         return dict(metrics.items())
 
     @property
+    def stopped_by(self) -> int | None:
+        """The signal that told :meth:`run` to stop, if one did."""
+        return self._stop.number
+
+    @property
     def updates(self) -> int:
         """Critic updates made so far."""
         return self.update.updates

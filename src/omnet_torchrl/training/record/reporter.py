@@ -58,8 +58,14 @@ class Reporter:
         self.terminal.line(text)
 
     def position(self) -> int:
-        """Bytes of ``metrics.csv``, on the disk."""
+        """Bytes of ``metrics.csv``, on the disk.
+
+        Raises:
+            FileNotFoundError: it is not in the run's folder any more: nothing else that is written there would be found.
+        """
         assert self._csv is not None
+        if not self.folder.metrics_path.exists():
+            raise FileNotFoundError(f"{self.folder.metrics_path} is gone: was it moved?")
         self._csv.sync()
         return self._csv.position
 

@@ -5,6 +5,7 @@ It must never be the reason that a run ends: a terminal that has gone away, or a
 
 from __future__ import annotations
 
+import io
 import shutil
 import sys
 import textwrap
@@ -45,7 +46,7 @@ class Terminal:
 
     def __init__(self, total_frames: int, *, enabled: bool = True, file: TextIO | None = None):
         self.total_frames, self.enabled = total_frames, enabled
-        self._file = sys.stderr if file is None else file
+        self._file = file or sys.stderr or io.StringIO()  # a process may be started without one
         self._start = time.monotonic()
         self._bar: _Progress | None = None
 
