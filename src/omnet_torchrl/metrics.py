@@ -290,19 +290,24 @@ def subnet_disagreement(loss: Any, batch: TensorDictBase) -> dict[str, Tensor]:
     """How far the subnetworks of a loss are apart on a batch, without dropout.
 
     Args:
-        loss (SubnetLoss): whose critic and actor are asked; of more than 32 subnetworks, the first 32.
+        loss (SubnetLoss): whose critic and, where there is one, actor are asked; of more than 32 subnetworks, the first 32.
         batch (TensorDictBase): ``(B,)``, with observation and action.
 
     Returns:
-        dict: ``subnets/q_std``, of the values of the batch's actions (:func:`value_disagreement`), and
-        ``subnets/action_distance``, of the deterministic actions (:func:`action_disagreement`), 0-dimensional.
+        dict: 0-dimensional: ``subnets/q_std``, of the values of the batch's actions, or, of a DQN, of all actions
+        (:func:`value_disagreement`); with an actor, ``subnets/action_distance``, of the deterministic actions
+        (:func:`action_disagreement`).
     """
-    action, critic = batch.get(loss.tensor_keys.action), loss.qvalue_network
+    acts = loss.num_actor_subnets > 0
+    action, critic = batch.get(loss.tensor_keys.action), loss.qvalue_network if acts else loss.value_network
     device, training = action.device, critic.training
     critic.eval()
-    values = loss.value(batch, action, torch.arange(min(loss.num_subnets, MAX_COMPARED), device=device))
+    values = loss.value(batch, action if acts else None, torch.arange(min(loss.num_subnets, MAX_COMPARED), device=device))
     critic.train(training)
-    count = min(loss.num_actor_subnets, MAX_COMPARED)
-    every = torch.arange(count, device=device).view(-1, *(1 for _ in batch.batch_size))
-    actions = loss.deterministic_action(batch, every).expand(count, *action.shape)
-    return {"subnets/q_std": value_disagreement(values), "subnets/action_distance": action_disagreement(actions)}
+    metrics = {"subnets/q_std": value_disagreement(values)}
+    if acts:
+        count = min(loss.num_actor_subnets, MAX_COMPARED)
+        every = torch.arange(count, device=device).view(-1, *(1 for _ in batch.batch_size))
+        actions = loss.deterministic_action(batch, every).expand(count, *action.shape)
+        metrics["subnets/action_distance"] = action_disagreement(actions)
+    return metrics

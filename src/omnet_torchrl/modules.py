@@ -82,6 +82,7 @@ class SubnetPolicy:
 
     num_subnets: int
     subnet_key: NestedKey
+    action_key: NestedKey
 
     def make_tensordict_primer(self, **kwargs: Any) -> SubnetPrimer:
         """Return the transform that draws this policy's index; ``kwargs`` as in :class:`~omnet_torchrl.SubnetPrimer`."""

@@ -14,7 +14,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from omnet_torchrl.modules import SubnetActor
+from omnet_torchrl.modules import SubnetActor, SubnetPolicy
 from omnet_torchrl.objectives.draws import rsample_with_noise
 from omnet_torchrl.updates.compiled import CompiledFunction, as_bytes, preserved
 from omnet_torchrl.updates.kernels import PRECISIONS, LowPrecision
@@ -29,7 +29,7 @@ class CompiledPolicy(TensorDictModuleBase):
     where it has dropout.
 
     Args:
-        actor (SubnetActor): the one that a loss was made of, or any other.
+        actor (SubnetActor, SubnetDeterministicActor or SubnetQValueActor): the one that a loss was made of, or any other.
 
     Keyword Args:
         precision (str): of the inputs of matrix products, see :class:`~omnet_torchrl.Update`. Defaults to ``"float32"``.
@@ -42,7 +42,7 @@ class CompiledPolicy(TensorDictModuleBase):
         rounding. An index out of range is not seen; :class:`~omnet_torchrl.SubnetPrimer` draws none.
     """
 
-    def __init__(self, actor: SubnetActor, *, precision: str = "float32", compile: bool = True):
+    def __init__(self, actor: SubnetPolicy, *, precision: str = "float32", compile: bool = True):
         super().__init__()
         self.actor, self.compiled, self._dtype = actor, compile, PRECISIONS[precision]
         self.in_keys, self.out_keys = list(actor.in_keys), [actor.action_key]
@@ -62,7 +62,7 @@ class CompiledPolicy(TensorDictModuleBase):
         device = next(self.actor.parameters()).device
         example = tensordict.select(*self.in_keys).to(device).apply(torch.zeros_like)
         leaves = [example.get(key) for key in self.in_keys]
-        question = _question(leaves)
+        question = self._question(leaves)
         if question is None or question in self._code:
             return
         keys = list(params.keys(True, True))
@@ -90,7 +90,7 @@ class CompiledPolicy(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write an action of the subnetwork that the index names."""
         inputs = [tensordict.get(key, None) for key in self.in_keys]
-        question = _question(inputs)
+        question = self._question(inputs)
         if question not in self._code:
             return self.actor(tensordict)
         leaves = [value.contiguous() for value in inputs]
@@ -107,11 +107,11 @@ class CompiledPolicy(TensorDictModuleBase):
         """The actor's."""
         return self.actor.load_state_dict(*args, **kwargs)
 
-
-def _question(inputs: list[Tensor | None]) -> Question | None:
-    """Whether the action is to be deterministic, and shape, dtype and device of each input; ``None`` where it is not ours."""
-    kind = exploration_type()
-    if kind not in (None, ExplorationType.RANDOM, ExplorationType.DETERMINISTIC):
-        return None
-    kinds = tuple((value.shape, value.dtype, value.device) for value in inputs if value is not None)
-    return (kind == ExplorationType.DETERMINISTIC, kinds) if len(kinds) == len(inputs) else None
+    def _question(self, inputs: list[Tensor | None]) -> Question | None:
+        """Whether the action needs no noise, and shape, dtype and device of each input; ``None`` where it is not ours."""
+        kind = exploration_type()
+        if kind not in (None, ExplorationType.RANDOM, ExplorationType.DETERMINISTIC):
+            return None
+        kinds = tuple((value.shape, value.dtype, value.device) for value in inputs if value is not None)
+        certain = kind == ExplorationType.DETERMINISTIC or not isinstance(self.actor, SubnetActor)
+        return (certain, kinds) if len(kinds) == len(inputs) else None

@@ -34,19 +34,24 @@ MAY_CHANGE = (
 _RANGES = {
     "[1, inf)": "num_envs num_threads total_frames init_random_frames policy_update_delay buffer_size log_interval "
     "reset_interval max_episode_steps network.num_subnets optim.batch_size eval.interval eval.episodes",
-    "[0, inf)": "checkpoint.interval eval.bias_episodes observation_offset",
+    "[0, inf)": "checkpoint.interval eval.bias_episodes observation_offset exploration.noise loss.policy_noise loss.noise_clip",
     "[2, inf)": "checkpoint.keep",
     f"[0, {2**31})": "seed",
     "(0, inf)": "utd_ratio loss.alpha_init optim.lr",
-    "[0, 1]": "loss.gamma",
+    "[0, 1]": "loss.gamma exploration.epsilon_start exploration.epsilon_end",
     "[0, 1)": "network.dropout",
     "(0, 1]": "optim.tau",
     "(-inf, inf)": "loss.target_entropy",
 }
+MINATAR = "MinAtar/"  # before the name of a game
+STRUCTURES = ("random", "spatial", "predictive")
 _CHOICES = {
     "network.critic": ("masked", "separate"),
     "network.actor": ("masked", "dense"),
     "network.masks": ("weight", "unit", "redrawn"),
+    "loss.value_reduction": ("mean", "min", "first"),
+    "loss.target_reduction": ("min", "mean", "subnet"),
+    "loss.loss_function": ("l2", "l1", "smooth_l1"),
     "precision": ("float32", "bfloat16"),
     "logger": ("csv", "tensorboard", "wandb"),
     "wandb.mode": ("offline", "online", "disabled"),
@@ -79,6 +84,7 @@ def validate(config: TrainConfig) -> None:
             closest = _closest(values[name], choices)
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {values[name]!r}; did you mean {closest}?")
     _check_network(typed)
+    _check_loss(typed)
     _check_frames(typed)
     resolve_device(typed.device)
     for name, value in _leaves(config).items():
@@ -166,6 +172,27 @@ def _check_network(config: TrainConfig) -> None:
     if network.masks == "redrawn" and not config.loss.replacement:
         reason = "whose masks are drawn one by one"
         raise ValueError(f"loss.replacement must be true with network.masks=redrawn, {reason}, got false.")
+
+
+def _check_loss(config: TrainConfig) -> None:
+    """What only some of the losses, networks and environments have."""
+    network, kind, grid = config.network, row(config.algorithm).loss, config.env.startswith(MINATAR)
+    if grid != (kind == "dqn"):
+        rows = ", ".join(name for name in ROWS if (ROWS[name].loss == "dqn") == grid)
+        raise ValueError(f"algorithm must be one of {rows} with env={config.env}, got {config.algorithm}.")
+    for name in ("channels", "structure"):
+        if getattr(network, name) is not None and not (grid and network.critic == "masked" and network.masks == "weight"):
+            raise ValueError(
+                f"network.{name} must be null but with env={MINATAR}<game>, network.critic=masked and network.masks=weight, got "
+                f"{getattr(network, name)!r}."
+            )
+    if network.structure is not None:
+        if network.structure not in STRUCTURES:
+            raise ValueError(f"network.structure must be null or one of {', '.join(STRUCTURES)}, got {network.structure!r}.")
+        if network.channels is not None:
+            raise ValueError("network.channels must be null with network.structure, which is of the first layer, got both.")
+    if config.eval.bias_episodes and kind != "sac":
+        raise ValueError(f"eval.bias_episodes must be 0 with algorithm={config.algorithm}, got {config.eval.bias_episodes}.")
 
 
 def _check_frames(config: TrainConfig) -> None:

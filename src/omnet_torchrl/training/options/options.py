@@ -17,6 +17,10 @@ class NetworkConfig:
     num_subnets: int = 5  # N, subnetworks of the critic and of the actor; with masks=redrawn, how many stand for "all N"
     critic: str = "masked"  # masked: one network under num_subnets masks; separate: num_subnets networks
     actor: str = "masked"  # masked: as the critic; dense: one network without masks
+    channels: int | None = None  # of a convolution of 3 x 3 before the layers, for MinAtar; None: no convolution
+    structure: str | None = None  # of the first layer, for MinAtar: random, spatial or predictive; None: none but the masks'
+    fan_in: int = 36  # inputs that each unit of a structure keeps (spatial: a window of 3 x 3 in each channel, whatever this is)
+    freeze_hidden: bool = False  # hidden layers keep their first weights; the output layer is trained
     masks: str = "weight"  # weight: over each by itself; unit: whole hidden units, sliced out; redrawn: anew at each call
     sparsity: Any = 0.5  # S, fraction of weights (units) masked out, in [0, 1): one number, or one per linear (hidden) layer
     num_cells: list[int] = field(default_factory=lambda: [256, 256])  # hidden units of each layer
@@ -30,7 +34,7 @@ class NetworkConfig:
 
 @dataclass
 class LossConfig:
-    """Equations 4 and 5."""
+    """Equations 4 and 5, over SAC, TD3 or DQN: which one is the row's."""
 
     num_trained_subnets: int | None = 1  # K, critic subnetworks that an update trains; None: all
     num_target_subnets: int | None = 2  # M, target subnetworks of which the minimum is taken; None: all
@@ -38,6 +42,12 @@ class LossConfig:
     gamma: float = 0.99  # discount per frame
     target_entropy: float | None = None  # nats, of the action in [-1, 1]; None: the row's: REDQ's for its tasks, or -dim(A)
     alpha_init: float = 1.0  # temperature at the start
+    policy_noise: float = 0.2  # TD3: of the target's action, of one in [-1, 1], clipped at noise_clip
+    noise_clip: float = 0.5  # TD3: the largest noise of the target's action
+    value_reduction: str = "mean"  # TD3: the actor ascends the mean, the min or the first of its critics
+    target_reduction: str = "min"  # DQN: min or mean of the target subnetworks' values; subnet: each trained one's own
+    double_dqn: bool = True  # DQN: the trained subnetwork chooses the action of the next state
+    loss_function: str = "l2"  # TD3, DQN: of the critic; l2, l1 or smooth_l1
 
 
 @dataclass
@@ -47,7 +57,18 @@ class OptimConfig:
     lr: float = 3e-4  # learning rate of critic, actor and temperature
     batch_size: int = 256  # transitions per update
     lazy: bool = False  # do not move weights that no subnetwork of an update has; plain Adam moves them by momentum
-    tau: float = 0.005  # step of the target critic towards the critic, after each critic update
+    tau: float = 0.005  # step of the target networks towards the networks, after each update; 1: a copy
+    target_update_interval: int = 1  # updates between two steps of the target networks; DQN copies each 1,000
+
+
+@dataclass
+class ExplorationConfig:
+    """Of TD3 and DQN, whose policies are deterministic; SAC's actor draws its actions."""
+
+    noise: float = 0.1  # TD3: standard deviation of the noise, of an action in [-1, 1]
+    epsilon_start: float = 1.0  # DQN: probability of a random action at the start
+    epsilon_end: float = 0.1  # DQN: at the end of epsilon_frames, and from then on
+    epsilon_frames: int = 100_000  # DQN: frames in which epsilon falls, linearly
 
 
 @dataclass
@@ -103,6 +124,7 @@ class TrainConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -1,8 +1,8 @@
 """The rows of the results table, as data.
 
 A row is the options that differ from the defaults, which are OMNet's. All rows go through the same networks with an index, the
-same loss, update and loop; what tells them apart is which critics there are and which of them an update asks
-(:class:`~omnet_torchrl.OMNetSACLoss`). Section 4.1 of https://arxiv.org/abs/2310.14009, figures 2 and 4, and the controls with
+same update and loop; what tells them apart is which critics there are and which of them an update asks
+(:class:`~omnet_torchrl.OMNetSACLoss`, :class:`~omnet_torchrl.OMNetTD3Loss`, :class:`~omnet_torchrl.OMNetDQNLoss`). Section 4.1 of https://arxiv.org/abs/2310.14009, figures 2 and 4, and the controls with
 LayerNorm that the paper lacks.
 """
 
@@ -28,19 +28,21 @@ class Row:
         options (dict): what differs from the defaults, nested as in :class:`~omnet_torchrl.training.options.TrainConfig`.
         dropout (dict): task to the value of ``network.dropout=null``.
         entropy_per_action (float or None): the target entropy is this times the action's dimensions. ``None``: REDQ's values.
+        loss (str): ``"sac"`` (default), ``"td3"`` or ``"dqn"``.
     """
 
     label: str
     options: dict[str, Any] = field(default_factory=dict)
     dropout: dict[str, float] = field(default_factory=dict)
     entropy_per_action: float | None = None
+    loss: str = "sac"
 
 
 def _separate(critics: int, layer_norm: bool = False, num_target_subnets: int | None = None, **options: Any) -> dict[str, Any]:
     """Options of a row without masks: separate critics, all trained, and a dense actor."""
     network = {"critic": "separate", "actor": "dense", "num_subnets": critics, "sparsity": 0.0, **options.pop("network", {})}
     norms = {"critic_layer_norm": layer_norm, "actor_layer_norm": layer_norm}
-    loss = {"num_trained_subnets": None, "num_target_subnets": num_target_subnets}
+    loss = {"num_trained_subnets": None, "num_target_subnets": num_target_subnets, **options.pop("loss", {})}
     return {"network": {**norms, **network}, "loss": loss, **options}
 
 
@@ -65,6 +67,36 @@ ROWS = {
     "redq_layer_norm": Row("REDQ + LayerNorm", _separate(10, True, num_target_subnets=2)),
     "sac_20_layer_norm": Row("SAC-20 + LayerNorm", _separate(2, True)),
     "sin_sac_layer_norm": Row("Sin-SAC + LayerNorm", _separate(1, True)),
+}
+
+# TD3's own counts: Fujimoto et al., 2018, whose actor ascends the first critic.
+_TD3 = {"utd_ratio": 1, "policy_update_delay": 2}
+ROWS |= {
+    "omnet_td3": Row("OMNet-TD3", loss="td3"),
+    "td3": Row("TD3", _separate(2, loss={"value_reduction": "first"}, **_TD3), loss="td3"),
+    "redq_td3": Row("REDQ-style TD3", _separate(10, num_target_subnets=2), loss="td3"),
+    "sin_td3": Row("Sin-TD3", _separate(1), loss="td3"),
+}
+
+
+def _dqn(label: str, num_subnets: int = 1, sparsity: float = 0.0, critic: str = "masked", **loss: Any) -> Row:
+    """A row with the network and numbers of MinAtar's own DQN (https://arxiv.org/abs/1903.03176), but with Adam."""
+    network = {"critic": critic, "actor": "dense", "num_subnets": num_subnets, "sparsity": sparsity, "num_cells": [128]}
+    network |= {"critic_layer_norm": False, "channels": 16 if critic == "masked" else None}
+    numbers = {"utd_ratio": 1, "policy_update_delay": 1, "buffer_size": 100_000, "num_envs": 8}
+    optim = {"lr": 2.5e-4, "batch_size": 32, "tau": 1.0, "target_update_interval": 1_000}
+    defaults = {"num_trained_subnets": 1, "num_target_subnets": 1, "loss_function": "smooth_l1", "double_dqn": False}
+    return Row(label, {"network": network, "optim": optim, "loss": {**defaults, **loss}, **numbers}, loss="dqn")
+
+
+ROWS |= {
+    "omnet_dqn": _dqn("OMNet-DQN", 5, 0.5, num_target_subnets=2, double_dqn=True),
+    "dqn": _dqn("DQN"),
+    "double_dqn": _dqn("Double DQN", double_dqn=True),
+    "averaged_dqn": _dqn("Averaged DQN", 5, critic="separate", num_target_subnets=None, target_reduction="mean"),
+    "maxmin_dqn": _dqn("Maxmin DQN", 4, critic="separate", num_target_subnets=None),
+    "bootstrapped_dqn": _dqn("Bootstrapped DQN", 10, critic="separate", num_trained_subnets=None, target_reduction="subnet"),
+    "omnet_bootstrapped_dqn": _dqn("Bootstrapped DQN on masks", 5, 0.5, num_trained_subnets=None, target_reduction="subnet"),
 }
 
 

@@ -1,0 +1,108 @@
+"""DQN's network for observations on a grid, such as MinAtar's: a convolution or none, then a multi-layer perceptron."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tensordict import NestedKey
+from torch import Tensor, nn
+from torchrl.data import Composite, TensorSpec
+
+from omnet_torchrl.deterministic import SubnetQValueActor
+from omnet_torchrl.layers import IndexedSequential, MaskedConv2d, MaskedMLP
+from omnet_torchrl.masks import as_generator, bernoulli_masks, each_sparsity
+from omnet_torchrl.specs import check_discrete_spec
+
+KERNEL = 3  # rows and columns of a kernel, MinAtar's own
+
+
+class GridInput(nn.Module):
+    """Takes cells with the channels last, of numbers or booleans, to numbers: flat, or with the channels first.
+
+    Args:
+        channels_first (bool): ``(*batch, C, rows, columns)``, for a convolution, instead of ``(*batch, rows * columns * C)``.
+    """
+
+    def __init__(self, channels_first: bool = False):
+        super().__init__()
+        self.channels_first = channels_first
+        self.dtype = torch.get_default_dtype()
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """Convert cells ``(*batch, rows, columns, C)``."""
+        return (cells.movedim(-1, -3) if self.channels_first else cells.flatten(-3)).to(self.dtype)
+
+    def extra_repr(self) -> str:
+        """Say where the channels go."""
+        return f"channels_first={self.channels_first}"
+
+
+def make_grid_qvalue_actor(
+    observation_spec: TensorSpec,
+    action_spec: TensorSpec,
+    *,
+    channels: int | None = 16,
+    num_cells: Sequence[int] = (128,),
+    network_class: Callable[..., nn.Module] = MaskedMLP,
+    sparsity: float | Sequence[float] | None = None,
+    generator: torch.Generator | int | None = None,
+    device: torch.device | str | None = None,
+    observation_key: NestedKey = "observation",
+    action_key: NestedKey = "action",
+    subnet_key: NestedKey = "subnet",
+    **kwargs: Any,
+) -> SubnetQValueActor:
+    """DQN's network and greedy policy for a grid of cells; the defaults are those of MinAtar's own agent.
+
+    Args:
+        observation_spec (TensorSpec): of the environment (a Composite with ``observation_key``) or of the observation itself,
+            ``(*batch, rows, columns, C)``, numbers or booleans.
+        action_spec (TensorSpec): discrete.
+
+    Keyword Args:
+        channels (int or None): of a masked convolution with kernels of 3 x 3, followed by ReLU. ``None``: no convolution, the
+            perceptron sees the cells. Defaults to 16.
+        num_cells (sequence of int): hidden units of the perceptron. Defaults to 128 in one layer.
+        network_class: of the perceptron, see :func:`~omnet_torchrl.make_actor`; :class:`~omnet_torchrl.MaskedMLP` with
+            a convolution.
+        sparsity (float, sequence of float or None): of every layer, or of each: the convolution's first.
+        generator, device, observation_key, action_key, subnet_key: as in :func:`~omnet_torchrl.make_actor`.
+        **kwargs: others of ``network_class``: ``num_subnets``, ``mask_bias``, ...
+
+    Raises:
+        TypeError, ValueError, KeyError: actions that are not discrete, observations that are no grid.
+
+    Examples:
+        >>> from torchrl.data import Binary, OneHot
+        >>> spec = Binary(shape=(10, 10, 4), dtype=torch.bool)
+        >>> actor = make_grid_qvalue_actor(spec, OneHot(3), num_subnets=5, sparsity=0.5, generator=0)
+        >>> actor.num_subnets
+        5
+    """
+    spec = check_discrete_spec(action_spec)
+    if isinstance(observation_spec, Composite):
+        observation_spec = observation_spec[observation_key]
+    shape = observation_spec.shape[-3:]
+    if len(shape) != 3:
+        raise ValueError(f"the observation must be a grid (*batch, rows, columns, C), got shape {tuple(observation_spec.shape)}.")
+    network: list[nn.Module] = [GridInput(channels is not None)]
+    options = {"num_cells": num_cells, "activation_class": nn.ReLU, "device": device, **kwargs}
+    features = math.prod(shape)
+    if sparsity is not None:
+        generator = as_generator(generator)
+        options |= {"sparsity": sparsity, "generator": generator}
+    if channels is not None:
+        if network_class is not MaskedMLP:
+            raise ValueError(f"a convolution has masks over weights, and network_class must be MaskedMLP, got {network_class}.")
+        each = each_sparsity(0.5 if sparsity is None else sparsity, len(num_cells) + 2, "convolution and linear layer")
+        generator = as_generator(generator)
+        kernels = (channels, shape[2], KERNEL, KERNEL)
+        masks = bernoulli_masks(kwargs.get("num_subnets", 5), kernels, each[0], generator=generator, device=device)
+        network += [MaskedConv2d(shape[2], channels, KERNEL, masks=masks, device=device), nn.ReLU(), nn.Flatten(-3)]
+        features = channels * (shape[0] - KERNEL + 1) * (shape[1] - KERNEL + 1)
+        options |= {"sparsity": each[1:], "generator": generator}
+    network.append(network_class(in_features=features, out_features=spec.space.n, **options))
+    return SubnetQValueActor(IndexedSequential(*network), spec, [observation_key, subnet_key], action_key)
