@@ -16,7 +16,7 @@ from torch import nn
 from torchrl.data import Composite, TensorSpec
 from torchrl.modules import QValueActor, TanhModule
 
-from omnet_torchrl.modules import SubnetPolicy, call_indexed, get_num_subnets
+from omnet_torchrl.modules import SubnetActor, SubnetPolicy, call_indexed, get_num_subnets
 from omnet_torchrl.specs import check_action_spec, check_discrete_spec
 
 
@@ -162,3 +162,6 @@ def _squashed(
 ) -> tuple[TensorDictModule, TanhModule]:
     tanh = TanhModule(in_keys=["param"], out_keys=[action_key], spec=Composite({action_key: spec}))
     return TensorDictModule(module, in_keys=list(in_keys), out_keys=["param"]), tanh
+
+
+AnyActor = SubnetActor | SubnetDeterministicActor | SubnetQValueActor

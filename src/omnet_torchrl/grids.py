@@ -87,7 +87,9 @@ def make_grid_qvalue_actor(
         observation_spec = observation_spec[observation_key]
     shape = observation_spec.shape[-3:]
     if len(shape) != 3:
-        raise ValueError(f"the observation must be a grid (*batch, rows, columns, C), got shape {tuple(observation_spec.shape)}.")
+        raise ValueError(
+            f"the observation must be a grid (*batch, rows, columns, C), got shape {tuple(observation_spec.shape)}."
+        )
     network: list[nn.Module] = [GridInput(channels is not None)]
     options = {"num_cells": num_cells, "activation_class": nn.ReLU, "device": device, **kwargs}
     features = math.prod(shape)

@@ -6,16 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Adam
 from torchrl.data import TensorSpec
 
-from omnet_torchrl.builders import make_actor, make_qvalue
+from omnet_torchrl.builders import make_actor, make_deterministic_actor, make_qvalue
+from omnet_torchrl.deterministic import AnyActor, SubnetQValueActor
+from omnet_torchrl.grids import make_grid_qvalue_actor
 from omnet_torchrl.layers import EnsembleMLP, MaskedMLP, RedrawnMLP, UnitMaskedMLP
 from omnet_torchrl.masks import each_sparsity, kept_units
 from omnet_torchrl.metrics import sac_flops
-from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator
-from omnet_torchrl.objectives import OMNetSACLoss
+from omnet_torchrl.modules import SubnetQValueOperator
+from omnet_torchrl.objectives import OMNetDQNLoss, OMNetSACLoss, OMNetTD3Loss, SubnetLoss
 from omnet_torchrl.specs import check_action_spec
+from omnet_torchrl.training.grid import prepare_grid
 from omnet_torchrl.training.loop.streams import derived_seed
 from omnet_torchrl.training.options import NetworkConfig, TrainConfig, row
 from omnet_torchrl.training.options.rows import dropout, network_sparsity, target_entropy
@@ -24,11 +28,11 @@ from omnet_torchrl.updates import LazyAdam, Update
 
 @dataclass
 class Algorithm:
-    """What an update trains: its networks, the loss over them, and the update itself."""
+    """What an update trains: its networks, the loss over them, and the update itself; of a DQN, both networks are one."""
 
-    actor: SubnetActor
-    qvalue: SubnetQValueOperator
-    loss: OMNetSACLoss
+    actor: AnyActor
+    qvalue: SubnetQValueOperator | SubnetQValueActor
+    loss: SubnetLoss
     update: Update
 
 
@@ -42,20 +46,38 @@ def build(
         observation_spec, action_spec (TensorSpec): of the environment.
         device (torch.device or str): of everything built.
     """
-    actor = make_actor(observation_spec, action_spec, **network_options(config, "actor"), device=device)
-    qvalue = make_qvalue(observation_spec, action_spec, **network_options(config, "critic"), device=device)
-    loss = OMNetSACLoss(actor, qvalue, **loss_options(config, action_spec))
+    kind, optimiser = row(config.algorithm).loss, LazyAdam if config.optim.lazy else Adam
+    loss: SubnetLoss
+    if kind == "dqn":
+        qvalue = make_grid_qvalue_actor(observation_spec, action_spec, **grid_options(config), device=device)
+        prepare_grid(config, qvalue)
+        loss = OMNetDQNLoss(qvalue, **loss_options(config, action_spec))
+        networks = [list(qvalue.parameters())]
+        actor: AnyActor = qvalue
+    else:
+        make = make_actor if kind == "sac" else make_deterministic_actor
+        actor = make(observation_spec, action_spec, **network_options(config, "actor"), device=device)
+        critic = make_qvalue(observation_spec, action_spec, **network_options(config, "critic"), device=device)
+        loss = (OMNetSACLoss if kind == "sac" else OMNetTD3Loss)(actor, critic, **loss_options(config, action_spec))
+        networks = [list(critic.parameters()), [*actor.parameters(), *([loss.log_alpha] if kind == "sac" else [])]]
+        qvalue = critic
     loss.make_value_estimator(gamma=config.loss.gamma)
-    optimiser = LazyAdam if config.optim.lazy else Adam
-    critic_optim = optimiser(qvalue.parameters(), lr=config.optim.lr)
-    actor_optim = optimiser([*actor.parameters(), loss.log_alpha], lr=config.optim.lr)
-    return Algorithm(actor, qvalue, loss, Update(loss, [critic_optim, actor_optim], **update_options(config)))
+    optims = [optimiser([p for p in params if p.requires_grad], lr=config.optim.lr) for params in networks]
+    return Algorithm(actor, qvalue, loss, Update(loss, optims, **update_options(config)))
 
 
 def update_options(config: TrainConfig) -> dict[str, Any]:
     """The keyword arguments of :class:`~omnet_torchrl.Update`, beside its optimisers."""
     options = {"policy_update_delay": config.policy_update_delay, "precision": config.precision, "compile": config.compile}
-    return {"tau": config.optim.tau, **options}
+    return {"tau": config.optim.tau, "target_update_interval": config.optim.target_update_interval, **options}
+
+
+def grid_options(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of :func:`~omnet_torchrl.grids.make_grid_qvalue_actor`."""
+    options = network_options(config, "critic")
+    if options.pop("layer_norm"):
+        options |= {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": n} for n in config.network.num_cells]}
+    return {"channels": config.network.channels, **options}
 
 
 def training_flops(config: TrainConfig, observation_dim: int, action_dim: int, *, exact: bool = False) -> float:
@@ -110,59 +132,65 @@ def network_options(config: TrainConfig, role: str) -> dict[str, Any]:
 
 
 def loss_options(config: TrainConfig, action_spec: TensorSpec) -> dict[str, Any]:
-    """The arguments of :class:`~omnet_torchrl.OMNetSACLoss`: K, M and V of the row, and its temperature.
+    """The arguments of the row's loss: K, M and V, and what SAC, TD3 or DQN has beside them.
 
-    As REDQ's, the loss scores the action rescaled to [-1, 1]: of Humanoid-v4's 17 dimensions in [-0.4, 0.4], an action as the
-    environment takes it has an entropy that is lower by 15.6 nats.
+    As REDQ's, the SAC loss scores the action rescaled to [-1, 1]: of Humanoid-v4's 17 dimensions in [-0.4, 0.4], an action as
+    the environment takes it has an entropy that is lower by 15.6 nats. TD3's noise of the target is scaled in the same way.
     """
+    loss, kind = config.loss, row(config.algorithm).loss
+    counts = {"num_trained_subnets": loss.num_trained_subnets, "num_target_subnets": loss.num_target_subnets}
+    counts["replacement"] = loss.replacement
+    if kind == "dqn":
+        options = {
+            "target_reduction": loss.target_reduction,
+            "double_dqn": loss.double_dqn,
+            "loss_function": loss.loss_function,
+        }
+        return {**counts, **options, "delay_value": True}
+    redrawn = config.network.critic == "masked" and config.network.masks == "redrawn"
+    counts["num_value_subnets"] = config.network.num_subnets if redrawn else None
     space = check_action_spec(action_spec).space
     half = (space.high - space.low).double() / 2
-    redrawn = config.network.critic == "masked" and config.network.masks == "redrawn"
-    return {
-        "num_trained_subnets": config.loss.num_trained_subnets,
-        "num_target_subnets": config.loss.num_target_subnets,
-        "num_value_subnets": config.network.num_subnets if redrawn else None,
-        "replacement": config.loss.replacement,
-        "alpha_init": config.loss.alpha_init,
-        "target_entropy": target_entropy(config, half.numel()),
-        "log_prob_offset": half.log().sum().item(),
-    }
+    if kind == "td3":
+        noise = {name: getattr(loss, name) * half.mean().item() for name in ("policy_noise", "noise_clip")}
+        return {**counts, **noise, "value_reduction": loss.value_reduction, "loss_function": loss.loss_function}
+    entropy = {"target_entropy": target_entropy(config, half.numel()), "log_prob_offset": half.log().sum().item()}
+    return {**counts, "alpha_init": loss.alpha_init, **entropy}
 
 
-def describe(config: TrainConfig, actor: SubnetActor, qvalue: SubnetQValueOperator) -> dict[str, str]:
+def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator | SubnetQValueActor) -> dict[str, str]:
     """The lines printed before a run starts."""
     network, sizes = config.network, {}
-    for name, module in (("actor", actor), ("critic", qvalue)):
-        weights = list(module.parameters())
-        shape = [weights[0].shape[-1], *network.num_cells, weights[-1].shape[-1]]
-        total = sum(weight.numel() for weight in weights)
-        sizes[name] = f"{' - '.join(map(str, shape))}, {total:,} parameters"
-    action_dim = actor.spec[actor.action_key].shape[-1]
-    observation_dim = next(actor.parameters()).shape[-1]
-    flops = training_flops(config, observation_dim, action_dim)
-    redq = sac_flops(
-        observation_dim,
-        action_dim,
-        network.num_cells,
-        num_online=10,
-        num_value=10,
-        policy_update_delay=config.policy_update_delay,
-        batch_size=config.optim.batch_size,
-    )
+    for name, module in (("actor", actor), ("critic", qvalue)) if actor is not qvalue else (("network", qvalue),):
+        weights = [weight for weight in module.parameters() if weight.ndim > 1]
+        shape = [weights[0].shape[1], *network.num_cells, weights[-1].shape[-2]]
+        trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+        total = sum(weight.numel() for weight in module.parameters())
+        fixed = "" if trained == total else f", {trained:,} of them trained"
+        sizes[name] = f"{' - '.join(map(str, shape))}, {total:,} parameters{fixed}"
     kept = ""
     if network.masks == "unit":
         kept = f", {' - '.join(map(str, qvalue.module.extract(0).num_cells))} hidden units"
     if network.critic == "masked":
         number = "2^31, drawn at each call" if network.masks == "redrawn" else str(network.num_subnets)
         subnets = f"{number}, {network.masks} masks of sparsity {network.sparsity}{kept}, in the critic"
-        subnets += " and the actor" if network.actor == "masked" else "; a dense actor"
+        subnets += "" if actor is qvalue else " and the actor" if network.actor == "masked" else "; a dense actor"
     else:
-        subnets = f"{network.num_subnets} separate critics, one actor"
-    return {
+        subnets = f"{network.num_subnets} separate critics" + ", one actor" * (actor is not qvalue)
+    every = f", actor every {config.policy_update_delay}" if actor is not qvalue else ""
+    lines = {
         "algorithm": row(config.algorithm).label,
         **sizes,
         "subnets": subnets,
         "frames": f"{config.total_frames:,}, of them {config.init_random_frames:,} random; {config.num_envs} environment(s)",
-        "updates": f"{config.utd_ratio:g} per frame, actor every {config.policy_update_delay}, batch {config.optim.batch_size}",
-        "training FLOPs": f"{flops / 1e6:.1f} M per update, {flops / redq:.0%} of REDQ's with 10 critics (dense count)",
+        "updates": f"{config.utd_ratio:g} per frame{every}, batch {config.optim.batch_size}",
     }
+    return lines | ({"training FLOPs": _flops(config, actor)} if row(config.algorithm).loss == "sac" else {})
+
+
+def _flops(config: TrainConfig, actor: AnyActor) -> str:
+    action_dim, observation_dim = actor.spec[actor.action_key].shape[-1], next(actor.parameters()).shape[-1]
+    flops = training_flops(config, observation_dim, action_dim)
+    counts: dict[str, Any] = {"num_online": 10, "num_value": 10, "policy_update_delay": config.policy_update_delay}
+    redq = sac_flops(observation_dim, action_dim, config.network.num_cells, **counts, batch_size=config.optim.batch_size)
+    return f"{flops / 1e6:.1f} M per update, {flops / redq:.0%} of REDQ's with 10 critics (dense count)"

@@ -14,7 +14,8 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from omnet_torchrl.modules import SubnetActor, SubnetPolicy
+from omnet_torchrl.deterministic import AnyActor
+from omnet_torchrl.modules import SubnetActor
 from omnet_torchrl.objectives.draws import rsample_with_noise
 from omnet_torchrl.updates.compiled import CompiledFunction, as_bytes, preserved
 from omnet_torchrl.updates.kernels import PRECISIONS, LowPrecision
@@ -42,7 +43,7 @@ class CompiledPolicy(TensorDictModuleBase):
         rounding. An index out of range is not seen; :class:`~omnet_torchrl.SubnetPrimer` draws none.
     """
 
-    def __init__(self, actor: SubnetPolicy, *, precision: str = "float32", compile: bool = True):
+    def __init__(self, actor: AnyActor, *, precision: str = "float32", compile: bool = True):
         super().__init__()
         self.actor, self.compiled, self._dtype = actor, compile, PRECISIONS[precision]
         self.in_keys, self.out_keys = list(actor.in_keys), [actor.action_key]

@@ -18,15 +18,16 @@ from gymnasium.wrappers import FlattenObservation, TimeLimit
 from torch import Tensor
 from torchrl.envs import Compose, DoubleToFloat, EnvBase, GymWrapper, RewardSum, StepCounter, Transform, TransformedEnv
 
-from omnet_torchrl.envs import Maze2DEnv
+from omnet_torchrl.envs import Maze2DEnv, MinAtarEnv
 from omnet_torchrl.offset import ObservationOffset
 from omnet_torchrl.training.loop.adapter import TorchRLAdapter
 from omnet_torchrl.training.loop.border import Border, check_spaces
 from omnet_torchrl.training.loop.generators import OwnGlobals
 from omnet_torchrl.training.options import TrainConfig
+from omnet_torchrl.training.options.checks import MINATAR
 from omnet_torchrl.transforms import EpisodePrimer
 
-MAZE = "Maze2D"  # Maze2DEnv; every other name is gymnasium's or a user's own
+MAZE = "Maze2D"  # Maze2DEnv; MinAtar/<game> is MinAtarEnv; every other name is gymnasium's or a user's own
 
 
 def env_options(config: TrainConfig) -> dict[str, Any]:
@@ -49,10 +50,13 @@ def check_env(name: str, **options: Any) -> list[str]:
         ValueError: it is unknown, lacks a package, can't be made, reset or stepped, or has spaces, observations or rewards that
             are not supported.
     """
-    if name == MAZE:
-        for option in ("env_kwargs", "wrappers", "flatten_observation"):
+    if name == MAZE or name.startswith(MINATAR):
+        for option in ("wrappers", "flatten_observation", *(["env_kwargs"] if name == MAZE else [])):
             if options.get(option):
-                raise ValueError(f"{option} must not be given with env={MAZE}, got {options[option]!r}: leave it out.")
+                raise ValueError(f"{option} must not be given with env={name}, got {options[option]!r}: leave it out.")
+        if name != MAZE:
+            with _blamed(name, "made"):
+                _games(name, None, options)
         return []
     if ":" not in name and name not in gymnasium.registry:
         closest = ", ".join(difflib.get_close_matches(name, [MAZE, *gymnasium.registry], n=3, cutoff=0))
@@ -120,6 +124,8 @@ def make_env(
     if name == MAZE:
         limit = options.get("max_episode_steps")
         base: EnvBase = Maze2DEnv(() if num_envs is None else num_envs, **({} if limit is None else {"max_steps": limit}))
+    elif name.startswith(MINATAR):
+        base = _games(name, num_envs, options)
     else:
         with ExitStack() as stack:  # which closes those that were made where another can't be
             envs = []
@@ -129,12 +135,19 @@ def make_env(
             base = GymWrapper(envs[0] if num_envs is None else _vector(envs))
             stack.pop_all()
     offset = [ObservationOffset(observation_offset, generator=seed)] if observation_offset else []
-    sums = [RewardSum(), StepCounter()] if sum_episodes else []
+    sums: list[Transform] = [RewardSum()] if sum_episodes else []
+    limit = options.get("max_episode_steps") if name.startswith(MINATAR) else None
+    if sum_episodes or limit:
+        sums.append(StepCounter(limit))  # games are truncated by it, all others by themselves
     # Nothing is float64 any more; a checkpoint knows transforms by their number, and older ones count this.
     env = TransformedEnv(base, Compose(DoubleToFloat(), *offset, *sums, *transforms))
     if seed is not None:
         env.set_seed(seed)
     return env
+
+
+def _games(name: str, num_envs: int | None, options: Mapping[str, Any]) -> MinAtarEnv:
+    return MinAtarEnv(name.removeprefix(MINATAR), () if num_envs is None else num_envs, **(options.get("env_kwargs") or {}))
 
 
 def _vector(envs: Sequence[Border]) -> gymnasium.vector.SyncVectorEnv:
@@ -220,11 +233,11 @@ def seed_env(env: EnvBase, seed: int) -> None:
             transform.generator.manual_seed(seed)
 
 
-def recorders(env: EnvBase) -> list[Border | Maze2DEnv]:
-    """The objects that bring back the episodes of an environment of :func:`make_env`: one each, or the whole maze."""
+def recorders(env: EnvBase) -> list[Border | EnvBase]:
+    """The objects that bring back the episodes of an environment of :func:`make_env`: one each, or the whole maze or games."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
-    if isinstance(env, Maze2DEnv):
+    if isinstance(env, Maze2DEnv | MinAtarEnv):
         return [env]
     base: Any = env._env if isinstance(env, GymWrapper) else None
     return list(getattr(base, "envs", [base]))
@@ -235,7 +248,7 @@ def resting(env: EnvBase) -> Iterator[Callable[[Tensor], None]]:
     """Gives a function to say which environments of a batch rest: from then on, a step of theirs does nothing.
 
     An evaluation then takes the time of the steps that count. Only gymnasium's environments of :func:`make_env` can rest; the
-    steps of all others, the maze's too, are made as usual. At the end no environment rests.
+    steps of all others, the maze's and the games' too, are made as usual. At the end no environment rests.
     """
     players = [player for player in recorders(env) if isinstance(player, Border)]
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from omnet_torchrl.deterministic import AnyActor
 from omnet_torchrl.envs import Maze2DEnv
 from omnet_torchrl.metrics import soft_returns, value_bias
-from omnet_torchrl.modules import SubnetActor
-from omnet_torchrl.objectives import OMNetSACLoss
+from omnet_torchrl.objectives import OMNetSACLoss, SubnetLoss
 from omnet_torchrl.training.loop.environments import MAZE, env_options, make_env, seed_env
 from omnet_torchrl.training.loop.rollout import rollout
 from omnet_torchrl.training.loop.streams import derived_seed
@@ -37,7 +37,7 @@ class Evaluation:
     updates as figure 7 shows.
     """
 
-    def __init__(self, config: TrainConfig, policy: SubnetActor | CompiledPolicy, loss: OMNetSACLoss):
+    def __init__(self, config: TrainConfig, policy: AnyActor | CompiledPolicy, loss: SubnetLoss):
         options = {"observation_offset": config.observation_offset, "sum_episodes": False, **env_options(config)}
         make = partial(make_env, config.env, **options)
         self.config, self.policy, self.loss = config, policy, loss
@@ -60,18 +60,18 @@ class Evaluation:
         if config.env == MAZE and policy_updates in FIGURE_7:
             positions = subnet_trajectories(_actor(self.policy))
             write_trajectories(Path(config.folder) / "trajectories.csv", config.seed, policy_updates, positions)
-        if self.bias_env is None:
+        if self.bias_env is None or not isinstance(self.loss, OMNetSACLoss):
             return metrics
         return metrics | evaluate_bias(self.loss, self.bias_env, gamma=config.loss.gamma, seed=seed)
 
 
 @torch.no_grad()
 @set_exploration_type(ExplorationType.DETERMINISTIC)
-def evaluate(policy: SubnetActor | CompiledPolicy, env: EnvBase, *, seed: int | None = None) -> dict[str, float]:
+def evaluate(policy: AnyActor | CompiledPolicy, env: EnvBase, *, seed: int | None = None) -> dict[str, float]:
     """Undiscounted returns of deterministic episodes, one per environment; they cycle through the subnetworks.
 
     Args:
-        policy (SubnetActor or CompiledPolicy): its subnetwork ``e % N`` plays the episode of environment ``e``.
+        policy (CompiledPolicy or an actor over subnetworks): its subnetwork ``e % N`` plays the episode of environment ``e``.
         env (EnvBase): of batch size ``(episodes,)``, see :func:`~omnet_torchrl.training.make_env`.
         seed (int or None): of the start states. ``None`` (default): the environment's random numbers go on.
 
@@ -161,7 +161,7 @@ def _soft_steps(loss: OMNetSACLoss, env: EnvBase, generator: torch.Generator, bo
 
 @torch.no_grad()
 @set_exploration_type(ExplorationType.DETERMINISTIC)
-def subnet_trajectories(actor: SubnetActor, env: EnvBase | None = None) -> Tensor:
+def subnet_trajectories(actor: AnyActor, env: EnvBase | None = None) -> Tensor:
     """The way that each of N subnetworks (of more than 32, the first) goes through the maze, its actions deterministic.
 
     Returns:
@@ -185,11 +185,11 @@ def write_trajectories(path: str | Path, seed: int, updates: int, positions: Ten
     append_positions(Path(path), TRAJECTORIES, ways)
 
 
-def _actor(policy: SubnetActor | CompiledPolicy) -> SubnetActor:
+def _actor(policy: AnyActor | CompiledPolicy) -> AnyActor:
     return policy.actor if isinstance(policy, CompiledPolicy) else policy
 
 
-def _deterministic(policy: SubnetActor | CompiledPolicy, subnet: Tensor, state: TensorDictBase) -> Tensor:
+def _deterministic(policy: AnyActor | CompiledPolicy, subnet: Tensor, state: TensorDictBase) -> Tensor:
     """The action of each environment's subnetwork."""
     actor = _actor(policy)
     inputs = state.select(*actor.in_keys, strict=False).set(actor.subnet_key, subnet)

@@ -34,11 +34,13 @@ class Exploring(TensorDictModuleBase):
         spec = action_spec.to(device)
         if row(config.algorithm).loss == "dqn":
             start, end = self.options.epsilon_start, self.options.epsilon_end
-            self.noise: Any = EGreedyModule(spec, eps_init=max(start, end), eps_end=min(start, end), action_key=key, device=device)
+            self.noise: Any = EGreedyModule(
+                spec, eps_init=max(start, end), eps_end=min(start, end), action_key=key, device=device
+            )
         else:
-            half = (spec.space.high - spec.space.low) / 2
-            scale = {"mean": 0.0, "std": half, "sigma_init": self.options.noise, "sigma_end": min(self.options.noise, 0.0)}
-            self.noise = AdditiveGaussianModule(spec, **scale, action_key=key, device=device)
+            sigma = float(self.options.noise)
+            self.noise = AdditiveGaussianModule(spec, sigma_init=sigma, sigma_end=sigma, action_key=key, device=device)
+            self.noise.std = (spec.space.high - spec.space.low) / 2
         self.set_frames(0)
 
     def set_frames(self, frames: int) -> None:

@@ -23,6 +23,7 @@ from torchrl.data import PrioritizedSampler, ReplayBuffer
 from omnet_torchrl.metrics import subnet_disagreement
 from omnet_torchrl.training.loop.border import ReplayError
 from omnet_torchrl.training.loop.environments import recorders
+from omnet_torchrl.training.loop.exploration import Exploring
 from omnet_torchrl.training.loop.stopping import AbandonedError, DivergenceError, Stop, check_finite
 from omnet_torchrl.training.loop.streams import GlobalStream, Streams, derived_seed
 from omnet_torchrl.training.options import TrainConfig
@@ -104,8 +105,9 @@ class Trainer:
     def prepare(self) -> None:
         """Compile the update and the policy, on made-up data; so does ``evaluate``, where it has a ``prepare``."""
         made_up = self.collector.env.fake_tensordict()
-        if isinstance(self.collector.policy, CompiledPolicy):
-            self.collector.policy.prepare(made_up)
+        for module in self.collector.policy.modules():
+            if isinstance(module, CompiledPolicy):
+                module.prepare(made_up)
         if hasattr(self.evaluate, "prepare"):
             self.evaluate.prepare()
         transition = made_up.select(*self._kept(made_up)).reshape(-1)[0]
@@ -193,6 +195,8 @@ class Trainer:
                 torch.cuda.synchronize(self.update.device)
         with self._timed("collect"), self._random.exploration:
             check_finite("observation", self.collector._carrier.get("observation"), f"at frame {self.frames}")
+            if isinstance(self.collector.policy, Exploring):
+                self.collector.policy.set_frames(self.frames)
             with self._blamed():
                 data = next(collected)
             for key in ("action", ("next", "observation"), ("next", "reward")):

@@ -182,10 +182,8 @@ def _check_loss(config: TrainConfig) -> None:
         raise ValueError(f"algorithm must be one of {rows} with env={config.env}, got {config.algorithm}.")
     for name in ("channels", "structure"):
         if getattr(network, name) is not None and not (grid and network.critic == "masked" and network.masks == "weight"):
-            raise ValueError(
-                f"network.{name} must be null but with env={MINATAR}<game>, network.critic=masked and network.masks=weight, got "
-                f"{getattr(network, name)!r}."
-            )
+            needs = f"env={MINATAR}<game>, network.critic=masked and network.masks=weight"
+            raise ValueError(f"network.{name} must be null but with {needs}, got {getattr(network, name)!r}.")
     if network.structure is not None:
         if network.structure not in STRUCTURES:
             raise ValueError(f"network.structure must be null or one of {', '.join(STRUCTURES)}, got {network.structure!r}.")

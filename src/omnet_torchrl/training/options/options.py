@@ -19,7 +19,9 @@ class NetworkConfig:
     actor: str = "masked"  # masked: as the critic; dense: one network without masks
     channels: int | None = None  # of a convolution of 3 x 3 before the layers, for MinAtar; None: no convolution
     structure: str | None = None  # of the first layer, for MinAtar: random, spatial or predictive; None: none but the masks'
-    fan_in: int = 36  # inputs that each unit of a structure keeps (spatial: a window of 3 x 3 in each channel, whatever this is)
+    fan_in: int = (
+        36  # inputs that each unit of a structure keeps (spatial: a window of 3 x 3 in each channel, whatever this is)
+    )
     freeze_hidden: bool = False  # hidden layers keep their first weights; the output layer is trained
     masks: str = "weight"  # weight: over each by itself; unit: whole hidden units, sliced out; redrawn: anew at each call
     sparsity: Any = 0.5  # S, fraction of weights (units) masked out, in [0, 1): one number, or one per linear (hidden) layer
@@ -103,7 +105,7 @@ class TrainConfig:
     """One run."""
 
     algorithm: str = "omnet"  # the row of the results table whose options these are, see rows.py
-    env: str = "Hopper-v4"  # a gymnasium id, Maze2D, or one of your own: module:Id or module:function, which returns one
+    env: str = "Hopper-v4"  # a gymnasium id, Maze2D, MinAtar/<game>, or your own: module:Id or module:function
     env_kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of the environment: env_kwargs.frame_skip=2
     wrappers: list[str] = field(default_factory=list)  # around it, one after the other, each module.Class
     flatten_observation: bool = False  # make one vector of observations that are none

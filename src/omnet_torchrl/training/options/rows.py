@@ -1,9 +1,9 @@
 """The rows of the results table, as data.
 
 A row is the options that differ from the defaults, which are OMNet's. All rows go through the same networks with an index, the
-same update and loop; what tells them apart is which critics there are and which of them an update asks
-(:class:`~omnet_torchrl.OMNetSACLoss`, :class:`~omnet_torchrl.OMNetTD3Loss`, :class:`~omnet_torchrl.OMNetDQNLoss`). Section 4.1 of https://arxiv.org/abs/2310.14009, figures 2 and 4, and the controls with
-LayerNorm that the paper lacks.
+same update and loop; what tells them apart is the loss, which critics there are, and which of them an update asks
+(:class:`~omnet_torchrl.OMNetSACLoss`, :class:`~omnet_torchrl.OMNetTD3Loss`, :class:`~omnet_torchrl.OMNetDQNLoss`). Section 4.1
+of https://arxiv.org/abs/2310.14009, figures 2 and 4, the controls with LayerNorm that the paper lacks, and TD3 and DQN.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ ROWS = {
 }
 
 # TD3's own counts: Fujimoto et al., 2018, whose actor ascends the first critic.
-_TD3 = {"utd_ratio": 1, "policy_update_delay": 2}
+_TD3: dict[str, Any] = {"utd_ratio": 1, "policy_update_delay": 2}
 ROWS |= {
     "omnet_td3": Row("OMNet-TD3", loss="td3"),
     "td3": Row("TD3", _separate(2, loss={"value_reduction": "first"}, **_TD3), loss="td3"),

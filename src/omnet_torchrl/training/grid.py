@@ -1,0 +1,63 @@
+"""Sparse structures of a run on MinAtar: which cells the first layer sees, and which layers stay as they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omnet_torchrl.deterministic import SubnetQValueActor
+from omnet_torchrl.envs import MinAtarEnv
+from omnet_torchrl.layers import MaskedConv2d, MaskedLinear
+from omnet_torchrl.structures import (
+    predict_inputs,
+    predictive_structure,
+    random_structure,
+    set_structure,
+    spatial_structure,
+)
+from omnet_torchrl.training.loop.streams import derived_seed
+from omnet_torchrl.training.options import TrainConfig
+from omnet_torchrl.training.options.checks import MINATAR
+
+GRID = 10  # rows and columns of MinAtar's games
+PREDICTION_FRAMES = 100_000  # of a random policy, from which cells are predicted
+
+
+def prepare_grid(config: TrainConfig, qvalue: SubnetQValueActor) -> None:
+    """Give the first layer its structure, and keep the hidden layers as they are, where the options ask for it."""
+    network = config.network
+    layers = [each for each in qvalue.modules() if isinstance(each, MaskedLinear | MaskedConv2d)]
+    if network.structure is not None:
+        first = layers[0]
+        assert isinstance(first, MaskedLinear)  # no convolution with a structure
+        set_structure(first, structure(config, first), generator=derived_seed(config.seed, "structure weights"))
+    for layer in layers[:-1] if network.freeze_hidden else ():
+        layer.requires_grad_(False)
+
+
+def structure(config: TrainConfig, layer: MaskedLinear) -> Tensor:
+    """The mask of the first layer: a function of the seed and, where it follows predictions, of a random policy's games."""
+    units, size = layer.weight.shape
+    channels = size // GRID**2
+    generator, kind = derived_seed(config.seed, "structure"), config.network.structure
+    if kind == "spatial":
+        return spatial_structure(units, (GRID, GRID, channels), generator=generator)
+    if kind == "random":
+        return random_structure(units, size, config.network.fan_in, generator=generator)
+    game = config.env.removeprefix(MINATAR)
+    return predictive_structure(units, _predictions(game, config.seed), config.network.fan_in, generator=generator)
+
+
+def _predictions(game: str, seed: int) -> Tensor:
+    """Weights of the predictions of every cell, from one game of a random policy, played again and again."""
+    env = MinAtarEnv(game, categorical_action_encoding=True)
+    env.set_seed(derived_seed(seed, "random policy"))
+    generator = torch.Generator().manual_seed(derived_seed(seed, "random actions"))
+    actions = torch.randint(env.action_spec.space.n, (PREDICTION_FRAMES,), generator=generator)
+    state, observations, ended = env.reset(), [], []
+    for action in actions:
+        observations.append(state["observation"].flatten())
+        step, state = env.step_and_maybe_reset(state.set("action", action))
+        ended.append(step["next", "done"])
+    observations.append(state["observation"].flatten())
+    return predict_inputs(torch.stack(observations), torch.cat(ended))
