@@ -14,6 +14,7 @@ ANYWHERE = {"torch", "tensordict", "torchrl"}
 # Which of our rooms each room may import. A room is a file, or a folder, whose files may import each other as FOLDERS says.
 ROOMS = {
     "masks": set(),
+    "structures": {"masks"},
     "layers": {"masks"},
     "specs": set(),
     "modules": {"masks", "layers", "specs", "transforms"},
@@ -26,7 +27,7 @@ ROOMS = {
     "updates": {"layers", "modules", "objectives"},
     "metrics": set(),
     "__init__": {
-        *("masks", "layers", "modules", "deterministic", "builders"),
+        *("masks", "structures", "layers", "modules", "deterministic", "builders"),
         *("transforms", "offset", "objectives", "updates", "envs"),
     },
 }
@@ -34,11 +35,12 @@ FOLDERS = {
     "layers": {
         "indexed": set(),
         "masked": {"indexed"},
+        "convolutions": {"indexed", "masked"},
         "ensembles": {"indexed"},
         "units": {"indexed"},
         "redrawn": {"indexed"},
         "dropout": {"indexed"},
-        "__init__": {"indexed", "masked", "ensembles", "units", "redrawn", "dropout"},
+        "__init__": {"convolutions", "indexed", "masked", "ensembles", "units", "redrawn", "dropout"},
     },
     "envs": {"maze": set(), "__init__": {"maze"}},
     "objectives": {
@@ -189,7 +191,7 @@ def test_public_names_exist_and_are_documented():
 
 # Whoever adds a feature also removes what it made superfluous. training/ is still above the 2,900 lines that it is to have, and
 # must not grow.
-MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 5_900, 3_080
+MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 6_150, 3_080
 
 
 def test_files_functions_and_rooms_keep_within_their_budgets():

@@ -1,10 +1,9 @@
 """OMNet for TorchRL: many value functions and policies for the price of one network.
 
-Reading order: :mod:`~omnet_torchrl.masks`, :mod:`~omnet_torchrl.layers`, :mod:`~omnet_torchrl.modules`,
-:mod:`~omnet_torchrl.deterministic`, :mod:`~omnet_torchrl.builders`, :mod:`~omnet_torchrl.transforms`,
-:mod:`~omnet_torchrl.objectives`,
-:mod:`~omnet_torchrl.updates`; beside them :mod:`~omnet_torchrl.offset`, :mod:`~omnet_torchrl.envs`,
-:mod:`~omnet_torchrl.metrics`.
+Reading order: :mod:`~omnet_torchrl.masks`, :mod:`~omnet_torchrl.structures`, :mod:`~omnet_torchrl.layers`,
+:mod:`~omnet_torchrl.modules`, :mod:`~omnet_torchrl.deterministic`, :mod:`~omnet_torchrl.builders`,
+:mod:`~omnet_torchrl.transforms`, :mod:`~omnet_torchrl.objectives`, :mod:`~omnet_torchrl.updates`; beside them
+:mod:`~omnet_torchrl.offset`, :mod:`~omnet_torchrl.envs`, :mod:`~omnet_torchrl.metrics`.
 """
 
 from omnet_torchrl.builders import make_actor, make_deterministic_actor, make_qvalue, make_qvalue_actor
@@ -14,6 +13,8 @@ from omnet_torchrl.layers import (
     EnsembleLayerNorm,
     EnsembleLinear,
     EnsembleMLP,
+    IndexedSequential,
+    MaskedConv2d,
     MaskedLinear,
     MaskedMLP,
     RedrawnLinear,
@@ -36,6 +37,7 @@ from omnet_torchrl.masks import (
 from omnet_torchrl.modules import SubnetActor, SubnetModule, SubnetQValueOperator
 from omnet_torchrl.objectives import OMNetDQNLoss, OMNetSACLoss, OMNetTD3Loss
 from omnet_torchrl.offset import ObservationOffset
+from omnet_torchrl.structures import grid_closeness, neighbourhood_masks, random_closeness
 from omnet_torchrl.transforms import SubnetPrimer
 from omnet_torchrl.updates import CompiledPolicy, GatherStorage, LazyAdam, Update
 
@@ -47,7 +49,9 @@ __all__ = [
     "EnsembleLinear",
     "EnsembleMLP",
     "GatherStorage",
+    "IndexedSequential",
     "LazyAdam",
+    "MaskedConv2d",
     "MaskedLinear",
     "MaskedMLP",
     "Maze2DEnv",
@@ -70,6 +74,7 @@ __all__ = [
     "Update",
     "bernoulli_masks",
     "bernoulli_module_masks",
+    "grid_closeness",
     "hashed_masks",
     "make_actor",
     "make_deterministic_actor",
@@ -77,6 +82,8 @@ __all__ = [
     "make_qvalue_actor",
     "mask_density",
     "mask_iou",
+    "neighbourhood_masks",
+    "random_closeness",
     "shared_fraction",
     "unit_masks",
     "unused_fraction",
