@@ -1,10 +1,9 @@
 """OMNet for TorchRL: many value functions and policies for the price of one network.
 
-Reading order: :mod:`~omnet_torchrl.masks`, :mod:`~omnet_torchrl.layers`, :mod:`~omnet_torchrl.modules`,
-:mod:`~omnet_torchrl.deterministic`, :mod:`~omnet_torchrl.builders`, :mod:`~omnet_torchrl.transforms`,
-:mod:`~omnet_torchrl.objectives`,
-:mod:`~omnet_torchrl.updates`; beside them :mod:`~omnet_torchrl.offset`, :mod:`~omnet_torchrl.envs`,
-:mod:`~omnet_torchrl.metrics`.
+Reading order: :mod:`~omnet_torchrl.masks`, :mod:`~omnet_torchrl.structures`, :mod:`~omnet_torchrl.layers`,
+:mod:`~omnet_torchrl.modules`, :mod:`~omnet_torchrl.deterministic`, :mod:`~omnet_torchrl.builders`,
+:mod:`~omnet_torchrl.transforms`, :mod:`~omnet_torchrl.objectives`, :mod:`~omnet_torchrl.updates`; beside them
+:mod:`~omnet_torchrl.offset`, :mod:`~omnet_torchrl.envs`, :mod:`~omnet_torchrl.metrics`.
 """
 
 from omnet_torchrl.builders import make_actor, make_deterministic_actor, make_qvalue, make_qvalue_actor
@@ -14,6 +13,8 @@ from omnet_torchrl.layers import (
     EnsembleLayerNorm,
     EnsembleLinear,
     EnsembleMLP,
+    IndexedSequential,
+    MaskedConv2d,
     MaskedLinear,
     MaskedMLP,
     RedrawnLinear,
@@ -47,8 +48,10 @@ __all__ = [
     "EnsembleLinear",
     "EnsembleMLP",
     "GatherStorage",
+    "IndexedSequential",
     "LazyAdam",
     "MaskSchedule",
+    "MaskedConv2d",
     "MaskedLinear",
     "MaskedMLP",
     "Maze2DEnv",

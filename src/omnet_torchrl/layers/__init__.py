@@ -4,6 +4,7 @@
 :mod:`~omnet_torchrl.layers.dropout`, whose noise is data.
 """
 
+from omnet_torchrl.layers.convolutions import IndexedSequential, MaskedConv2d
 from omnet_torchrl.layers.dropout import SEED, SeededDropout, seed_dropout, with_seed
 from omnet_torchrl.layers.ensembles import EnsembleLayerNorm, EnsembleLinear, EnsembleMLP
 from omnet_torchrl.layers.indexed import IndexedMLP, as_index, check_subnet, indexed_linear

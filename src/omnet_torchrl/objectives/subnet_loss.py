@@ -188,8 +188,7 @@ class SubnetLoss(LossModule):
         """
         if delayed is not None and len(delayed) != num_updates:
             raise ValueError(f"delayed must have num_updates={num_updates} elements, got {len(delayed)}.")
-        params = getattr(self, f"{self._networks[0]}_params")
-        parameter, *_ = (leaf for leaf in params.values(True, True) if leaf.is_floating_point())
+        parameter, *_ = (leaf for leaf in self._params(self._critic).values(True, True) if leaf.is_floating_point())
         device, lead = parameter.device, () if num_updates is None else (num_updates,)
         source = {"generator": generator, "device": device}
         draws = {}
@@ -247,7 +246,12 @@ class SubnetLoss(LossModule):
                 following.set(key, value.masked_fill(expand_as_right(terminated.squeeze(-1), value), 0.0))
         return following
 
-    def _params(self, name: str, params: TensorDictBase | None) -> Any:
+    @property
+    def _critic(self) -> str:
+        """Name of the critic's parameters."""
+        return f"{self._networks[0]}_params"
+
+    def _params(self, name: str, params: TensorDictBase | None = None) -> Any:
         given = None if params is None else params.get(name, None)
         return getattr(self, name) if given is None else given
 

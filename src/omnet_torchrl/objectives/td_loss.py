@@ -41,9 +41,8 @@ class TDLoss(SubnetLoss):
 
     def critic_step(self) -> LossStep:
         """The step of the critic, whose target network follows it."""
-        network = self._networks[0]
-        critic = (f"{network}_params",)
-        return LossStep("critic", critic, self._critic_objective, targets=critic if self._is_delayed(network) else ())
+        targets = (self._critic,) if self._is_delayed(self._networks[0]) else ()
+        return LossStep("critic", (self._critic,), self._critic_objective, targets)
 
     def qvalue_loss(
         self, tensordict: TensorDictBase, *, draws: TensorDictBase | None = None, params: TensorDictBase | None = None
@@ -66,7 +65,7 @@ class TDLoss(SubnetLoss):
         """
         draws = self.draw(tensordict) if draws is None else draws
         target, next_value = self._target(tensordict, draws, params)
-        pred = self._prediction(tensordict, draws, self._params(f"{self._networks[0]}_params", params))
+        pred = self._prediction(tensordict, draws, self._params(self._critic, params))
         loss = distance_loss(pred, target.expand_as(pred), loss_function=self.loss_function)
         loss = self._of_each(loss, tensordict, draws.get("critic")).sum(0)
         pred = pred.detach()
@@ -114,7 +113,7 @@ class TDLoss(SubnetLoss):
         self, tensordict: TensorDictBase, action: Any, draws: TensorDictBase, params: TensorDictBase | None
     ) -> Tensor:
         """What the critics that the actor is trained against say of its actions, ``(V, *batch)``; they are not trained."""
-        critic_params = self._params(f"{self._networks[0]}_params", params).detach()
+        critic_params = self._params(self._critic, params).detach()
         return self.value(tensordict, action, draws.get("value"), params=critic_params, seed=dropout_seed(draws, "value"))
 
     def _critic_objective(
@@ -149,7 +148,7 @@ class TDLoss(SubnetLoss):
             Tensor: ``(K, *batch)``; for all discrete actions ``(K, *batch, num_actions)``.
         """
         batch, network = tensordict.batch_size, getattr(self, self._networks[0])
-        params = with_seed(self._params(f"{self._networks[0]}_params", None) if params is None else params, seed)
+        params = with_seed(self._params(self._critic) if params is None else params, seed)
         if subnet.ndim <= 1:
             subnet = subnet.reshape(-1, *(1 for _ in batch))
         inputs = self._inputs(network, tensordict, subnet)
