@@ -11,25 +11,39 @@ import pytest
 import torch
 from conftest import ACT, OBS, make_batch
 from maze import read_trajectories
+from tensordict import TensorDict
 from test_resume import Crash, Stopping, differing, leaves, result, untimed
 from torch import nn
 from torch.nn import functional as F
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from omnet_torchrl import EnsembleMLP, MaskedMLP, RedrawnMLP, SubnetPrimer, UnitMaskedMLP, hashed_masks, make_qvalue
+from omnet_torchrl import (
+    CompiledPolicy,
+    EnsembleMLP,
+    MaskedMLP,
+    RedrawnMLP,
+    SubnetPrimer,
+    UnitMaskedMLP,
+    hashed_masks,
+    make_qvalue,
+)
 from omnet_torchrl.layers import EnsembleLinear, MaskedLinear, RedrawnLinear
 from omnet_torchrl.masks import random_bits
 from omnet_torchrl.metrics import sac_flops
-from omnet_torchrl.training import Evaluation, Trainer, make_env
+from omnet_torchrl.training import Evaluation, Exploring, Trainer, make_env
+from omnet_torchrl.training import grid as grid_module
 from omnet_torchrl.training.build import build, network_options, training_flops
 from omnet_torchrl.training.loop import evaluation as evaluation_module
+from omnet_torchrl.training.loop.environments import env_options
 from omnet_torchrl.training.loop.streams import derived_seed
 from omnet_torchrl.training.options import ROWS, LossConfig, NetworkConfig, TrainConfig, row, to_config
 from omnet_torchrl.training.options.rows import dropout, network_sparsity, target_entropy
 from omnet_torchrl.training.record.checkpoint import Checkpointer
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "omnet_sac.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLE = {"sac": EXAMPLES / "omnet_sac.py", "td3": EXAMPLES / "omnet_td3.py", "dqn": EXAMPLES / "minatar_dqn.py"}
 TASKS = ["Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
 REDQ_ENTROPY, HALF = [-1, -3, -4, -2], [-1.5, -3, -4, -8.5]
 
@@ -67,7 +81,7 @@ def make(name, *, cells=(16, 12), obs=5, act=2, **options):
 
 
 def test_the_rows_are_those_of_the_table():
-    assert set(ROWS) == set(EXPECTED)
+    assert {name for name, each in ROWS.items() if each.loss == "sac"} == set(EXPECTED)
     assert len({each.label for each in ROWS.values()}) == len(ROWS)
 
 
@@ -271,11 +285,25 @@ SMALL = {
     **{"network": {"num_cells": [8, 8]}, "optim": {"batch_size": 8, "lr": 1e-3}, "progress": False},
     **{"eval": {"interval": 30, "episodes": 3}, "checkpoint": {"interval": 10}},
 }
+SMALL_DQN = {
+    **SMALL,
+    **{"env": "MinAtar/breakout", "num_envs": 2, "total_frames": 120, "max_episode_steps": 30},
+    **{"network": {"num_cells": [8]}, "optim": {"batch_size": 8, "target_update_interval": 20}},
+    "exploration": {"epsilon_frames": 60},
+}
 # Updates as in the paper, but for their number, and a reset at frame 30, where there is a checkpoint too.
 EVERY = {"utd_ratio": 2, "policy_update_delay": 3}
 
 
 def options_of(name, **more):
+    if ROWS[name].loss == "dqn":
+        channels = {} if ROWS[name].options["network"]["channels"] is None else {"channels": 2}
+        return {
+            **SMALL_DQN,
+            "algorithm": name,
+            **more,
+            "network": {**SMALL_DQN["network"], **channels, **more.get("network", {})},
+        }
     reset = {"reset_interval": 30} if ROWS[name].options.get("reset_interval") else {}
     return {**SMALL, "algorithm": name, **EVERY, **reset, **more}
 
@@ -286,14 +314,19 @@ def compose(path, options, diary):
     torch.manual_seed(config.seed)
     num_envs = config.num_envs if config.num_envs > 1 else None
     seed = derived_seed(config.seed, "environments")
-    env = make_env(config.env, num_envs=num_envs, seed=seed, observation_offset=config.observation_offset)
+    env = make_env(
+        config.env, num_envs=num_envs, seed=seed, observation_offset=config.observation_offset, **env_options(config)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         algorithm = build(config, env.observation_spec, env.action_spec)
     env.append_transform(SubnetPrimer(algorithm.actor.num_subnets, generator=config.seed))
+    policy = algorithm.actor
+    if ROWS[config.algorithm].loss != "sac":
+        policy = Exploring(CompiledPolicy(policy, compile=config.compile), config, env.action_spec)
     collector = Collector(
         env,
-        algorithm.actor,
+        policy,
         frames_per_batch=config.num_envs,
         init_random_frames=config.init_random_frames,
         policy_device="cpu",
@@ -325,7 +358,7 @@ def test_a_killed_run_of_a_row_goes_on_as_if_it_had_not_been(name, tmp_path):
         session(tmp_path / "parts", name, parts, stop)
     assert untimed(parts) == untimed(rows)
     assert differing(result(tmp_path / "parts"), result(whole)) == []
-    assert len(rows) > 50
+    assert len(rows) > 40
     resets = [frames for frames, name, _ in rows if name == "train/reset"]
     assert resets == ([30] if name.startswith("sr_") else [])
 
@@ -339,6 +372,51 @@ def test_a_killed_run_with_noise_and_bias_goes_on_as_if_it_had_not_been(tmp_path
     assert untimed(parts) == untimed(rows)
     assert differing(result(tmp_path / "parts"), result(tmp_path / "whole")) == []
     assert [frames for frames, name, _ in rows if name == "bias/mean"] == [20, 40, 60]
+
+
+@pytest.mark.parametrize("structure", ["random", "spatial", "predictive"])
+def test_a_run_with_a_structure_keeps_its_hidden_layers_and_goes_on(structure, tmp_path, monkeypatch):
+    monkeypatch.setattr(grid_module, "PREDICTION_FRAMES", 300)
+    network = {"channels": None, "structure": structure, "fan_in": 9, "freeze_hidden": True, "num_cells": [16]}
+    rows, parts = [], []
+    whole = session(tmp_path / "whole", "dqn", rows, network=network)
+    for stop in (60, 10**9):
+        session(tmp_path / "parts", "dqn", parts, stop, network=network)
+    assert untimed(parts) == untimed(rows)
+    assert differing(result(tmp_path / "parts"), result(tmp_path / "whole")) == []
+    fresh = compose(tmp_path / "fresh", options_of("dqn", network=network), Stopping([], 10**9))
+    (first, last), (first_before, last_before) = (
+        [layer for layer in trainer.update.loss.value_network.modules() if isinstance(layer, MaskedLinear)]
+        for trainer in (whole, fresh)
+    )
+    assert torch.equal(first.weight, first_before.weight)
+    assert not torch.equal(last.weight, last_before.weight)
+    assert set(first.masks.sum(-1).unique().tolist()) == {36 if structure == "spatial" else 9}
+
+
+def test_epsilon_is_a_function_of_the_frame():
+    config = to_config(options_of("omnet_dqn", exploration={"epsilon_start": 1.0, "epsilon_end": 0.2, "epsilon_frames": 100}))
+    env = make_env(config.env, num_envs=2)
+    actor = build(config, env.observation_spec, env.action_spec).actor
+    explore = Exploring(CompiledPolicy(actor, compile=False), config, env.action_spec)
+    seen = []
+    for frames in (0, 50, 100, 1_000):
+        explore.set_frames(frames)
+        seen.append(float(explore.noise.eps))
+    assert seen == pytest.approx([1.0, 0.6, 0.2, 0.2])
+    assert set(explore.state_dict()) == set(actor.state_dict())
+
+
+def test_td3s_noise_is_of_the_range_of_the_action():
+    config = to_config(options_of("omnet_td3", exploration={"noise": 0.1}))
+    actor = build(config, Unbounded((OBS,)), Bounded(-0.4, 1.0, (ACT,))).actor
+    explore = Exploring(CompiledPolicy(actor, compile=False), config, Bounded(-0.4, 1.0, (ACT,)))
+    batch = TensorDict(observation=torch.zeros(4_000, OBS), subnet=torch.zeros(4_000, dtype=torch.int64), batch_size=[4_000])
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        mean = explore(batch.clone())["action"]
+    noise = explore(batch.clone())["action"] - mean
+    inside = ((mean + noise - 1.0).abs() > 1e-6) & ((mean + noise + 0.4).abs() > 1e-6)
+    assert noise[inside].std().item() == pytest.approx(0.07, rel=0.05)
 
 
 def test_a_killed_run_in_the_maze_goes_on_and_its_subnetworks_ways_are_kept(tmp_path, monkeypatch):
@@ -356,7 +434,7 @@ def test_a_killed_run_in_the_maze_goes_on_and_its_subnetworks_ways_are_kept(tmp_
     assert all(torch.equal(ways[0][0][updates], ways[1][0][updates]) for updates in (6, 20))
 
 
-@pytest.mark.parametrize("name", ["omnet", "droq"])
+@pytest.mark.parametrize("name", ["omnet", "droq", "omnet_td3", "omnet_dqn"])
 def test_the_example_and_the_row_are_equal_numbers(name, tmp_path):
     """Of a whole run: the same networks, draws, losses and moments."""
     trainer = compose(tmp_path / "row", options_of(name), Stopping([], 10**9))
@@ -367,7 +445,7 @@ def test_the_example_and_the_row_are_equal_numbers(name, tmp_path):
             yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}={value}"]
 
     arguments = [argument.replace(" ", "").replace("None", "null") for argument in flat(options_of(name))]
-    command = [sys.executable, str(EXAMPLE), *arguments, f"folder={tmp_path}/example"]
+    command = [sys.executable, str(EXAMPLE[ROWS[name].loss]), *arguments, f"folder={tmp_path}/example"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     states = [Checkpointer(folder).load()[0] for folder in (tmp_path / "row", tmp_path / "example" / "checkpoints")]

@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from omnet_torchrl.training.build import describe
     from omnet_torchrl.training.loop.environments import make_env
     from omnet_torchrl.training.loop.evaluation import Evaluation, evaluate
+    from omnet_torchrl.training.loop.exploration import Exploring
     from omnet_torchrl.training.loop.trainer import Trainer
     from omnet_torchrl.training.policy import load_policy
     from omnet_torchrl.training.run import Run
 
 __all__ = [
     "Evaluation",
+    "Exploring",
     "Run",
     "Trainer",
     "describe",
@@ -26,7 +28,12 @@ __all__ = [
 ]
 _ROOMS = {
     **{"describe": "build", "load_policy": "policy", "Run": "run", "Trainer": "loop.trainer"},
-    **{"make_env": "loop.environments", "Evaluation": "loop.evaluation", "evaluate": "loop.evaluation"},
+    **{
+        "make_env": "loop.environments",
+        "Evaluation": "loop.evaluation",
+        "Exploring": "loop.exploration",
+        "evaluate": "loop.evaluation",
+    },
 }
 
 

@@ -47,23 +47,29 @@ def build(
         device (torch.device or str): of everything built.
     """
     kind, optimiser = row(config.algorithm).loss, LazyAdam if config.optim.lazy else Adam
+    actor: AnyActor = make_policy(config, observation_spec, action_spec, device)
+    qvalue: Any = actor
     loss: SubnetLoss
-    if kind == "dqn":
-        qvalue = make_grid_qvalue_actor(observation_spec, action_spec, **grid_options(config), device=device)
-        prepare_grid(config, qvalue)
-        loss = OMNetDQNLoss(qvalue, **loss_options(config, action_spec))
-        networks = [list(qvalue.parameters())]
-        actor: AnyActor = qvalue
+    if isinstance(actor, SubnetQValueActor):
+        prepare_grid(config, actor)
+        loss = OMNetDQNLoss(actor, **loss_options(config, action_spec))
+        networks = [list(actor.parameters())]
     else:
-        make = make_actor if kind == "sac" else make_deterministic_actor
-        actor = make(observation_spec, action_spec, **network_options(config, "actor"), device=device)
-        critic = make_qvalue(observation_spec, action_spec, **network_options(config, "critic"), device=device)
-        loss = (OMNetSACLoss if kind == "sac" else OMNetTD3Loss)(actor, critic, **loss_options(config, action_spec))
-        networks = [list(critic.parameters()), [*actor.parameters(), *([loss.log_alpha] if kind == "sac" else [])]]
-        qvalue = critic
+        qvalue = make_qvalue(observation_spec, action_spec, **network_options(config, "critic"), device=device)
+        loss = (OMNetSACLoss if kind == "sac" else OMNetTD3Loss)(actor, qvalue, **loss_options(config, action_spec))
+        networks = [list(qvalue.parameters()), [*actor.parameters(), *([loss.log_alpha] if kind == "sac" else [])]]
     loss.make_value_estimator(gamma=config.loss.gamma)
     optims = [optimiser([p for p in params if p.requires_grad], lr=config.optim.lr) for params in networks]
     return Algorithm(actor, qvalue, loss, Update(loss, optims, **update_options(config)))
+
+
+def make_policy(config: TrainConfig, observation_spec: TensorSpec, action_spec: TensorSpec, device: Any = "cpu") -> AnyActor:
+    """The policy of a run, whatever the row: of a DQN, its network."""
+    kind = row(config.algorithm).loss
+    if kind == "dqn":
+        return make_grid_qvalue_actor(observation_spec, action_spec, **grid_options(config), device=device)
+    make = make_actor if kind == "sac" else make_deterministic_actor
+    return make(observation_spec, action_spec, **network_options(config, "actor"), device=device)
 
 
 def update_options(config: TrainConfig) -> dict[str, Any]:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchrl.data import Bounded, TensorSpec, Unbounded
+from torchrl.data import Binary, Bounded, Categorical, OneHot, TensorSpec, Unbounded
 from torchrl.modules import ProbabilisticActor
 
-from omnet_torchrl.builders import make_actor
-from omnet_torchrl.specs import check_action_spec
-from omnet_torchrl.training.build import network_options
+from omnet_torchrl.specs import check_action_spec, check_discrete_spec
+from omnet_torchrl.training.build import make_policy
 from omnet_torchrl.training.options import TrainConfig, load_config, resolve_device
 from omnet_torchrl.training.record.checkpoint import Checkpointer, check_shapes
 from omnet_torchrl.training.record.folder import RunFolder
@@ -51,7 +50,7 @@ def load_policy(folder: str | Path, subnet: int | None = None, *, device: torch.
     # What is drawn here is replaced: nobody's random numbers move, and nobody is warned of its masks.
     with torch.random.fork_rng([where] if where.type == "cuda" else []), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        actor = make_actor(*_specs(run, config), **network_options(config, "actor"), device=where)
+        actor = make_policy(config, *_specs(run, config), device=where)
     check_shapes(state["policy"], actor.state_dict())
     actor.load_state_dict(state["policy"])
     policy = actor if subnet is None else actor.extract(subnet)
@@ -59,10 +58,15 @@ def load_policy(folder: str | Path, subnet: int | None = None, *, device: torch.
 
 
 def spaces(observation_spec: TensorSpec, action_spec: TensorSpec) -> dict[str, Any]:
-    """What ``run.json`` keeps of an environment for :func:`load_policy`: the sizes, and the bounds of an action."""
+    """What ``run.json`` keeps of an environment for :func:`load_policy`: sizes, and the bounds of an action or their number."""
+    observation = observation_spec["observation"]
+    if isinstance(action_spec, OneHot | Categorical):
+        action = check_discrete_spec(action_spec)
+        encoding = "one-hot" if isinstance(action, OneHot) else "categorical"
+        return {"observation": list(observation.shape[-3:]), "actions": action.space.n, "encoding": encoding}
     action = check_action_spec(action_spec)
     bounds = {"low": action.space.low.tolist(), "high": action.space.high.tolist()}
-    return {"observation": observation_spec["observation"].shape[-1], **bounds, "dtype": str(action.dtype).split(".")[1]}
+    return {"observation": observation.shape[-1], **bounds, "dtype": str(action.dtype).split(".")[1]}
 
 
 def _specs(run: RunFolder, config: TrainConfig) -> tuple[TensorSpec, TensorSpec]:
@@ -70,6 +74,9 @@ def _specs(run: RunFolder, config: TrainConfig) -> tuple[TensorSpec, TensorSpec]
     info = run.info
     if "spaces" in info and info.get("env") == config.env:
         kept = info["spaces"]
+        if "actions" in kept:
+            action = (OneHot if kept["encoding"] == "one-hot" else Categorical)(kept["actions"])
+            return Binary(shape=kept["observation"], dtype=torch.bool), action
         low, high = (torch.tensor(kept[name], dtype=getattr(torch, kept["dtype"])) for name in ("low", "high"))
         return Unbounded((kept["observation"],)), Bounded(low, high, low.shape, dtype=low.dtype)
     from omnet_torchrl.training.loop.environments import env_options, make_env  # which import gymnasium
