@@ -20,6 +20,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import AdditiveGaussianModule
 
 from omnet_torchrl import (
+    CompiledPolicy,
     OMNetTD3Loss,
     SubnetDeterministicActor,
     SubnetPrimer,
@@ -45,9 +46,11 @@ def main(arguments: list[str] | None = None) -> float:
     update = Update(loss, lr=3e-4, tau=0.005, policy_update_delay=args.policy_update_delay, compile=not args.no_compile)
 
     noise = AdditiveGaussianModule(actor.spec, sigma_init=0.1, sigma_end=0.1, annealing_num_steps=1)
+    policy = CompiledPolicy(actor, compile=not args.no_compile)
+    policy.prepare(env.fake_tensordict())
     collector = Collector(
         env,
-        TensorDictSequential(actor, noise),
+        TensorDictSequential(policy, noise),
         frames_per_batch=1,
         total_frames=args.frames,
         init_random_frames=args.init_random_frames,

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import OBS, small_actor, specs
+from conftest import OBS, small_actor, small_deterministic_actor, small_qvalue_actor, specs
 from tensordict import TensorDict
 from test_training import make_trainer, transitions
+from test_update import compiler  # noqa: F401
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from omnet_torchrl import CompiledPolicy, make_actor
@@ -40,6 +41,22 @@ def prepared():
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         policies[4].prepare(frame(4))
     return policies
+
+
+@pytest.mark.parametrize("make", [small_deterministic_actor, small_qvalue_actor])
+@pytest.mark.parametrize("kind", [None, *ExplorationType])
+def test_policies_without_a_distribution_are_compiled_whatever_the_exploration(make, kind, compiler):  # noqa: F811
+    policy = CompiledPolicy(make())
+    with set_exploration_type(kind):
+        policy.prepare(frame(4))
+        assert len(compiler) == 1
+        state = torch.get_rng_state()
+        for seed in range(3):
+            played = policy(frame(4, seed))
+            assert played.keys() == {"observation", "subnet", "action"}
+            assert torch.equal(played["action"], policy.actor(frame(4, seed))["action"])
+        assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(policy(frame(2))["action"], policy.actor(frame(2))["action"])
 
 
 @pytest.mark.parametrize("num_envs", [1, 4])

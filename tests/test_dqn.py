@@ -191,6 +191,13 @@ def test_one_dense_subnet_is_dqn_exactly_over_several_steps(space, double, loss_
     assert torch.equal(history(loss, SoftUpdate(loss, tau=TAU), space), expected)
 
 
+def test_a_plain_network_of_torchrl_is_one_subnetwork():
+    actor, batch = small_qvalue_actor(1, 0.0), dqn_batch(8)
+    plain, own = make_loss(actor.extract(0)), make_loss(actor)
+    assert (plain.num_subnets, plain.num_target_subnets, plain.in_keys) == (1, 1, own.in_keys)
+    assert torch.equal(plain(batch)["loss"], own(batch)["loss"])
+
+
 # Bootstrapped DQN in plain torch -----------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ ROOMS = {
     "offset": {"transforms"},
     "envs": set(),
     "objectives": {"layers", "specs"},
-    "updates": {"deterministic", "layers", "modules", "objectives", "topology"},
+    "updates": {"layers", "modules", "objectives", "topology"},
     "metrics": set(),
     "__init__": {
         *("masks", "layers", "modules", "deterministic", "builders"),

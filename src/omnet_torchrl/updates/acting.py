@@ -6,7 +6,7 @@ At batch 1, most of what an actor costs is its Python, its distribution and its 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -14,8 +14,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from omnet_torchrl.deterministic import AnyActor
-from omnet_torchrl.modules import SubnetActor
+from omnet_torchrl.modules import SubnetActor, SubnetPolicy
 from omnet_torchrl.objectives.draws import rsample_with_noise
 from omnet_torchrl.updates.compiled import CompiledFunction, as_bytes, preserved
 from omnet_torchrl.updates.kernels import PRECISIONS, LowPrecision
@@ -30,7 +29,8 @@ class CompiledPolicy(TensorDictModuleBase):
     where it has dropout.
 
     Args:
-        actor (SubnetActor, SubnetDeterministicActor or SubnetQValueActor): the one that a loss was made of, or any other.
+        actor (SubnetPolicy): the one that a loss was made of, or any other; of a :class:`~omnet_torchrl.SubnetActor`, random
+            and deterministic actions are compiled, of others the only ones there are.
 
     Keyword Args:
         precision (str): of the inputs of matrix products, see :class:`~omnet_torchrl.Update`. Defaults to ``"float32"``.
@@ -43,10 +43,12 @@ class CompiledPolicy(TensorDictModuleBase):
         rounding. An index out of range is not seen; :class:`~omnet_torchrl.SubnetPrimer` draws none.
     """
 
-    def __init__(self, actor: AnyActor, *, precision: str = "float32", compile: bool = True):
+    def __init__(self, actor: SubnetPolicy, *, precision: str = "float32", compile: bool = True):
         super().__init__()
-        self.actor, self.compiled, self._dtype = actor, compile, PRECISIONS[precision]
-        self.in_keys, self.out_keys = list(actor.in_keys), [actor.action_key]
+        self._random = isinstance(actor, SubnetActor)
+        self.actor = policy = cast(Any, actor)
+        self.compiled, self._dtype = compile, PRECISIONS[precision]
+        self.in_keys, self.out_keys = list(policy.in_keys), [policy.action_key]
         self._code: dict[Question, CompiledFunction] = {}
         self._noise: dict[Question, Tensor] = {}  # like what a random action needs
         self._state: list[Tensor] = []
@@ -100,6 +102,14 @@ class CompiledPolicy(TensorDictModuleBase):
         with torch.no_grad():
             return tensordict.set(self.actor.action_key, self._code[question](self._state, leaves)["action"])
 
+    def _question(self, inputs: list[Tensor | None]) -> Question | None:
+        """Whether the action is deterministic, and shape, dtype and device of each input; ``None`` where it is not ours."""
+        kind = exploration_type()
+        if self._random and kind not in (None, ExplorationType.RANDOM, ExplorationType.DETERMINISTIC):
+            return None
+        kinds = tuple((value.shape, value.dtype, value.device) for value in inputs if value is not None)
+        return (not self._random or kind == ExplorationType.DETERMINISTIC, kinds) if len(kinds) == len(inputs) else None
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The actor's."""
         return self.actor.state_dict(*args, **kwargs)
@@ -107,12 +117,3 @@ class CompiledPolicy(TensorDictModuleBase):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The actor's."""
         return self.actor.load_state_dict(*args, **kwargs)
-
-    def _question(self, inputs: list[Tensor | None]) -> Question | None:
-        """Whether the action needs no noise, and shape, dtype and device of each input; ``None`` where it is not ours."""
-        kind = exploration_type()
-        if kind not in (None, ExplorationType.RANDOM, ExplorationType.DETERMINISTIC):
-            return None
-        kinds = tuple((value.shape, value.dtype, value.device) for value in inputs if value is not None)
-        certain = kind == ExplorationType.DETERMINISTIC or not isinstance(self.actor, SubnetActor)
-        return (certain, kinds) if len(kinds) == len(inputs) else None
