@@ -10,6 +10,7 @@ Whatever ends the training, the Run writes how in ``run.json`` and says how to g
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import shlex
 import sys
@@ -22,7 +23,7 @@ import torch
 from omegaconf import DictConfig
 
 from omnet_torchrl.training.command_line import argument, merge_overrides
-from omnet_torchrl.training.loop.environments import check_env, env_options
+from omnet_torchrl.training.loop.environments import check_env, env_options, instances
 from omnet_torchrl.training.loop.stopping import handled
 from omnet_torchrl.training.loop.trainer import Trainer
 from omnet_torchrl.training.options import TrainConfig, differences, load_config, resolve_device, save_config, to_config
@@ -48,6 +49,7 @@ class Run:
     """
 
     def __init__(self, config: DictConfig | Mapping[str, Any] | TrainConfig, overrides: Sequence[str] = ()):
+        gc.collect()  # a run before this one in the same process has left its buffer in cycles
         resume = config.resume if isinstance(config, TrainConfig) else config.get("resume")
         self.resumed = resume is not None
         if resume is not None:
@@ -67,7 +69,7 @@ class Run:
         self.checkpointer = Checkpointer(self.folder.checkpoint_path, self.config.checkpoint.keep)
         self.terminal = Terminal(self.config.total_frames, enabled=self.config.progress)
         self.reporter = Reporter(self.folder, self.terminal)
-        for note in notes:
+        for note in [*notes, instances(self.config)]:
             self.reporter.say(note)
         self._signals, self._interrupted = contextlib.ExitStack(), False
 
@@ -116,6 +118,7 @@ class Run:
                 self._close(status, trainer)
         finally:
             self._signals.close()
+            trainer.close()
             self.folder.unlock()
         return status
 
