@@ -67,7 +67,7 @@ def train(run: Run) -> float:
         return_same_td=True,  # each frame is stored before the next one
     )
     buffer = ReplayBuffer(storage=GatherStorage(min(config.buffer_size, config.total_frames), device=device))
-    evaluation = Evaluation(config, policy, loss)
+    evaluation = Evaluation(config, policy, loss, run.reporter.say)
     trainer = Trainer(collector, buffer, update, evaluation, run.checkpointer, run.reporter, config)
     run.train(trainer, describe(config, actor, actor))
     return trainer.last.get("eval/return", float("nan"))

@@ -91,7 +91,7 @@ def train(run: Run) -> float:
         collector,
         buffer,
         update,
-        Evaluation(config, policy, loss),
+        Evaluation(config, policy, loss, run.reporter.say),
         run.checkpointer,
         run.reporter,
         config,

@@ -94,7 +94,7 @@ RANGES = [
     ("seed", 2**31),
     ("network__num_subnets", 0),
     ("eval__interval", 0),
-    ("eval__episodes", 0),
+    ("eval__episodes", -1),
     ("checkpoint__interval", -1),
     ("checkpoint__keep", 1),
     ("optim__batch_size", 0),

@@ -28,7 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from omnet_torchrl.training.command_line import argument, merge_overrides
-from omnet_torchrl.training.loop.environments import check_env, env_options
+from omnet_torchrl.training.loop.environments import check_env, env_options, instances
 from omnet_torchrl.training.loop.stopping import RunError, exit_code, handled
 from omnet_torchrl.training.loop.trainer import Trainer
 from omnet_torchrl.training.options import TrainConfig, differences, load_config, resolve_device, save_config, to_config
@@ -86,7 +86,7 @@ class Run:
         self.checkpointer = Checkpointer(self.folder.checkpoint_path, self.config.checkpoint.keep)
         self.terminal = Terminal(self.config.total_frames, enabled=self.config.progress)
         self.reporter = Reporter(self.folder, self.terminal)
-        for note in notes:
+        for note in [*notes, instances(self.config)]:
             self.reporter.say(note)
         self._signals, self._signal = contextlib.ExitStack(), 0
         self._script, self._sweep, self._begun = False, sweep, False
@@ -152,6 +152,8 @@ class Run:
         except BaseException as error:
             self._end(trainer, error=error)
             raise
+        finally:
+            trainer.close()
         self._end(trainer, status)
         return self.status
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import weakref
 from typing import Any
 
 import gymnasium
@@ -40,6 +41,7 @@ class Border(gymnasium.Wrapper):
     def __init__(self, env: gymnasium.Env, own_globals: OwnGlobals | None = None):
         super().__init__(env)
         self.name = type(self.unwrapped).__name__ if self.spec is None else self.spec.id
+        self._close = weakref.finalize(self, env.close)  # once, when it is let go of at the latest
         self.resting = False  # whether steps do nothing and end nothing
         self._globals = OwnGlobals(0) if own_globals is None else own_globals
         self._shape: tuple[int, ...] = env.observation_space.shape  # type: ignore[assignment]
@@ -57,8 +59,8 @@ class Border(gymnasium.Wrapper):
             self.unwrapped.action_space.seed(seed)
             self.unwrapped.observation_space.seed(seed)
         with self._globals:
-            observation, _ = self.env.reset(seed=seed, options=options)
-        return self._see(observation), {}
+            outcome = self.env.reset(seed=seed, options=options)
+        return self._see(self._parts("reset", "observation, info", outcome)[0]), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Step the environment, and keep the action."""
@@ -66,15 +68,25 @@ class Border(gymnasium.Wrapper):
             return self._shown(), 0.0, False, False, {}
         self._actions.append(np.array(action))
         with self._globals:
-            observation, *outcome, _ = self.env.step(np.array(action, self.env.action_space.dtype))
-        names = ("reward", "terminated", "truncated")
-        reward, terminated, truncated = (self._number(*each) for each in zip(names, outcome, strict=True))
-        observation = self._see(observation)
+            outcome = self.env.step(np.array(action, self.env.action_space.dtype))
+        parts = self._parts("step", "observation, reward, terminated, truncated, info", outcome)
+        observation, reward = self._see(parts[0]), self._number("reward", parts[1])
+        terminated, truncated = self._number("terminated", parts[2]), self._number("truncated", parts[3])
         self._seen.update(np.array([reward, terminated, truncated], dtype=np.float64).tobytes())
         return observation, float(reward), bool(terminated), bool(truncated), {}
 
+    def close(self) -> None:
+        """Close the environment, unless it is."""
+        self._close()
+
+    def _parts(self, method: str, expected: str, outcome: Any) -> tuple[Any, ...]:
+        if not isinstance(outcome, tuple) or len(outcome) != len(expected.split(", ")):
+            got = f"{type(outcome).__name__} of {len(outcome)}" if hasattr(outcome, "__len__") else type(outcome).__name__
+            raise ValueError(f"{method} of {self.name} must return a tuple ({expected}), got a {got}: {_MEND}.")
+        return outcome
+
     def _see(self, observation: Any) -> np.ndarray:
-        array = np.array(observation)
+        array = np.asarray(observation).copy()
         if array.size != self._shape[0] or array.dtype.kind not in "fiub":
             expected = f"{self._shape[0]} numbers, as its observation_space says"
             raise ValueError(f"an observation of {self.name} must be {expected}, got {_text(observation, array)}: {_MEND}.")
@@ -137,10 +149,9 @@ def check_spaces(name: str, observation: gymnasium.Space, action: gymnasium.Spac
     advice = "flatten_observation=true flattens it" if not isinstance(observation, Box) or len(observation.shape) != 1 else ""
     _check_box(name, "observation", observation, "fiub", "a Box of numbers", advice)
     _check_box(name, "action", action, "f", "a Box of floats", "")
-    with np.errstate(over="ignore", invalid="ignore"):
-        width = action.high.astype(np.float64) - action.low  # type: ignore[attr-defined]
+    low, high = (bound.astype(np.float64) for bound in (action.low, action.high))  # type: ignore[attr-defined]
     # Beyond 1e18 the square of an action is not finite in float32.
-    if not ((width > 0) & (np.abs(action.low) < 1e18) & (np.abs(action.high) < 1e18)).all():  # type: ignore[attr-defined]
+    if not ((low < high) & (np.maximum(abs(low), abs(high)) < 1e18)).all():
         expected = "low < high, both within (-1e18, 1e18)"
         raise ValueError(f"the action of env must have finite bounds, {expected}, got {action} from {name!r}: {_WRAP}.")
 

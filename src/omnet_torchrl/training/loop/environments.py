@@ -14,6 +14,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import torchrl.envs.libs.utils  # noqa: F401, whose failed import of gym would keep what is on the stack when it is first needed
 from gymnasium.wrappers import FlattenObservation, TimeLimit
 from torch import Tensor
 from torchrl.envs import Compose, DoubleToFloat, EnvBase, GymWrapper, RewardSum, StepCounter, Transform, TransformedEnv
@@ -34,6 +35,17 @@ def env_options(config: TrainConfig) -> dict[str, Any]:
     """The options that make an environment, which :func:`check_env` and :func:`make_env` take beside its name."""
     names = ("env_kwargs", "wrappers", "flatten_observation", "max_episode_steps")
     return {name: getattr(config, name) for name in names}
+
+
+def instances(config: TrainConfig) -> str:
+    """The line that says how many environments a run makes."""
+    counts = {
+        "train in": config.num_envs,
+        "evaluate in": config.eval.episodes,
+        "measure the bias in": config.eval.bias_episodes,
+    }
+    listed = ", ".join(f"{count} to {what}" for what, count in counts.items() if count)
+    return f"environments that are made of {config.env}: {listed}"
 
 
 def check_env(name: str, **options: Any) -> list[str]:
@@ -63,7 +75,9 @@ def check_env(name: str, **options: Any) -> list[str]:
         own = "one of your own is module:Id or module:function"
         raise ValueError(f"env must be a gymnasium id with its version, got {name!r}; the closest are {closest}; {own}.")
     with ExitStack() as stack:
-        stack.callback((env := _bordered(name, **options)).close)
+        env = _bordered(name, **options)
+        stack.enter_context(_blamed(name, "closed"))
+        stack.callback(env.close)
         with _blamed(name, "reset"):
             first, again = (env.reset(seed=0)[0] for _ in range(2))
         with _blamed(name, "stepped"):
@@ -76,14 +90,14 @@ def check_env(name: str, **options: Any) -> list[str]:
 
 def _notes(name: str, env: gymnasium.Env, repeats: bool) -> list[str]:
     notes = []
-    if not repeats:
-        unlike = "two resets with the same seed differ, so will two runs, and a resumed run goes on inexactly"
-        notes.append(f"warning: {name} draws random numbers that its seed does not decide: {unlike}")
     while isinstance(env, gymnasium.Wrapper):
         if any(type(each).__name__ == "RunningMeanStd" for each in vars(env).values()):
             apart = "each environment of training and of evaluation has its own, and no checkpoint keeps them"
             notes.append(f"warning: {type(env).__name__} around {name} keeps running statistics: {apart}")
         env = env.env
+    if not notes and not repeats:
+        unlike = "two resets with the same seed differ, so will two runs, and a resumed run goes on inexactly"
+        notes.append(f"warning: {name} draws random numbers that its seed does not decide: {unlike}")
     return notes
 
 
@@ -203,6 +217,8 @@ def make_gymnasium(
         raise TypeError(f"it must return an environment of gymnasium or TorchRL, got {type(env).__name__}.")
     for wrapper in wrappers:
         module, _, attribute = wrapper.rpartition(".")
+        if not module:
+            raise ValueError(f"wrappers must be module.Class, got {wrapper!r}.")
         env = getattr(_import(module), attribute)(env)
     if flatten_observation:
         env = FlattenObservation(env)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -35,18 +35,30 @@ class Evaluation:
     The same frames give the same start states in every run of the seed, and in no run of another. In the maze,
     ``trajectories.csv`` in the run's folder gets the ways of the actor's subnetworks, at evaluations after just as many policy
     updates as figure 7 shows.
+
+    Args:
+        config (TrainConfig): its ``eval.episodes`` and ``eval.bias_episodes`` are so many environments; of 0, none is made.
+        policy (SubnetActor or CompiledPolicy): what is evaluated.
+        loss (OMNetSACLoss): whose values are.
+        say (callable): gets lines for a person. Defaults to ``print``.
     """
 
-    def __init__(self, config: TrainConfig, policy: AnyActor | CompiledPolicy, loss: SubnetLoss):
+    def __init__(
+        self,
+        config: TrainConfig,
+        policy: AnyActor | CompiledPolicy,
+        loss: SubnetLoss,
+        say: Callable[[str], object] = print,
+    ):
         options = {"observation_offset": config.observation_offset, "sum_episodes": False, **env_options(config)}
         make = partial(make_env, config.env, **options)
-        self.config, self.policy, self.loss = config, policy, loss
-        self.env = make(num_envs=config.eval.episodes)
-        self.bias_env = make(num_envs=config.eval.bias_episodes) if config.eval.bias_episodes else None
+        self.config, self.policy, self.loss, self.say = config, policy, loss, say
+        counts = config.eval.episodes, config.eval.bias_episodes
+        self.env, self.bias_env = (make(num_envs=count) if count else None for count in counts)
 
     def prepare(self) -> None:
         """Compile the policy for what is played here, where it is one that can be."""
-        if isinstance(self.policy, CompiledPolicy):
+        if isinstance(self.policy, CompiledPolicy) and self.env is not None:
             actor, made_up = self.policy.actor, self.env.fake_tensordict()
             with set_exploration_type(ExplorationType.DETERMINISTIC):
                 self.policy.prepare(made_up.set(actor.subnet_key, torch.zeros(made_up.batch_size, dtype=torch.int64)))
@@ -55,25 +67,34 @@ class Evaluation:
         """Evaluate the policy as it is now."""
         config = self.config
         seed = derived_seed(config.seed, "evaluation", frames)
-        metrics = evaluate(self.policy, self.env, seed=seed)
+        metrics = {} if self.env is None else evaluate(self.policy, self.env, seed=seed, say=self.say)
         policy_updates = int(max(0, frames - config.init_random_frames) * config.utd_ratio) // config.policy_update_delay
         if config.env == MAZE and policy_updates in FIGURE_7:
             positions = subnet_trajectories(_actor(self.policy))
             write_trajectories(Path(config.folder) / "trajectories.csv", config.seed, policy_updates, positions)
         if self.bias_env is None or not isinstance(self.loss, OMNetSACLoss):
             return metrics
-        return metrics | evaluate_bias(self.loss, self.bias_env, gamma=config.loss.gamma, seed=seed)
+        return metrics | evaluate_bias(self.loss, self.bias_env, gamma=config.loss.gamma, seed=seed, say=self.say)
+
+    def close(self) -> None:
+        """Close the environments."""
+        for env in (self.env, self.bias_env):
+            if env is not None and not env.is_closed:
+                env.close()
 
 
 @torch.no_grad()
 @set_exploration_type(ExplorationType.DETERMINISTIC)
-def evaluate(policy: AnyActor | CompiledPolicy, env: EnvBase, *, seed: int | None = None) -> dict[str, float]:
+def evaluate(
+    policy: AnyActor | CompiledPolicy, env: EnvBase, *, seed: int | None = None, say: Callable[[str], object] = print
+) -> dict[str, float]:
     """Undiscounted returns of deterministic episodes, one per environment; they cycle through the subnetworks.
 
     Args:
         policy (CompiledPolicy or an actor over subnetworks): its subnetwork ``e % N`` plays the episode of environment ``e``.
         env (EnvBase): of batch size ``(episodes,)``, see :func:`~omnet_torchrl.training.make_env`.
         seed (int or None): of the start states. ``None`` (default): the environment's random numbers go on.
+        say (callable): gets a line where the episodes do not end for long. Defaults to ``print``.
 
     Returns:
         dict: ``eval/return`` and ``eval/length``, means; ``eval/return_subnet_k`` of each subnetwork that played.
@@ -87,7 +108,7 @@ def evaluate(policy: AnyActor | CompiledPolicy, env: EnvBase, *, seed: int | Non
     subnet, total, length = torch.arange(episodes) % actor.num_subnets, torch.zeros(episodes), torch.zeros(episodes)
     observations = [key for key in actor.in_keys if key != actor.subnet_key]
     act = partial(_deterministic, policy, subnet)
-    for step, playing in rollout(env, act, observations=observations, name="an evaluation"):
+    for step, playing in rollout(env, act, observations=observations, name="an evaluation", say=say):
         total += step.get(("next", "reward")).view(-1).cpu() * playing
         length += playing
     metrics = {"eval/return": total.mean().item(), "eval/length": length.mean().item()}
@@ -105,6 +126,7 @@ def evaluate_bias(
     first_steps: int | None = None,
     bootstrap: bool = True,
     seed: int = 0,
+    say: Callable[[str], object] = print,
 ) -> dict[str, float]:
     """Value bias over the state-action pairs of one on-policy episode per environment, each played by one actor subnetwork.
 
@@ -117,6 +139,7 @@ def evaluate_bias(
         bootstrap (bool): where an episode is truncated, go on with the critic's own soft value of the last state (mean over its
             subnetworks), or, ``False``, cut the returns; see :func:`~omnet_torchrl.metrics.soft_returns`. Defaults to ``True``.
         seed (int): of the environment's start states and of the actions' noise. Defaults to 0.
+        say (callable): as in :func:`evaluate`.
 
     Returns:
         dict: of :func:`~omnet_torchrl.metrics.value_bias`, and ``bias/pairs``, how many counted.
@@ -129,7 +152,7 @@ def evaluate_bias(
     with ExitStack() as stack:
         stack.callback(loss.qvalue_network.train, loss.qvalue_network.training)
         loss.qvalue_network.eval()
-        steps = list(_soft_steps(loss, env, generator, bootstrap))
+        steps = list(_soft_steps(loss, env, generator, bootstrap, say))
     data = {key: torch.stack([each[key] for each in steps], -1) for key in steps[0]}
     value, counted, after = data.pop("value"), data.pop("counted"), data.pop("after")
     returns = soft_returns(**data, alpha=loss.log_alpha.exp(), gamma=gamma, bootstrap=after)
@@ -138,7 +161,9 @@ def evaluate_bias(
     return {**{key: float(number) for key, number in bias.items()}, "bias/pairs": float(counted.sum())}
 
 
-def _soft_steps(loss: OMNetSACLoss, env: EnvBase, generator: torch.Generator, bootstrap: bool) -> Iterator[dict[str, Tensor]]:
+def _soft_steps(
+    loss: OMNetSACLoss, env: EnvBase, generator: torch.Generator, bootstrap: bool, say: Callable[[str], object]
+) -> Iterator[dict[str, Tensor]]:
     """What :func:`~omnet_torchrl.metrics.soft_returns` takes of each step, the critic's values, and which of them count."""
     answers: list[tuple[Tensor, Tensor]] = []
 
@@ -148,7 +173,8 @@ def _soft_steps(loss: OMNetSACLoss, env: EnvBase, generator: torch.Generator, bo
         return action
 
     observations = [key for key in loss.actor_network.in_keys if key != loss.tensor_keys.subnet]
-    for step, playing in rollout(env, act, observations=observations, name="an evaluation of the value bias"):
+    name = "an evaluation of the value bias"
+    for step, playing in rollout(env, act, observations=observations, name=name, say=say):
         following, (value, log_prob) = step.get("next"), answers.pop()
         reward, done, terminated = (following.get(key).view(-1).to(value.device) for key in ("reward", "done", "terminated"))
         truncated, after = done & ~terminated, torch.zeros_like(log_prob)

@@ -13,6 +13,9 @@ from torchrl.envs.utils import step_mdp
 from omnet_torchrl.training.loop.environments import resting
 from omnet_torchrl.training.loop.stopping import check_finite, check_stop
 
+LONG = 10_000  # steps of an episode that somebody should know of
+_ENDS = "a run with max_episode_steps=1000 ends them there, one with eval.episodes=0 plays none"
+
 
 def rollout(
     env: EnvBase,
@@ -21,6 +24,7 @@ def rollout(
     *,
     observations: Sequence[NestedKey] = (),
     name: str = "",
+    say: Callable[[str], object] = print,
 ) -> Iterator[tuple[TensorDictBase, Tensor]]:
     """Play one episode in each environment of a batch, until the last one ends.
 
@@ -32,6 +36,7 @@ def rollout(
         state (TensorDictBase or None): where the episodes start. ``None`` (default): ``env.reset()``.
         observations (sequence of NestedKey): what must be finite in each state, as actions and rewards must. Defaults to none.
         name (str): of what plays, for the error. ``""`` (default): nothing is checked.
+        say (callable): gets a line when the episodes last for :data:`LONG` steps. Defaults to ``print``.
 
     Yields:
         the step, before anything is reset: ``action`` and what it led to under ``"next"``; and ``playing (E,)`` on the CPU:
@@ -51,6 +56,8 @@ def rollout(
             check_stop()
             action = act(state).to(env.device or "cpu")
             step, number = env.step(state.set(env.action_key, action)), number + 1
+            if number == LONG:
+                say(f"{name or 'a rollout'} has played {LONG:,} steps, and its episodes have not ended: {_ENDS}")
             for key in watched if name else ():
                 check_finite(key, step.get(key), f"at step {number} of {name}")
             yield step, playing

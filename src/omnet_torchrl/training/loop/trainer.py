@@ -181,6 +181,15 @@ class Trainer:
             return "interrupted"
         return "diverged" if self._diverged else "finished"
 
+    def close(self) -> None:
+        """Close the environments of training and evaluation; an error of theirs is said."""
+        for close in (self.collector.shutdown, getattr(self.evaluate, "close", None)):
+            try:
+                if close is not None:
+                    close()
+            except Exception as error:
+                self.reporter.say(f"warning: an environment could not be closed: {error}")
+
     def _reset_networks(self) -> None:
         # The newest frame is evaluated and saved before: a run that goes on from its checkpoint resets as this one does.
         interval = self.config.reset_interval

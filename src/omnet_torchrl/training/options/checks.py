@@ -33,8 +33,10 @@ MAY_CHANGE = (
 # The ends as in mathematics; no range of floats holds nan or infinity. None is always inside.
 _RANGES = {
     "[1, inf)": "num_envs num_threads total_frames init_random_frames policy_update_delay buffer_size log_interval "
-    "reset_interval max_episode_steps network.num_subnets optim.batch_size eval.interval eval.episodes",
-    "[0, inf)": "checkpoint.interval eval.bias_episodes observation_offset exploration.noise loss.policy_noise loss.noise_clip",
+    "reset_interval max_episode_steps network.num_subnets network.channels network.fan_in optim.batch_size "
+    "optim.target_update_interval exploration.epsilon_frames eval.interval",
+    "[0, inf)": "checkpoint.interval eval.episodes eval.bias_episodes observation_offset exploration.noise loss.policy_noise "
+    "loss.noise_clip",
     "[2, inf)": "checkpoint.keep",
     f"[0, {2**31})": "seed",
     "(0, inf)": "utd_ratio loss.alpha_init optim.lr",

@@ -78,7 +78,7 @@ class EvalConfig:
     """Deterministic episodes in an environment of their own, which cycle through the subnetworks."""
 
     interval: int = 5_000  # frames between evaluations
-    episodes: int = 10  # episodes per evaluation
+    episodes: int = 10  # episodes per evaluation, each in an environment of its own; 0: no evaluation and no environment for it
     bias_episodes: int = 0  # episodes with random actions per evaluation, for the value bias (figure 4); 0: it is not measured
 
 
