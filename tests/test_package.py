@@ -87,7 +87,8 @@ TRAINING = {
     "record.reporter": {"record.folder", "record.metrics", "record.plots", "record.terminal", "record.trackers"},
     "options.options": set(),
     "options.rows": {"options.options"},
-    "options.checks": {"options.options", "options.rows", "record.files"},
+    "options.memory": {"options.options"},
+    "options.checks": {"options.memory", "options.options", "options.rows", "record.files"},
     "options.__init__": {"options.options", "options.rows", "options.checks"},
     "loop.__init__": set(),
     "loop.streams": set(),
@@ -108,7 +109,7 @@ TRAINING = {
     "policy": {"build", "loop.environments", "options", "record.checkpoint", "record.folder"},
     "command_line": {"loop.environments", "loop.stopping", "options", "options.checks"},
     "run": {
-        *("command_line", "policy", "options", "loop.environments", "loop.stopping", "loop.trainer"),
+        *("command_line", "policy", "options", "options.memory", "loop.environments", "loop.stopping", "loop.trainer"),
         *(f"record.{name}" for name in ("checkpoint", "folder", "metrics", "reporter", "terminal", "trackers")),
     },
     "__init__": {

@@ -125,7 +125,9 @@ def check_command_line(arguments: Sequence[str], script: str | Path) -> None:
     with initialize_config_dir(str(script.parent), version_base="1.3"):
         values = []
         for each in overrides:
-            own = each.sweep_string_iterator() if each.is_sweep_override() else [each.get_value_element_as_str()]
+            own = list(each.sweep_string_iterator()) if each.is_sweep_override() else [each.get_value_element_as_str()]
+            if not own:
+                raise ValueError(f"a sweep needs at least one value of each option, got {each.input_line!r}, which has none.")
             values.append([f"{each.get_key_element()}={value}" for value in own])
         for job in map(list, itertools.product(*values)):
             try:
@@ -144,6 +146,8 @@ def merge_overrides(options: Mapping[str, Any], overrides: Sequence[str], what: 
     for override in map(parse, overrides):
         if override.type is OverrideType.DEL:
             raise ValueError(f"{what} goes on with the run's own options, got {override.input_line!r}: leave it out.")
+        if override.key_or_group == "folder":
+            raise ValueError(f"{what} goes on in that folder, got {override.input_line!r} as well: leave out one of the two.")
         OmegaConf.update(merged, override.key_or_group, override.value(), force_add=True)
     return merged
 

@@ -32,6 +32,7 @@ from omnet_torchrl.training.loop.environments import check_env, env_options, ins
 from omnet_torchrl.training.loop.stopping import RunError, exit_code, handled
 from omnet_torchrl.training.loop.trainer import Trainer
 from omnet_torchrl.training.options import TrainConfig, differences, load_config, resolve_device, save_config, to_config
+from omnet_torchrl.training.options.memory import check_memory
 from omnet_torchrl.training.policy import spaces
 from omnet_torchrl.training.record.checkpoint import MANIFESTS, Checkpointer
 from omnet_torchrl.training.record.folder import RunFolder, now, peak_memory
@@ -52,7 +53,7 @@ class Run:
 
     Args:
         config (DictConfig, Mapping or TrainConfig): the options. Where ``resume`` is among them, the others are those of the
-            run in that folder.
+            run in that folder. ``resume="auto"`` goes on in ``folder`` where there is a run in it, and starts it elsewhere.
         overrides (sequence of str): ``name=value``, what a resumed run changes of its options; the others must be the same.
 
     Keyword Args:
@@ -67,17 +68,21 @@ class Run:
     ):
         gc.collect()  # an earlier run of this process: its networks and its buffer are parts of cycles
         resume = config.resume if isinstance(config, TrainConfig) else config.get("resume")
+        auto = resume == "auto"
+        if resume is None or auto:
+            self.config = to_config(config, sweep=sweep)
+            there = auto and Path(self.config.folder, "run.json").expanduser().exists()
+            resume = self.config.folder if there else None
         self.resumed = resume is not None
         if resume is not None:
             self.folder = RunFolder.open(resume)
-            self.config = _resumed(self.folder, overrides)
-        else:
-            self.config = to_config(config)
+            self.config = _resumed(self.folder, overrides, self.config if auto else None)
+        self.config.resume = None
         check_logger(self.config.logger)
         notes = check_env(self.config.env, **env_options(self.config))
         self.device = resolve_device(self.config.device)
         if not self.resumed:
-            self.folder = RunFolder.create(self.config.folder, self._save_config)
+            self.folder = RunFolder.create(self.config.folder, self._save_config, exist_ok=auto)
         self.folder.lock()
         if self.config.num_threads is not None:
             torch.set_num_threads(self.config.num_threads)
@@ -168,6 +173,7 @@ class Run:
             self.reporter.say(
                 f"goes on from frame {trainer.frames:,}" if found else "no checkpoint yet: starts from the beginning"
             )
+        check_memory(config, self.device, env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1])
         fields = {"env": config.env, "seed": config.seed, "device": _device_name(self.device), "error": None}
         self.folder.begin_session(trainer.frames, **fields, spaces=spaces(env.observation_spec, env.action_spec))
         self.reporter.begin(config.logger, asdict(config), trainer.frames, **asdict(config.wandb))
@@ -175,9 +181,10 @@ class Run:
 
     def _run(self, trainer: Trainer) -> str:
         try:
-            if trainer.update.compiled:
-                self.reporter.say("compiling the update; this takes up to a minute ...")
-            trainer.prepare()
+            if not trainer.finished:
+                if trainer.update.compiled:
+                    self.reporter.say("compiling the update; this takes up to a minute ...")
+                trainer.prepare()
             return trainer.run()
         except KeyboardInterrupt:
             return "interrupted"
@@ -248,10 +255,10 @@ class Run:
         self.terminal.block({**fields, "results": _relative(self.folder.path)})
 
 
-def _resumed(folder: RunFolder, overrides: Sequence[str]) -> TrainConfig:
-    """The options of a run in ``folder``, with what the user changes for its next part."""
+def _resumed(folder: RunFolder, overrides: Sequence[str], given: TrainConfig | None = None) -> TrainConfig:
+    """The options of a run in ``folder``, with what the user changes for its next part, or all of them, ``given`` anew."""
     stored = load_config(folder.config_path)
-    changed = to_config(merge_overrides(asdict(stored), overrides, f"resume={folder.path}"))
+    changed = given or to_config(merge_overrides(asdict(stored), overrides, f"resume={folder.path}"))
     found = differences(stored, changed)
     if found:
         listed = "; ".join(f"{name} is {before}, got {after}" for name, (before, after) in found.items())

@@ -237,6 +237,11 @@ class Trainer:
         return dict(metrics.items())
 
     @property
+    def finished(self) -> bool:
+        """Whether nothing is left for :meth:`run` to do."""
+        return self.frames >= self.config.total_frames and not self._evaluation_due
+
+    @property
     def stopped_by(self) -> int | None:
         """The signal that told :meth:`run` to stop, if one did."""
         return self._stop.number

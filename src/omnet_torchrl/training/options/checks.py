@@ -6,6 +6,7 @@ A wrong value, or two that contradict each other, is a ``ValueError`` that says 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+from omnet_torchrl.training.options.memory import check_memory
 from omnet_torchrl.training.options.options import TrainConfig
 from omnet_torchrl.training.options.rows import ROWS, network_sparsity, row
 from omnet_torchrl.training.record.files import replace_file
@@ -30,21 +32,27 @@ MAY_CHANGE = (
     *("device", "compile", "num_threads", "stop_when_diverged", "folder", "resume"),
 )
 
-# The ends as in mathematics; no range of floats holds nan or infinity. None is always inside.
+# The ends as in mathematics; no range of floats holds nan or infinity. None is always inside. What is counted ends where no
+# run would: an environment is made for each of num_envs and of the episodes of an evaluation.
 _RANGES = {
-    "[1, inf)": "num_envs num_threads total_frames init_random_frames policy_update_delay buffer_size log_interval "
-    "reset_interval max_episode_steps network.num_subnets network.channels network.fan_in optim.batch_size "
-    "optim.target_update_interval exploration.epsilon_frames eval.interval",
-    "[0, inf)": "checkpoint.interval eval.episodes eval.bias_episodes observation_offset exploration.noise loss.policy_noise "
-    "loss.noise_clip",
-    "[2, inf)": "checkpoint.keep",
+    "[1, 1e12]": "total_frames init_random_frames policy_update_delay buffer_size log_interval reset_interval eval.interval "
+    "optim.batch_size optim.target_update_interval exploration.epsilon_frames max_episode_steps",
+    "[0, 1e12]": "checkpoint.interval",
+    "[1, 1e6]": "network.num_subnets network.fan_in",
+    "[2, 1e6]": "checkpoint.keep",
+    "[1, 4096]": "num_envs network.channels",
+    "[0, 4096]": "eval.episodes eval.bias_episodes",
+    "[1, 1024]": "num_threads",
     f"[0, {2**31})": "seed",
-    "(0, inf)": "utd_ratio loss.alpha_init optim.lr",
+    "(0, 1e6]": "utd_ratio",
+    "(0, inf)": "loss.alpha_init optim.lr",
+    "[0, inf)": "observation_offset exploration.noise loss.policy_noise loss.noise_clip",
     "[0, 1]": "loss.gamma exploration.epsilon_start exploration.epsilon_end",
     "[0, 1)": "network.dropout",
     "(0, 1]": "optim.tau",
     "(-inf, inf)": "loss.target_entropy",
 }
+MAX_LAYERS = 64
 MINATAR = "MinAtar/"  # before the name of a game
 STRUCTURES = ("random", "spatial", "predictive")
 _CHOICES = {
@@ -63,10 +71,30 @@ if not OmegaConf.has_resolver("now"):  # of ${now:...}; Hydra replaces it with i
     OmegaConf.register_new_resolver("now", lambda pattern: datetime.now().strftime(pattern), use_cache=True)
 
 
-def to_config(config: DictConfig | Mapping[str, Any] | TrainConfig) -> TrainConfig:
-    """A checked config, its interpolations resolved, from what Hydra composed or a nested mapping; see :func:`validate`."""
+def to_config(config: DictConfig | Mapping[str, Any] | TrainConfig, *, sweep: bool = False) -> TrainConfig:
+    """A checked config, its interpolations resolved, from what Hydra composed or a nested mapping; see :func:`validate`.
+
+    With ``resume=auto``, and in a ``sweep``, the default folder has the options that are not the row's defaults in the place of
+    the time of day: the same run has the same folder whenever it is started.
+    """
     validate(result := _typed(config))
+    if sweep or result.resume == "auto":
+        raw = OmegaConf.to_container(config if isinstance(config, DictConfig) else OmegaConf.create(config))  # type: ignore
+        folder = raw.get("folder", TrainConfig.folder)  # type: ignore[union-attr]
+        if folder == TrainConfig.folder:
+            result.folder = str(Path(result.folder).with_name(_run_name(result)))
+        elif "${now:" in folder and result.resume == "auto":
+            raise ValueError(f"resume=auto needs a folder without the time of day, got folder={folder}: leave the time out.")
     return result
+
+
+def _run_name(config: TrainConfig) -> str:
+    """The name of a run among those of its environment, row and seed: the options that are not the row's defaults."""
+    same = {"env": config.env, "algorithm": config.algorithm, "seed": config.seed, "total_frames": config.total_frames}
+    changed = differences(_typed(same), config)
+    text = ",".join(f"{name}={value}" for name, (_, value) in sorted(changed.items())) or "default"
+    name = re.sub(r"[^\w.=,-]+", "_", text)[:200]
+    return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def validate(config: TrainConfig) -> None:
@@ -82,13 +110,13 @@ def validate(config: TrainConfig) -> None:
             if value is not None and not low < value < high and value not in ends:
                 raise ValueError(f"{name} must be in {interval}, got {value}.")
     for name, choices in _CHOICES.items():
-        if values[name] not in choices:
+        if values[name] not in (*choices, None):
             closest = _closest(values[name], choices)
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {values[name]!r}; did you mean {closest}?")
     _check_network(typed)
     _check_loss(typed)
     _check_frames(typed)
-    resolve_device(typed.device)
+    check_memory(typed, resolve_device(typed.device))
     for name, value in _leaves(config).items():
         if value == "":
             raise ValueError(f"{name} must not be empty.")
@@ -153,8 +181,9 @@ def _check_network(config: TrainConfig) -> None:
         if getattr(network, name):
             advice = "leave it out, or mask weights"
             raise ValueError(f"network.{name} must be false with network.masks={network.masks}, got true: {advice}.")
-    if min(network.num_cells, default=0) < 1:
-        raise ValueError(f"network.num_cells must be one or more numbers of at least 1, got {network.num_cells}.")
+    if min(network.num_cells, default=0) < 1 or len(network.num_cells) > MAX_LAYERS:
+        given = network.num_cells if len(network.num_cells) <= MAX_LAYERS else f"{len(network.num_cells)} numbers"
+        raise ValueError(f"network.num_cells must be one to {MAX_LAYERS} numbers of at least 1, got {given}.")
     for number in sparsity if isinstance(sparsity, list) else [sparsity]:
         if type(number) not in (int, float) or not 0 <= number < 1:
             raise ValueError(f"network.sparsity must be a number in [0, 1), or a list of them, got {sparsity!r}.")
@@ -218,6 +247,8 @@ def _check_frames(config: TrainConfig) -> None:
 
 def _typed(config: Any) -> TrainConfig:
     given = config if isinstance(config, DictConfig) else OmegaConf.create(config)
+    if OmegaConf.is_dict(given) and (missing := OmegaConf.missing_keys(given)):  # which merging would leave at their defaults
+        raise ValueError(f"{', '.join(sorted(missing))} must have a value, got ???: give one, or leave it out.")
     name = given.get("algorithm") if OmegaConf.is_dict(given) else None
     row_options = ROWS[name].options if isinstance(name, str) and name in ROWS else {}  # for those that are not given
     try:

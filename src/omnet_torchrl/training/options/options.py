@@ -92,12 +92,12 @@ class CheckpointConfig:
 
 @dataclass
 class WandbConfig:
-    """Read with ``logger=wandb`` only."""
+    """Read with ``logger=wandb`` only. Where an option is None, the environment variables of wandb hold."""
 
-    project: str = "omnet_torchrl"  # project that the run appears in
-    mode: str = "offline"  # offline (files in the run's folder), online or disabled
-    entity: str | None = None  # user or team; None: the account's own
-    group: str | None = None  # runs shown together; None: none
+    project: str | None = None  # project that the run appears in; None: WANDB_PROJECT, or omnet_torchrl
+    mode: str | None = None  # offline (files in the run's folder), online or disabled; None: WANDB_MODE, or offline
+    entity: str | None = None  # user or team; None: WANDB_ENTITY, or the account's own
+    group: str | None = None  # runs shown together; None: WANDB_RUN_GROUP, or none
 
 
 @dataclass
@@ -135,4 +135,4 @@ class TrainConfig:
     progress: bool = True  # show a progress bar
     stop_when_diverged: bool = True  # end the run at a loss that is not finite; false: where the actor is not; nothing is saved
     folder: str = "runs/${env}/${algorithm}/seed${seed}/${now:%Y-%m-%d_%H-%M-%S}"  # of the run's files
-    resume: str | None = None  # folder of the run to go on with; None: a new run
+    resume: str | None = None  # folder of the run to go on with; auto: `folder`, if there is a run in it; None: a new run

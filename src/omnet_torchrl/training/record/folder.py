@@ -98,10 +98,13 @@ class RunFolder:
         self._lock = FileLock(self.checkpoint_path / "lock", timeout=0)
 
     @classmethod
-    def create(cls, path: str | Path, before: Callable[[RunFolder], None] = lambda folder: None) -> RunFolder:
+    def create(
+        cls, path: str | Path, before: Callable[[RunFolder], None] = lambda folder: None, *, exist_ok: bool = False
+    ) -> RunFolder:
         """Make the folder of a new run: ``path`` or, if it exists already, the first free one of ``path-1, path-2, ...``.
 
         ``before`` gets the folder while it is no run yet: what it writes is there wherever a ``run.json`` is.
+        ``exist_ok`` takes ``path`` itself, if nothing is in it but what a run that was killed at this very point has left.
 
         Raises:
             ValueError: it can't be made.
@@ -113,9 +116,12 @@ class RunFolder:
                 # Two runs of a sweep may ask in the same second: whoever makes the folder has it.
                 folder = cls(path.with_name(f"{path.name}-{number}") if number else path)
                 with suppress(FileExistsError):
-                    folder.path.mkdir()
+                    folder.path.mkdir(exist_ok=exist_ok)
                     break
-            folder.checkpoint_path.mkdir()
+            names = {each.name.removesuffix(".tmp") for each in folder.path.iterdir()}
+            if names - {folder.config_path.name, folder.checkpoint_path.name, "run.json"}:
+                raise ValueError(f"folder must be new, empty or a run's, got {path}, which has other files: choose another.")
+            folder.checkpoint_path.mkdir(exist_ok=exist_ok)
         except OSError as error:
             raise ValueError(f"folder must be one that can be made, got {path} ({error.strerror}): choose another.") from error
         before(folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import secrets
 import threading
 import time
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 from omnet_torchrl.training.record.folder import RunFolder
 
 KINDS = ("csv", "tensorboard", "wandb")
+MODES = ("offline", "online", "disabled")
 CONNECT_SECONDS, FINISH_SECONDS, CLOSE_SECONDS = 14.0, 8.0, 20.0
 Say = Callable[[str], None]
 
@@ -138,7 +140,8 @@ def start_wandb(
     private: dict[str, Any] = {"disable_code": True, "disable_git": True, "save_code": False, "x_save_requirements": False}
     quiet: dict[str, Any] = {"silent": True, "console": "off", "reinit": "create_new"}
     settings = wandb.Settings(init_timeout=CONNECT_SECONDS, finish_timeout=FINISH_SECONDS, **private, **quiet)
-    where: dict[str, Any] = {"id": run_id, "dir": str(folder.path), "mode": mode, "resume": "allow"}
+    place = os.environ.get("WANDB_DIR", str(folder.path))
+    where: dict[str, Any] = {"id": run_id, "dir": place, "mode": mode, "resume": "allow"}
     try:
         # Without a key wandb.init would ask for one on the terminal, and where it fails it blocks the run's id: check first.
         if mode == "online" and not wandb.login(prompt=False, verify=True):
@@ -166,8 +169,18 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def wandb_mode() -> str:
+    """What ``WANDB_MODE`` asks for; offline where it is not set. A ``ValueError`` if it is none of ours."""
+    mode = os.environ.get("WANDB_MODE") or "offline"
+    if mode not in MODES:
+        raise ValueError(f"WANDB_MODE must be one of {', '.join(MODES)}, got {mode!r}: change it, or set wandb.mode.")
+    return mode
+
+
 def check_logger(kind: str) -> None:
     """Raise a ``ValueError`` if ``kind`` is no logger, or one whose package is not installed. Cheap: for before any work."""
+    if kind == "wandb":
+        wandb_mode()
     if kind not in KINDS:
         close = difflib.get_close_matches(str(kind), KINDS, n=1)
         raise ValueError(f"logger must be one of {', '.join(KINDS)}, got {kind!r}{f'; {close[0]}?' if close else ''}.")
@@ -183,7 +196,8 @@ def make_logger(
     config: Mapping[str, Any] | None = None,
     *,
     frames: int = 0,
-    mode: str = "offline",
+    mode: str | None = None,
+    project: str | None = None,
     warn: Say = _warn,
     **options: Any,
 ) -> BackgroundLogger:
@@ -194,15 +208,19 @@ def make_logger(
         folder (RunFolder): where it writes; a resumed run goes on in the same place, and in the same run of wandb.
         config (Mapping or None): the nested options, shown beside the values.
         frames (int): what a resumed run starts from. Defaults to 0.
-        mode (str): of wandb: ``"offline"`` (default), ``"online"`` or ``"disabled"``.
+        mode (str or None): of wandb: ``"offline"``, ``"online"`` or ``"disabled"``. ``None`` (default): ``WANDB_MODE``, or
+            offline.
+        project (str or None): of wandb. ``None`` (default): ``WANDB_PROJECT``, or omnet_torchrl.
         warn (callable): see :class:`BackgroundLogger`.
-        options: of :func:`wandb.init`: ``project``, ``entity``, ``group``, ...
+        options: of :func:`wandb.init`: ``entity``, ``group``, ...; what is ``None`` it reads from its environment variables.
     """
     check_logger(kind)
+    mode = mode or wandb_mode()
     if kind == "csv" or (kind == "wandb" and mode == "disabled"):
         return BackgroundLogger()
+    options["project"] = project or os.environ.get("WANDB_PROJECT", "omnet_torchrl")
     if kind == "tensorboard":
         return BackgroundLogger(kind, lambda say: start_tensorboard(folder, config or {}, frames), warn=warn)
-    run_id = folder.info.get("wandb_id") or secrets.token_hex(4)
+    run_id = folder.info.get("wandb_id") or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     folder.write_info(wandb_id=run_id)
     return BackgroundLogger(kind, lambda say: start_wandb(folder, config or {}, run_id, mode, say, options), warn=warn)
