@@ -30,7 +30,7 @@ from torchrl.objectives.utils import distance_loss
 
 from omnet_torchrl.layers.dropout import with_seed
 from omnet_torchrl.objectives.draws import dropout_seed, rsample_with_noise
-from omnet_torchrl.objectives.networks import check_log_prob, prepare_networks
+from omnet_torchrl.objectives.networks import called_with, check_log_prob, prepare_networks
 from omnet_torchrl.objectives.subnet_loss import LossStep, SubnetLoss
 
 # Arguments of TorchRL's SACLoss that this loss lacks, and what takes their place.
@@ -244,9 +244,8 @@ class OMNetSACLoss(SubnetLoss, SACLoss):
         actor_params = self._params("actor_network_params", params)
         options = {"noise": draws.get("noise", None), "seed": dropout_seed(draws, "actor"), "params": actor_params}
         action, log_prob = self.act(tensordict, draws.get("actor"), **options)
-        critic_params = self._params("qvalue_network_params", params).detach()
-        seed = dropout_seed(draws, "value")
-        qvalue = self.value(tensordict, action, draws.get("value"), params=critic_params, seed=seed)
+        critic = {"params": self._params("qvalue_network_params", params), "seed": dropout_seed(draws, "value")}
+        qvalue = self.value(tensordict, action, draws.get("value"), detach=True, **critic)
         qvalue = qvalue.mean(0) if self.value_reduction == "mean" else qvalue.amin(0)
         check_log_prob(log_prob, qvalue)
         loss = self._temperature(params) * log_prob - qvalue
@@ -314,7 +313,7 @@ class OMNetSACLoss(SubnetLoss, SACLoss):
         """
         inputs = self._inputs(self.actor_network, tensordict, subnet)
         params = with_seed(self.actor_network_params if params is None else params, seed)
-        with set_exploration_type(ExplorationType.RANDOM), params.to_module(self.actor_network, preserve_module_state=False):
+        with set_exploration_type(ExplorationType.RANDOM), called_with(self.actor_network, params):
             action, log_prob = rsample_with_noise(self.actor_network.get_dist(inputs), noise)
         return action, log_prob + self.log_prob_offset if self.log_prob_offset else log_prob
 

@@ -23,7 +23,7 @@ from torchrl.objectives.common import LossModule
 
 from omnet_torchrl.layers.dropout import SEED, with_seed
 from omnet_torchrl.objectives.draws import PASSES, draw_indices
-from omnet_torchrl.objectives.networks import count_subnets
+from omnet_torchrl.objectives.networks import called_with, count_subnets, keep_freed_memory
 
 MAX_LISTED = 2**20  # above this number of subnetworks, a loss may not ask for all of them, nor draw several different ones
 Objective = Callable[[TensorDictBase, TensorDictBase, TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
@@ -88,6 +88,7 @@ class SubnetLoss(LossModule):
         for name, count in counts.items():
             number = min(2, self.num_subnets) if count == "auto" else count
             setattr(self, f"num_{name}_subnets", self._checked_count(f"num_{name}_subnets", number))
+        keep_freed_memory()
         networks = (self.actor_network_params, self.qvalue_network_params)
         self._seeded = any(key[-1] == SEED for params in networks for key in params.keys(True, True))
         # What of a network is no number of its own: masks and units. A target network has those of the online one.
@@ -185,7 +186,7 @@ class SubnetLoss(LossModule):
         """
         if delayed is not None and len(delayed) != num_updates:
             raise ValueError(f"delayed must have num_updates={num_updates} elements, got {len(delayed)}.")
-        parameter, *_ = (leaf for leaf in self.qvalue_network_params.values(True, True) if leaf.is_floating_point())
+        parameter = next(leaf for leaf in self.qvalue_network_params.values(True, True) if leaf.is_floating_point())
         device, lead = parameter.device, () if num_updates is None else (num_updates,)
         source = {"generator": generator, "device": device}
         draws = {}
@@ -224,6 +225,7 @@ class SubnetLoss(LossModule):
         *,
         params: TensorDictBase | None = None,
         seed: Tensor | None = None,
+        detach: bool = False,
     ) -> Tensor:
         """Values of an action by several critic subnetworks.
 
@@ -235,6 +237,7 @@ class SubnetLoss(LossModule):
         Keyword Args:
             params (TensorDictBase or None): of the critic. ``None``: the loss's own, ``qvalue_network_params``.
             seed (Tensor or None): of the noise of dropout, if the critic has it. ``None``: the seed that is set.
+            detach (bool): the gradient reaches the action only, and not the critic's parameters. Defaults to ``False``.
 
         Returns:
             Tensor: ``(K, *batch)``.
@@ -244,7 +247,7 @@ class SubnetLoss(LossModule):
         if subnet.ndim <= 1:
             subnet = subnet.reshape(-1, *(1 for _ in batch))
         inputs = self._inputs(self.qvalue_network, tensordict, subnet).set(self.tensor_keys.action, action)
-        with params.to_module(self.qvalue_network, preserve_module_state=False):
+        with called_with(self.qvalue_network, params, detach):
             value = self.qvalue_network(inputs).get(self.tensor_keys.state_action_value, None)
         if value is None:
             raise KeyError(
@@ -268,10 +271,7 @@ class SubnetLoss(LossModule):
             params (TensorDictBase or None): of the actor. ``None``: the loss's own, ``actor_network_params``.
         """
         inputs, params = self._inputs(self.actor_network, tensordict, subnet), self._params("actor_network_params", params)
-        with (
-            set_exploration_type(ExplorationType.DETERMINISTIC),
-            params.to_module(self.actor_network, preserve_module_state=False),
-        ):
+        with set_exploration_type(ExplorationType.DETERMINISTIC), called_with(self.actor_network, params):
             return self.actor_network(inputs).get(self.tensor_keys.action)
 
     def _inputs(self, network: TensorDictModule, tensordict: TensorDictBase, subnet: Tensor) -> TensorDictBase:
@@ -310,9 +310,10 @@ class SubnetLoss(LossModule):
             return online.detach()
         target = self._params(f"target_{name}", params)
         # Plain tensors: what is marked as a buffer can't be put back by a network that calls another one functionally.
-        target = (target._param_td if isinstance(target, TensorDictParams) else target).detach()
-        shared = self._shared_keys[name]
-        return target.update(online.select(*shared)) if shared else target
+        target = (target._param_td if isinstance(target, TensorDictParams) else target).copy()
+        for key in self._shared_keys[name]:
+            target.set(key, online.get(key))
+        return target
 
     def _reduced(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
         return self._reduce_loss(loss, tensordict=tensordict, weights=self._maybe_get_priority_weight(tensordict))
