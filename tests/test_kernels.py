@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_update import BATCH, CLOSE, assert_outputs_close, assert_same_state, build, make_batch, make_parts, make_update, train
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from omnet_torchrl.updates import compiled as compiled_module
 from omnet_torchrl.updates import kernels
@@ -93,3 +94,40 @@ def test_a_compiled_update_by_onednn_agrees_with_eager(chosen, monkeypatch):
     outputs = train(update, 50, every=5), train(eager, 50, every=5)
     assert_same_state(update, eager, **CLOSE)
     assert_outputs_close(*outputs)
+
+
+class Roundings(TorchDispatchMode):
+    """Records what is converted to bfloat16: the strides of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.strides = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        converts = func in (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
+        if converts and torch.bfloat16 in (*args[1:], *kwargs.values()):
+            self.strides.append(args[0].stride())
+        return func(*args, **kwargs)
+
+
+def test_what_several_products_read_is_rounded_once_and_in_its_own_order(monkeypatch):
+    monkeypatch.setattr(kernels, "WORTH", 0)
+    x, w, g = torch.randn(4, 6), torch.randn(5, 6), torch.randn(4, 5)
+    low = [tensor.bfloat16() for tensor in (x, w, g)]
+    expected = [low[0] @ low[1].t(), low[2] @ low[1], low[2].t() @ low[0]]  # forward and backward of a linear layer
+    with Roundings() as seen, kernels.LowPrecision(torch.bfloat16):
+        products = [x @ w.t(), g @ w, g.t() @ x]
+    assert seen.strides == [(6, 1), (6, 1), (5, 1)]
+    for got, own in zip(products, expected, strict=True):
+        torch.testing.assert_close(got, own.float())
+
+
+def test_what_was_changed_in_place_is_rounded_anew(monkeypatch):
+    monkeypatch.setattr(kernels, "WORTH", 0)
+    a, b = torch.ones(2, 2), torch.eye(2)
+    with kernels.LowPrecision(torch.bfloat16):
+        before = a @ b
+        after = a.mul_(3) @ b
+    assert before.tolist() == [[1, 1], [1, 1]]
+    assert after.tolist() == [[3, 3], [3, 3]]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import ACT, OBS, make_batch, no_wait, small_actor, small_qvalue, specs
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictParams
 from tensordict.nn import CompositeDistribution, NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.data import Bounded, Composite, Unbounded
@@ -15,6 +15,7 @@ from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import HardUpdate, SoftUpdate, ValueEstimators
 
 from omnet_torchrl import EnsembleMLP, OMNetSACLoss, SubnetActor, SubnetModule, SubnetQValueOperator
+from omnet_torchrl.objectives.networks import called_with
 
 
 def make_loss(actor=None, qvalue=None, *, tau=0.1, gamma=0.9, **kwargs):
@@ -1116,6 +1117,36 @@ def test_two_runs_side_by_side_under_vmap_equal_a_loop():
         for value, key in zip(together, ("loss_qvalue", "loss_actor", "loss_alpha"), strict=False):
             torch.testing.assert_close(value[i], expected[key])
         torch.testing.assert_close(together[3][i], batches[i]["td_error"])
+
+
+class HoldsParams(nn.Module):
+    """A network that holds parameters of another one as such, besides its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3).eval()
+        self.other = TensorDictParams(TensorDict.from_module(nn.Linear(3, 2)))
+
+    def forward(self, x):
+        return self.norm(self.linear(x)) @ self.other["weight"].t()
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_a_network_called_with_parameters_has_them_and_then_its_own_again(detach):
+    network, x = HoldsParams(), torch.randn(4, 3)
+    before, expected = dict(network.state_dict(keep_vars=True)), network(x)
+    params = TensorDict.from_module(copy.deepcopy(network))
+    params = params.apply(lambda t: (t.detach() + 1).requires_grad_(t.requires_grad), filter_empty=False)
+    with params.to_module(network):
+        under = network(x)
+    with called_with(network, params, detach):
+        assert torch.equal(network(x), under)
+        assert network(x).requires_grad is not detach
+    with pytest.raises(ZeroDivisionError), called_with(network, params, detach):
+        raise ZeroDivisionError
+    assert torch.equal(network(x), expected)
+    after = network.state_dict(keep_vars=True)
+    assert all(after[name] is tensor for name, tensor in before.items())
 
 
 @pytest.mark.gpu

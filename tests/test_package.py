@@ -49,7 +49,7 @@ FOLDERS = {
         "draws": set(),
         "networks": set(),
         "subnet_loss": {"draws", "networks"},
-        "td_loss": {"draws", "subnet_loss"},
+        "td_loss": {"draws", "networks", "subnet_loss"},
         "sac": {"draws", "networks", "subnet_loss", "td_loss"},
         "td3": {"draws", "networks", "subnet_loss", "td_loss"},
         "dqn": {"draws", "networks", "subnet_loss", "td_loss"},

@@ -18,6 +18,7 @@ The way taken depends on shapes alone, never on values, so that it traces with `
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -143,7 +144,7 @@ def indexed_linear(input: Tensor, subnet: Tensor | int, num_subnets: int, select
         output = F.linear(input, weight.squeeze(0), None if bias is None else bias.squeeze(0))
         return _with_dims(output, subnet.ndim + 1)
 
-    batch = torch.broadcast_shapes(subnet.shape, input.shape[:-1])
+    batch = _broadcast(subnet.shape, input.shape[:-1])
     # Dimensions of the batch that the index tells apart come first, the elements that share an index after them.
     shared = len(batch) - (subnet.ndim - rows)
     index = subnet.reshape(subnet.shape[:rows]).expand(batch[:shared]).reshape(-1)
@@ -156,6 +157,12 @@ def indexed_linear(input: Tensor, subnet: Tensor | int, num_subnets: int, select
     every = torch.arange(num_subnets, device=subnet.device)
     output = _linear_rows(input.transpose(0, 1).expand(num_subnets, -1, -1), *select(every))
     return output.gather(0, index.view(1, -1, 1).expand(1, -1, output.shape[-1])).reshape(*batch, output.shape[-1])
+
+
+def _broadcast(index: Sequence[int], batch: Sequence[int]) -> tuple[int, ...]:
+    """As :func:`torch.broadcast_shapes`, whose checks take longer than a small product; what doesn't fit fails to expand."""
+    pairs = itertools.zip_longest(reversed(index), reversed(batch), fillvalue=1)
+    return tuple(a if b == 1 else b for a, b in pairs)[::-1]
 
 
 def _with_dims(output: Tensor, ndim: int) -> Tensor:

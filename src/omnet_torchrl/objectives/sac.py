@@ -28,7 +28,7 @@ from torchrl.objectives import SACLoss
 
 from omnet_torchrl.layers.dropout import with_seed
 from omnet_torchrl.objectives.draws import dropout_seed, rsample_with_noise
-from omnet_torchrl.objectives.networks import check_log_prob, prepare_networks, refuse_arguments
+from omnet_torchrl.objectives.networks import called_with, check_log_prob, prepare_networks, refuse_arguments
 from omnet_torchrl.objectives.subnet_loss import LossStep
 from omnet_torchrl.objectives.td_loss import REDUCTIONS, TDLoss, check_reduction
 
@@ -254,7 +254,7 @@ class OMNetSACLoss(TDLoss, SACLoss):
         """
         inputs = self._inputs(self.actor_network, tensordict, subnet)
         params = with_seed(self.actor_network_params if params is None else params, seed)
-        with set_exploration_type(ExplorationType.RANDOM), params.to_module(self.actor_network, preserve_module_state=False):
+        with set_exploration_type(ExplorationType.RANDOM), called_with(self.actor_network, params):
             action, log_prob = rsample_with_noise(self.actor_network.get_dist(inputs), noise)
         return action, log_prob + self.log_prob_offset if self.log_prob_offset else log_prob
 

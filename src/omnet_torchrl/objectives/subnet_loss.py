@@ -22,7 +22,7 @@ from torchrl.objectives.common import LossModule
 
 from omnet_torchrl.layers.dropout import SEED
 from omnet_torchrl.objectives.draws import PASSES, draw_indices
-from omnet_torchrl.objectives.networks import count_subnets
+from omnet_torchrl.objectives.networks import count_subnets, keep_freed_memory
 
 MAX_LISTED = 2**20  # above this number of subnetworks, a loss may not ask for all of them, nor draw several different ones
 Objective = Callable[[TensorDictBase, TensorDictBase, TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
@@ -88,6 +88,7 @@ class SubnetLoss(LossModule):
         for name, count in counts.items():
             number = min(2, self.num_subnets) if count == "auto" else count
             setattr(self, f"num_{name}_subnets", self._checked_count(f"num_{name}_subnets", number))
+        keep_freed_memory()
         params = {name: getattr(self, name) for name in (f"{network}_params" for network in self._networks)}
         self._seeded = any(key[-1] == SEED for each in params.values() for key in each.keys(True, True))
         # What of a network is no number of its own: masks and units. A target network has those of the online one.
@@ -188,7 +189,7 @@ class SubnetLoss(LossModule):
         """
         if delayed is not None and len(delayed) != num_updates:
             raise ValueError(f"delayed must have num_updates={num_updates} elements, got {len(delayed)}.")
-        parameter, *_ = (leaf for leaf in self._params(self._critic).values(True, True) if leaf.is_floating_point())
+        parameter = next(leaf for leaf in self._params(self._critic).values(True, True) if leaf.is_floating_point())
         device, lead = parameter.device, () if num_updates is None else (num_updates,)
         source = {"generator": generator, "device": device}
         draws = {}
@@ -266,9 +267,10 @@ class SubnetLoss(LossModule):
             return online.detach()
         target = self._params(f"target_{name}", params)
         # Plain tensors: what is marked as a buffer can't be put back by a network that calls another one functionally.
-        target = (target._param_td if isinstance(target, TensorDictParams) else target).detach()
-        shared = self._shared_keys[name]
-        return target.update(online.select(*shared)) if shared else target
+        target = (target._param_td if isinstance(target, TensorDictParams) else target).copy()
+        for key in self._shared_keys[name]:
+            target.set(key, online.get(key))
+        return target
 
     def _reduced(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
         return self._reduce_loss(loss, tensordict=tensordict, weights=self._maybe_get_priority_weight(tensordict))

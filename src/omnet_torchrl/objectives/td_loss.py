@@ -16,6 +16,7 @@ from torchrl.objectives.utils import distance_loss
 
 from omnet_torchrl.layers.dropout import with_seed
 from omnet_torchrl.objectives.draws import dropout_seed
+from omnet_torchrl.objectives.networks import called_with
 from omnet_torchrl.objectives.subnet_loss import LossStep, SubnetLoss
 
 # How the actor's critics are made one value, and where they are several, in which order they are told apart.
@@ -113,8 +114,8 @@ class TDLoss(SubnetLoss):
         self, tensordict: TensorDictBase, action: Any, draws: TensorDictBase, params: TensorDictBase | None
     ) -> Tensor:
         """What the critics that the actor is trained against say of its actions, ``(V, *batch)``; they are not trained."""
-        critic_params = self._params(self._critic, params).detach()
-        return self.value(tensordict, action, draws.get("value"), params=critic_params, seed=dropout_seed(draws, "value"))
+        critic = {"params": self._params(self._critic, params), "seed": dropout_seed(draws, "value")}
+        return self.value(tensordict, action, draws.get("value"), detach=True, **critic)
 
     def _critic_objective(
         self, batch: TensorDictBase, draws: TensorDictBase, params: TensorDictBase
@@ -132,6 +133,7 @@ class TDLoss(SubnetLoss):
         *,
         params: TensorDictBase | None = None,
         seed: Tensor | None = None,
+        detach: bool = False,
     ) -> Tensor:
         """Values of an action by several critic subnetworks; where the critic reads no action, of each action there is.
 
@@ -143,6 +145,7 @@ class TDLoss(SubnetLoss):
         Keyword Args:
             params (TensorDictBase or None): of the critic. ``None``: the loss's own.
             seed (Tensor or None): of the noise of dropout, if the critic has it. ``None``: the seed that is set.
+            detach (bool): the gradient reaches the action only, and not the critic's parameters. Defaults to ``False``.
 
         Returns:
             Tensor: ``(K, *batch)``; for all discrete actions ``(K, *batch, num_actions)``.
@@ -155,7 +158,7 @@ class TDLoss(SubnetLoss):
         if action is not None:
             inputs.set(self.tensor_keys.action, action)
         key = getattr(self.tensor_keys, self._value_key)
-        with params.to_module(network, preserve_module_state=False):
+        with called_with(network, params, detach):
             value = network(inputs).get(key, None)
         if value is None:
             raise KeyError(
@@ -187,8 +190,5 @@ class TDLoss(SubnetLoss):
         """
         inputs = self._inputs(self.actor_network, tensordict, subnet)
         params = with_seed(self.actor_network_params if params is None else params, seed)
-        with (
-            set_exploration_type(ExplorationType.DETERMINISTIC),
-            params.to_module(self.actor_network, preserve_module_state=False),
-        ):
+        with set_exploration_type(ExplorationType.DETERMINISTIC), called_with(self.actor_network, params):
             return self.actor_network(inputs).get(self.tensor_keys.action)

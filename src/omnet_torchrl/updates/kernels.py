@@ -30,7 +30,7 @@ class LowPrecision(TorchDispatchMode):
     """Within, matrix products take inputs of a lower precision, where they are large; everything else stays as it is.
 
     Inputs are rounded to ``dtype``, the product is converted back at once: weights, moments, targets and losses keep their
-        type.
+    type. What several products read is rounded once.
 
     Args:
         dtype (torch.dtype): e.g. ``torch.bfloat16``.
@@ -39,6 +39,7 @@ class LowPrecision(TorchDispatchMode):
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
+        self._rounded: dict[Any, tuple[Tensor, Tensor]] = {}  # with what was rounded, which must live as long as its address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Replace the products of float32 matrices."""
@@ -51,10 +52,20 @@ class LowPrecision(TorchDispatchMode):
         if a.shape[-2] * a.shape[-1] * b.shape[-1] < WORTH:
             return func(*args, **kwargs)
         multiply = torch.ops.aten.mm.default if a.ndim == 2 else torch.ops.aten.bmm.default
-        product = multiply(a.to(self.dtype), b.to(self.dtype)).to(a.dtype)
+        product = multiply(self._round(a), self._round(b)).to(a.dtype)
         if not place:
             return product
         return _biased(product, args[0], **kwargs)
+
+    def _round(self, matrix: Tensor) -> Tensor:
+        """The matrix in the lower precision, in its own order in memory: a transposed one is read, not written, transposed."""
+        if matrix.stride(-1) != 1:
+            return self._round(matrix.mT).mT if matrix.stride(-2) == 1 else matrix.to(self.dtype)
+        place = matrix.untyped_storage()._cdata, matrix.storage_offset(), matrix.shape, matrix.stride()
+        key = *place, matrix._version
+        if key not in self._rounded:
+            self._rounded[key] = matrix, matrix.to(self.dtype)
+        return self._rounded[key][1]
 
 
 # The products of matrices, and which of their arguments is the first matrix.
