@@ -14,6 +14,7 @@ from typing import Any
 
 from omnet_torchrl.training.options import ROWS
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TASKS = ("Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4")
 
 
@@ -34,9 +35,14 @@ class Variant:
     options: tuple[tuple[str, Any], ...] = ()
 
     def overrides(self, task: str, seed: int, frames: int) -> list[str]:
-        """Arguments of examples/omnet_sac.py."""
-        own = [f"{name}={value}" for name, value in self.options]
+        """Arguments of :attr:`example`."""
+        own = [f"{name}={'null' if value is None else value}" for name, value in self.options]
         return [f"algorithm={self.algorithm}", f"env={task}", f"seed={seed}", f"total_frames={frames}", *own]
+
+    @property
+    def example(self) -> Path:
+        """The script that runs it."""
+        return EXAMPLES / {"sac": "omnet_sac.py", "td3": "omnet_td3.py", "dqn": "minatar_dqn.py"}[ROWS[self.algorithm].loss]
 
     def nested(self) -> dict[str, Any]:
         """Its algorithm and options as :func:`~omnet_torchrl.training.options.to_config` takes them."""
@@ -147,6 +153,24 @@ def _masks(*options: tuple[str, Any]) -> tuple[Variant, ...]:
     )
 
 
+# A window of 3 x 3 has 9 % of a grid of 10 x 10: 1,000 units with one each keep as many weights as 90 that see everything.
+_GAMES = ("MinAtar/breakout", "MinAtar/space_invaders")
+_GAME = (("max_episode_steps", 10_000),)
+
+
+def _structures() -> tuple[Variant, ...]:
+    """Structures of the first layer, its weights learned or fixed, with equally many kept weights."""
+    variants = []
+    for name in ("dense", "random", "spatial", "predictive"):
+        units = [90] if name == "dense" else [1_000]
+        layer = (("network.channels", None), ("network.num_cells", units))
+        layer += () if name == "dense" else (("network.structure", name),)
+        variants.append(Variant(f"dqn_{name}", f"{name}, learned", "dqn", (*layer, *_GAME)))
+        fixed = ("network.freeze_hidden", True)
+        variants.append(Variant(f"dqn_{name}_fixed", f"{name}, fixed", "dqn", (*layer, fixed, *_GAME)))
+    return tuple(variants)
+
+
 _QUICK_START = (("utd_ratio", 8), ("policy_update_delay", 4), ("init_random_frames", 1_000), ("eval.interval", 1_000))
 
 EXPERIMENTS = {
@@ -182,6 +206,26 @@ EXPERIMENTS = {
         "Weight masks or unit masks, as in the quick start",
         _masks(*_QUICK_START),
         tasks=("InvertedDoublePendulum-v4",),
+        frames=5_000,
+    ),
+    "minatar_structures": Experiment(
+        "Sparse structures of DQN's hidden layer", _structures(), tasks=_GAMES, seeds=5, frames=500_000
+    ),
+    "minatar": Experiment(
+        "OMNet-DQN and DQN with a convolution",
+        tuple(Variant(name, ROWS[name].label, name, _GAME) for name in ("omnet_dqn", "dqn", "double_dqn")),
+        tasks=_GAMES,
+        seeds=3,
+        frames=500_000,
+    ),
+    "td3_quick": Experiment(
+        "OMNet-TD3 and TD3, as in the quick start",
+        tuple(
+            Variant(name, ROWS[name].label, name, options)
+            for name, options in (("omnet_td3", _QUICK_START), ("td3", _QUICK_START[2:]))
+        ),
+        tasks=("InvertedDoublePendulum-v4",),
+        seeds=3,
         frames=5_000,
     ),
     "controls": Experiment(

@@ -27,7 +27,6 @@ from experiments import Cell
 from omnet_torchrl.training.options import TrainConfig
 from omnet_torchrl.training.record.metrics import read_metrics
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "omnet_sac.py"
 NUMBERS = ("random_seconds", "seconds", "update_seconds")
 COLUMNS = ("machine", "device", "threads", "row", "task", *NUMBERS, "frames", "date", "load")
 INIT, FRAMES = 500, 60  # of a measurement: random frames, then frames with updates
@@ -113,7 +112,8 @@ def measure(cell: Cell, device: str, threads: int) -> Rate:
         machine_share = [f"device={device}", f"num_threads={threads}"]
         arguments = [*cell.variant.overrides(cell.task, cell.seed, INIT + FRAMES), *frames, *machine_share]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run([sys.executable, str(EXAMPLE), *arguments], capture_output=True, text=True, env=environment)
+        command = [sys.executable, str(cell.variant.example), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise ValueError(f"{cell.path} can't be measured: {done.stderr.strip().splitlines()[-1]}")
         return of_metrics(Path(folder, "run", "metrics.csv"), INIT)

@@ -108,7 +108,7 @@ def assign(records: Sequence[Record], cells: Sequence[Cell]) -> dict[Path, Recor
     found = {}
     for cell in cells:
         same = [record for record in by_task[cell.task, cell.seed] if _is(record, cell.variant, cell.task)]
-        same.sort(key=lambda record: (record.path.parts[-3:] == cell.path.parts, record.frames))
+        same.sort(key=lambda record: (record.path.parts[-len(cell.path.parts) :] == cell.path.parts, record.frames))
         for other in same[:-1]:
             warnings.warn(f"{other.path} is left out: {same[-1].path} is the same cell", stacklevel=2)
         if same:

@@ -28,7 +28,9 @@ import tables
 from csv_files import finite, read_rows
 from experiments import EXPERIMENTS, Experiment, known
 from maze import map_figure
-from records import Record, assign, find
+from records import SIZES, Record, assign, find
+
+from omnet_torchrl.training.options import ROWS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OWN_FIGURES = ("fig3", "fig5", "fig6", "fig7", "fig8")  # without the value bias
@@ -122,7 +124,9 @@ def draw(name: str, experiment: Experiment, runs: dict, end: int, folder: Path, 
         said, lines = tables.score_curves(variants, runs, end)
         drawn = [figures.normalised(path, f"{title}: {said}", lines, end)] if lines else []
     else:
-        drawn = [figures.curves(path, title, variants, tasks, runs, end, references=references)]
+        counted = all(task in SIZES and ROWS[variant.algorithm].loss == "sac" for task in tasks for variant in variants)
+        axes = ("frames", "hours", "flops") if counted else ("frames", "hours")
+        drawn = [figures.curves(path, title, variants, tasks, runs, end, axes=axes, references=references)]
     if with_bias(name, runs):
         options = {"axes": ("frames",), "metric": "bias/mean", "label": "value bias", "symlog": 100}
         drawn.append(

@@ -6,9 +6,10 @@ r"""Run the cells of the paper's experiments that are missing; whatever interrup
     python benchmarks/learning/run.py fig2a fig2b --dry-run                # how long it would take here, from measured rates
     python benchmarks/learning/run.py fig2a --commands                     # the commands of the missing cells, one per line
 
-A cell is a run of examples/omnet_sac.py in ``<folder>/<task>/<row>/seed<k>``, with checkpoints, resumed where it stopped. It is
-locked while it runs (``flock``, which ends with the last process that holds it): several runners on one folder, on one machine
-or on several with a common file system, share the cells out. On a cluster, start one runner per node; or let Hydra do it, with
+A cell is a run of an example (omnet_sac.py, omnet_td3.py or minatar_dqn.py) in ``<folder>/<task>/<row>/seed<k>``, with
+checkpoints, resumed where it stopped. It is locked while it runs (``flock``, which ends with the last process that holds it):
+several runners on one folder, on one machine or on several with a common file system, share the cells out. On a cluster, start
+one runner per node; or let Hydra do it, with
 ``pip install hydra-submitit-launcher`` (or hydra-joblib-launcher) and
 
     python examples/omnet_sac.py -m hydra/launcher=submitit_slurm eval.bias_episodes=10 algorithm=omnet,redq \
@@ -41,6 +42,8 @@ import rates
 import torch
 from experiments import EXPERIMENTS, Cell, select
 
+from omnet_torchrl.training.options import ROWS
+
 RESULTS = Path(__file__).resolve().parent / "results"
 # What every cell measures beside its returns, and how.
 WATCHED = ("eval.bias_episodes=10", "progress=false")
@@ -71,11 +74,12 @@ def command(cell: Cell, root: Path, *options: str) -> list[str]:
     folder = root / cell.path
     info = state(folder)
     if not info:
-        arguments = [*WATCHED, *cell.variant.overrides(cell.task, cell.seed, cell.frames), f"folder={folder}"]
+        watched = WATCHED if ROWS[cell.variant.algorithm].loss == "sac" else ("progress=false",)
+        arguments = [*watched, *cell.variant.overrides(cell.task, cell.seed, cell.frames), f"folder={folder}"]
     else:
         # A run that was begun with more frames keeps them: it may only become longer.
         arguments = [f"resume={folder}", f"total_frames={max(cell.frames, _total_frames(folder))}"]
-    return [sys.executable, str(rates.EXAMPLE), *arguments, *options]
+    return [sys.executable, str(cell.variant.example), *arguments, *options]
 
 
 def _total_frames(folder: Path) -> int:

@@ -42,10 +42,11 @@ def structure(config: TrainConfig, layer: MaskedLinear) -> Tensor:
     generator, kind = derived_seed(config.seed, "structure"), config.network.structure
     if kind == "spatial":
         return spatial_structure(units, (GRID, GRID, channels), generator=generator)
+    fan_in = 9 * channels if config.network.fan_in is None else config.network.fan_in
     if kind == "random":
-        return random_structure(units, size, config.network.fan_in, generator=generator)
+        return random_structure(units, size, fan_in, generator=generator)
     game = config.env.removeprefix(MINATAR)
-    return predictive_structure(units, _predictions(game, config.seed), config.network.fan_in, generator=generator)
+    return predictive_structure(units, _predictions(game, config.seed), fan_in, generator=generator)
 
 
 def _predictions(game: str, seed: int) -> Tensor:
