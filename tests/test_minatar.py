@@ -164,7 +164,7 @@ def test_the_package_may_be_missing(monkeypatch):
 
 
 def test_faster_than_wrapped_games_by_far():
-    """The bar is five, measured on a machine at rest by ``benchmarks/speed/minatar.py``; here others may be at work."""
+    """The bar is five, measured on a machine at rest by ``benchmarks/speed/games.py``; here others may be at work."""
     import minatar.gym
 
     minatar.gym.register_envs()
