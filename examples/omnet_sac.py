@@ -3,6 +3,7 @@
     python examples/omnet_sac.py                                  # Hopper-v4 with the paper's settings
     python examples/omnet_sac.py --config-name quick_start        # InvertedDoublePendulum-v4, solved in minutes
     python examples/omnet_sac.py env=Humanoid-v4 seed=3 network.num_subnets=8
+    python examples/omnet_sac.py env=my_module:MyEnv-v0 env_kwargs.size=3 max_episode_steps=500  # of the working directory
     python examples/omnet_sac.py algorithm=redq                   # a baseline; training/options/rows.py has the rows
     python examples/omnet_sac.py -m seed=0,1,2                    # one run after the other
     python examples/omnet_sac.py resume=runs/Hopper-v4/omnet/seed0/...  # goes on where a run was stopped

@@ -38,7 +38,8 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor
 
 from omnet_torchrl.training import load_policy
-from omnet_torchrl.training.loop.environments import MAZE
+from omnet_torchrl.training.loop.border import Border
+from omnet_torchrl.training.loop.environments import MAZE, env_options, make_gymnasium
 from omnet_torchrl.training.loop.rollout import rollout
 from omnet_torchrl.training.options import load_config
 from omnet_torchrl.training.record.folder import RunFolder
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = RunFolder.open(args.run)
     config = load_config(run.config_path)
     name, scale = config.env, config.observation_offset
-    env = make(name, draw=bool(args.video or args.frames))
+    env = make(name, draw=bool(args.video or args.frames), **env_options(config))
     actor = load_policy(args.run)
     every = range(min(actor.num_subnets, MAX_SUBNETS))
     policies = {k: actor.extract(k) for k in (every if args.subnet is None else [args.subnet])}
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say(f"{name}, {kind} episodes of {run.path} ({run.info['status']}){off}")
     say(f"{'subnet':>8}{'episodes':>10}{'return':>21}{'length':>10}")
     everything: list[tuple[float, int]] = []
-    player = GymWrapper(env)
+    player = GymWrapper(Border(env))
     with film(args, env) as show:
         for k, policy in policies.items():
             torch.manual_seed(args.seed)
@@ -114,7 +115,7 @@ def row(name: object, episodes: Sequence[tuple[float, int]]) -> str:
         return f"{name:>8}{len(episodes):>10}{np.mean(returns):>11.1f} ± {np.std(returns):<7.1f}{np.mean(lengths):>10.1f}"
 
 
-def make(name: str, draw: bool) -> gymnasium.Env:
+def make(name: str, draw: bool, **options: object) -> gymnasium.Env:
     """The environment; with ``draw``, one that has drawn a frame: where that fails, it is before anything is played."""
     if name == MAZE:
         raise ValueError(f"{name} is no environment of gymnasium: its subnetworks' ways are in the run's trajectories.csv.")
@@ -128,7 +129,7 @@ def make(name: str, draw: bool) -> gymnasium.Env:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old versions of environments, and what leads to the errors below
-            env = gymnasium.make(name, render_mode="rgb_array" if draw else None)
+            env = make_gymnasium(name, render_mode="rgb_array" if draw else None, **options)
             if draw:
                 env.reset(seed=0)
                 env.render()

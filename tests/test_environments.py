@@ -1,6 +1,7 @@
 """Environments of a run: batches of them, and episodes brought back in their middle."""
 
 import io
+import json
 
 import gymnasium
 import numpy as np
@@ -156,7 +157,7 @@ def test_an_episode_right_after_its_reset_is_brought_back():
     observation, _ = original.reset()
     again = solo("Hopper-v4")
     again.load_state_dict(original.state_dict())
-    assert np.array_equal(again.state_dict()["observation"], observation)
+    assert np.array_equal(again.state_dict()["observation"].float(), observation)
     assert_same(play_gym(original, 80, np.random.default_rng(2)), play_gym(again, 80, np.random.default_rng(2)))
 
 
@@ -212,6 +213,30 @@ def test_a_batch_is_brought_back_in_the_middle_of_its_episodes():
     found, _ = play(again, acts[50:], carried)
     assert (expected == found).all()
     assert expected["next", "done"].any()
+
+
+def test_an_episode_of_a_checkpoint_from_before_other_generators_were_kept_is_brought_back():
+    """Which has the state of gymnasium's own generator, or none where the reset had a seed."""
+    original = solo("Hopper-v4")
+    original.reset(seed=0)
+    seeded = {**original.state_dict(), "rng": None}
+    rng = json.dumps(original.unwrapped.np_random.bit_generator.state)
+    original.reset()
+    original.step(np.zeros(3, "f"))
+    for state in (seeded, {**original.state_dict(), "rng": rng}):
+        again = solo("Hopper-v4")
+        again.load_state_dict(state)
+        assert torch.equal(again.state_dict()["observation"], state["observation"])
+
+
+def test_a_generator_that_is_another_by_now_cannot_be_brought_back():
+    envs = []
+    for kind in (np.random.PCG64, np.random.Philox):
+        envs.append(Border(Counter()))
+        envs[-1].unwrapped.own = np.random.Generator(kind(0))
+        envs[-1].reset(seed=0)
+    with pytest.raises(ReplayError, match=r"the random generators of Counter can't be brought back: 0\.own\."):
+        envs[1].load_state_dict(envs[0].state_dict())
 
 
 @pytest.mark.parametrize("shown", ["observation", "reward", "end"])

@@ -1,6 +1,7 @@
 """Environments as their authors write them: each gives the numbers of a plain rollout, or one line that says why not."""
 
 import contextlib
+import csv
 import gc
 import random
 import re
@@ -24,6 +25,7 @@ from omnet_torchrl.training import Trainer, evaluate, load_policy, make_env
 from omnet_torchrl.training.command_line import register
 from omnet_torchrl.training.loop import rollout
 from omnet_torchrl.training.loop.environments import MAZE, check_env, make_gymnasium, recorders
+from omnet_torchrl.training.record.reporter import Reporter
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAME, STEPS = "Foreign-v0", 40
@@ -545,15 +547,8 @@ def job(tmp_path, monkeypatch):
 
             mode = None
 
-        sizes = [
-            "network.num_cells=[8,8]",
-            "network.num_subnets=3",
-            "network.dense_input=true",
-            "optim.batch_size=8",
-            "compile=false",
-            "progress=false",
-        ]
-        quick = ["compile=false", "progress=false", "eval.episodes=2"]
+        sizes = ["network.num_cells=[8,8]", "network.num_subnets=3", "network.sparsity=0.1", "network.dense_input=true"]
+        quick = ["optim.batch_size=8", "compile=false", "progress=false", "eval.episodes=2"]
         frames = ["total_frames=60", "init_random_frames=30", "eval.interval=30", "utd_ratio=1", "policy_update_delay=1"]
         monkeypatch.setattr(HydraConfig, "get", lambda: Composed)
         with initialize_config_dir(str(EXAMPLES), version_base="1.3"):
@@ -814,3 +809,42 @@ def test_the_main_job_takes_them_all(job, module, capsys):
     assert max(map(float, lengths)) == 7
     assert {line.split(",")[-1] for line in lines if "eval/length" in line} <= {str(n / 2) for n in range(15)}
     assert "env_kwargs:\n  length: 9\n" in (folder / "config.yaml").read_text()
+
+
+LIBRARIES = {
+    "dm_control": ("shimmy:dm_control/cheetah-run-v0", "flatten_observation=true"),
+    "metaworld": ("metaworld:Meta-World/MT1", "env_kwargs.env_name=reach-v3"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of theirs
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_of_tasks_is_trained_and_resumed_bit_for_bit(library, job, monkeypatch, capsys):
+    """Over the end of an episode: of 1,000 steps in dm_control, of 500 in Meta-World."""
+    pytest.importorskip(library)
+    env, option = LIBRARIES[library]
+    frames = ["total_frames=1100", "checkpoint.interval=300", "eval.interval=600", "eval.episodes=2", "utd_ratio=0.1"]
+    options = [f"env={env}", option, *frames, "init_random_frames=100"]
+    whole, progress = job(*options, folder="whole"), Reporter.progress
+
+    def stop(self, frames, *rest):
+        if frames == 1010:
+            raise RuntimeError("killed")
+        progress(self, frames, *rest)
+
+    monkeypatch.setattr(Reporter, "progress", stop)
+    with pytest.raises(RuntimeError, match="killed"):
+        job(*options, folder="halves")
+    monkeypatch.setattr(Reporter, "progress", progress)
+    capsys.readouterr()
+    halves = job(f"resume={whole.parent / 'halves'}")
+    assert "inexactly" not in capsys.readouterr().err
+    rows = [untimed_records(each / "metrics.csv") for each in (whole, halves)]
+    assert rows[0] == rows[1]
+    assert {"train/episode_return", "eval/return"} <= {name for _, name, _ in rows[0]}
+    assert differing(result(whole / "checkpoints"), result(halves / "checkpoints")) == []
+
+
+def untimed_records(path):
+    with path.open() as file:
+        return [(row["frames"], row["name"], row["value"]) for row in csv.DictReader(file) if "time/" not in row["name"]]

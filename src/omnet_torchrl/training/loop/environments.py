@@ -79,7 +79,8 @@ def check_env(name: str, **options: Any) -> list[str]:
         stack.enter_context(_blamed(name, "closed"))
         stack.callback(env.close)
         with _blamed(name, "reset"):
-            first, again = (env.reset(seed=0)[0] for _ in range(2))
+            # As a run does: some environments draw the first episode before they read the seed.
+            first, again = ((env.reset(seed=0), env.reset()[0])[1] for _ in range(2))
         with _blamed(name, "stepped"):
             observation, reward, *_ = env.step(env.action_space.low / 2 + env.action_space.high / 2)
     for what, value in {"observation": np.stack([first, observation]), "reward": np.array(reward)}.items():
@@ -96,7 +97,7 @@ def _notes(name: str, env: gymnasium.Env, repeats: bool) -> list[str]:
             notes.append(f"warning: {type(env).__name__} around {name} keeps running statistics: {apart}")
         env = env.env
     if not notes and not repeats:
-        unlike = "two resets with the same seed differ, so will two runs, and a resumed run goes on inexactly"
+        unlike = "its episodes differ though the seed is the same, so will two runs, and a resumed run goes on inexactly"
         notes.append(f"warning: {name} draws random numbers that its seed does not decide: {unlike}")
     return notes
 

@@ -98,10 +98,13 @@ def states(generators: Mapping[str, Any]) -> dict[str, Any]:
 
 def restore(generators: Mapping[str, Any], states: Mapping[str, Any]) -> list[str]:
     """Have generators go on from their :func:`states`; the ways of those that can't."""
+    missing = []
     for way, state in states.items():
-        if way in generators and state is not None:
+        try:
             _set_state(generators[way], state)
-    return [way for way, state in states.items() if way not in generators or state is None]
+        except Exception:  # it is not there, tells no state, or is of another kind by now
+            missing.append(way)
+    return missing
 
 
 def dumps(states: Mapping[str, Any]) -> str:
