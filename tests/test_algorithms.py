@@ -408,7 +408,7 @@ def test_epsilon_is_a_function_of_the_frame():
 
 
 def test_td3s_noise_is_of_the_range_of_the_action():
-    config = to_config(options_of("omnet_td3", exploration={"noise": 0.1}))
+    config = to_config(options_of("omnet_td3", exploration={"noise": 0.1}, network={"dense_input": True}))
     actor = build(config, Unbounded((OBS,)), Bounded(-0.4, 1.0, (ACT,))).actor
     explore = Exploring(CompiledPolicy(actor, compile=False), config, Bounded(-0.4, 1.0, (ACT,)))
     batch = TensorDict(observation=torch.zeros(4_000, OBS), subnet=torch.zeros(4_000, dtype=torch.int64), batch_size=[4_000])

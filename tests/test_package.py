@@ -107,7 +107,7 @@ TRAINING = {
     "grid": {"loop.streams", "options", "options.checks"},
     "build": {"grid", "loop.streams", "options", "options.rows"},
     "policy": {"build", "loop.environments", "options", "record.checkpoint", "record.folder"},
-    "command_line": {"loop.environments", "loop.stopping", "options", "options.checks"},
+    "command_line": {"loop.environments", "loop.stopping", "options", "options.checks", "record.folder"},
     "run": {
         *("command_line", "policy", "options", "options.memory", "loop.environments", "loop.stopping", "loop.trainer"),
         *(f"record.{name}" for name in ("checkpoint", "folder", "metrics", "reporter", "terminal", "trackers")),

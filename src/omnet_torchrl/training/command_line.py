@@ -25,6 +25,7 @@ from omnet_torchrl.training.loop.environments import check_env, env_options
 from omnet_torchrl.training.loop.stopping import RunError
 from omnet_torchrl.training.options import ROWS, TrainConfig, row, to_config
 from omnet_torchrl.training.options.checks import OPTIONS, unknown
+from omnet_torchrl.training.record.folder import RunFolder
 
 # Hydra's flags (hydra.cc/docs/advanced/hydra-command-line-flags), of which it has no public list.
 SWITCHES = {"help": "h", "hydra-help": "", "version": "", "resolve": "", "run": "r", "multirun": "m", "shell-completion": "sc"}
@@ -136,6 +137,8 @@ def check_command_line(arguments: Sequence[str], script: str | Path) -> None:
                 if environment not in environments:
                     check_env(config.env, **env_options(config))
                 environments.add(environment)
+                if config.resume not in (None, "auto"):
+                    RunFolder.open(config.resume)
             except (ValueError, HydraException) as error:
                 raise ValueError(f"{error} (the job {shlex.join(job)} of the sweep; none was started)") from error
 

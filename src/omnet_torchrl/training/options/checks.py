@@ -247,8 +247,8 @@ def _check_frames(config: TrainConfig) -> None:
 
 def _typed(config: Any) -> TrainConfig:
     given = config if isinstance(config, DictConfig) else OmegaConf.create(config)
-    if OmegaConf.is_dict(given) and (missing := OmegaConf.missing_keys(given)):  # which merging would leave at their defaults
-        raise ValueError(f"{', '.join(sorted(missing))} must have a value, got ???: give one, or leave it out.")
+    if missing := _missing(OmegaConf.to_container(given, resolve=False)):  # which merging would leave at their defaults
+        raise ValueError(f"{', '.join(missing)} must have a value, got ???: give one, or leave it out.")
     name = given.get("algorithm") if OmegaConf.is_dict(given) else None
     row_options = ROWS[name].options if isinstance(name, str) and name in ROWS else {}  # for those that are not given
     try:
@@ -259,6 +259,13 @@ def _typed(config: Any) -> TrainConfig:
         raise ValueError(unknown(str(error.full_key))) from error
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key or 'options'}: {str(error.msg).splitlines()[0]}") from error
+
+
+def _missing(options: Any, prefix: str = "") -> list[str]:
+    """The names of options that are ``???``, which is OmegaConf's word for a value that is still to be given."""
+    if not isinstance(options, dict):
+        return [prefix[:-1]] if options == "???" else []
+    return [name for key, value in options.items() for name in _missing(value, f"{prefix}{key}.")]
 
 
 def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
