@@ -302,6 +302,7 @@ def test_traced_steps_equal_eager_ones_with_several_updates_a_call(options, comp
     assert torch.equal(outputs[0][1], outputs[1][1])
     assert {name: int(step.delayed) for name, step in traced.steps.items() if step.trains} == {"critic": 0, "actor": 1}
     assert "critic: 481 parameters, actor (every 2): " in repr(traced)
+    assert ("targets every 3" in repr(traced)) == ("target_update_interval" in options)
 
 
 @pytest.mark.slow

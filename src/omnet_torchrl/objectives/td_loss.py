@@ -19,7 +19,7 @@ from omnet_torchrl.objectives.draws import dropout_seed
 from omnet_torchrl.objectives.networks import called_with
 from omnet_torchrl.objectives.subnet_loss import LossStep, SubnetLoss
 
-# How the actor's critics are made one value, and where they are several, in which order they are told apart.
+# How the values of several critics, ``(V, *batch)``, become one.
 REDUCTIONS = {"mean": lambda q: q.mean(0), "min": lambda q: q.amin(0), "first": lambda q: q[0]}
 
 

@@ -341,8 +341,8 @@ class Update:
         for name, step in ((name, self.steps[name]) for name in self._trained):
             every = f" (every {self.policy_update_delay})" if step.delayed and self.policy_update_delay > 1 else ""
             steps.append(f"{name}{every}: {sum(param.numel() for param in self._trained[name].values()):,} parameters")
-        precision = "" if self.precision == "float32" else f", {self.precision}"
-        loss = type(self.loss).__name__
-        return (
-            f"{type(self).__name__}({loss}, steps=[{', '.join(steps)}], tau={self.tau}{precision}, {self.updates} updates made)"
-        )
+        options = [] if self.precision == "float32" else [self.precision]
+        if self.target_update_interval > 1:
+            options.append(f"targets every {self.target_update_interval}")
+        shown = [type(self.loss).__name__, f"steps=[{', '.join(steps)}]", f"tau={self.tau}", *options]
+        return f"{type(self).__name__}({', '.join(shown)}, {self.updates} updates made)"
