@@ -15,7 +15,7 @@ from torchrl.data import Binary, Bounded, Categorical, Composite, MultiOneHot, O
 from torchrl.modules import EGreedyModule, QValueActor
 from torchrl.objectives import DQNLoss, HardUpdate, SoftUpdate
 
-from omnet_torchrl import EnsembleMLP, OMNetDQNLoss, SubnetQValueActor, Update, make_qvalue_actor
+from omnet_torchrl import EnsembleMLP, OMNetDQNLoss, RedrawnMLP, SubnetQValueActor, Update, make_qvalue_actor
 
 GAMMA, TAU, ACTIONS = 0.9, 0.1, 3
 SPACES = {"one-hot": OneHot(ACTIONS), "categorical": Categorical(ACTIONS)}
@@ -329,6 +329,12 @@ def test_the_policy_of_the_mean_is_greedy_on_the_mean_and_follows_the_weights(ba
         torch.testing.assert_close(played["action_value"], mean)
         assert torch.equal(played["action"].int().argmax(-1), mean.argmax(-1))
         actor.module[0].module[-1].weight.data.neg_()
+
+
+def test_a_mean_of_too_many_subnetworks_is_refused():
+    actor = make_qvalue_actor(specs()[0], OneHot(ACTIONS), network_class=RedrawnMLP, num_cells=(16, 16))
+    with pytest.raises(ValueError, match="the mean is of at most 1024 subnetworks, got 2147483648"):
+        actor.mean_policy()
 
 
 @each_space

@@ -1,10 +1,11 @@
-"""The component scripts of examples/ run as a user runs them."""
+"""The component scripts of examples/ run as a user runs them, and a DQN script of TorchRL's with OMNet in its place."""
 
 import re
 import runpy
 from pathlib import Path
 
 import pytest
+from test_readme import patched
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = (
@@ -31,3 +32,63 @@ def test_a_short_run_trains_and_evaluates(script, capsys):
 def test_relatives_of_dqn_are_options(options):
     main = runpy.run_path(str(EXAMPLES / "dqn_script.py"))["main"]
     assert main([*SMALL.split(), *SCRIPTS["dqn_script.py"].split(), *options.split()]) > 0
+
+
+BEFORE = """
+import torch
+from tensordict.nn import TensorDictSequential
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import GymEnv, InitTracker, TransformedEnv
+from torchrl.modules import MLP, EGreedyModule, QValueActor
+from torchrl.objectives import DQNLoss, HardUpdate
+
+env = TransformedEnv(GymEnv("CartPole-v1"), InitTracker())
+actor = QValueActor(MLP(4, 2, num_cells=[128, 128]), in_keys=["observation"], spec=env.action_spec)
+explore = EGreedyModule(env.action_spec, eps_init=1.0, eps_end=0.05, annealing_num_steps=5_000)
+
+loss = DQNLoss(actor, double_dqn=True)
+target_updater = HardUpdate(loss, value_network_update_interval=100)
+optim = torch.optim.Adam(loss.parameters(), lr=1e-3)
+collector = Collector(env, TensorDictSequential(actor, explore), frames_per_batch=10, total_frames=200)
+buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(10_000), batch_size=32)
+
+for data in collector:
+    explore.step(data.numel())
+    buffer.extend(data)
+    losses = loss(buffer.sample())
+    optim.zero_grad()
+    losses["loss"].backward()
+    optim.step()
+    target_updater.step()
+"""
+DIFF = """
+-from torchrl.modules import MLP, EGreedyModule, QValueActor
+-from torchrl.objectives import DQNLoss, HardUpdate
++from torchrl.modules import EGreedyModule
++from omnet_torchrl import OMNetDQNLoss, Update, make_qvalue_actor
+-actor = QValueActor(MLP(4, 2, num_cells=[128, 128]), in_keys=["observation"], spec=env.action_spec)
++actor = make_qvalue_actor(env.observation_spec, env.action_spec, sparsity=[0.0, 0.5, 0.5])
++env.append_transform(actor.make_tensordict_primer())
+-loss = DQNLoss(actor, double_dqn=True)
+-target_updater = HardUpdate(loss, value_network_update_interval=100)
+-optim = torch.optim.Adam(loss.parameters(), lr=1e-3)
++loss = OMNetDQNLoss(actor)
++update = Update(loss, lr=1e-3, tau=1.0, target_update_interval=100)
+-    losses = loss(buffer.sample())
+-    optim.zero_grad()
+-    losses["loss"].backward()
+-    optim.step()
+-    target_updater.step()
++    losses = update(buffer.sample())
+"""
+
+
+@pytest.mark.parametrize("diff", ["", DIFF], ids=["TorchRL's", "with OMNet"])
+def test_a_dqn_script_takes_omnet_in_few_lines(diff, tmp_path):
+    assert diff.count("\n+") <= 15
+    script = tmp_path / "script.py"
+    script.write_text(patched(BEFORE, diff).replace("tau=1.0,", "tau=1.0, compile=False,"))
+    ran = runpy.run_path(str(script))
+    assert ran["losses"]["loss"].isfinite()
+    assert ran["buffer"][:]["subnet"].unique().numel() > 1 if diff else "subnet" not in ran["buffer"][:].keys()

@@ -7,6 +7,7 @@ import torch
 from conftest import OBS, make_batch, small_deterministic_actor, small_qvalue, small_qvalue_actor
 from tensordict import TensorDict
 from test_dqn import discrete
+from test_update import compiler  # noqa: F401
 from torchrl.data.postprocs import MultiStep
 from torchrl.objectives import HardUpdate, SoftUpdate, ValueEstimators
 
@@ -219,6 +220,25 @@ def test_it_can_be_called_without_tensordicts_and_with_other_keys(kind, nested):
 
 
 @both
+def test_nested_keys_work(kind):
+    keys = {"observation_key": ("agent", "observation"), "action_key": ("agent", "action"), "subnet_key": ("agent", "subnet")}
+    if kind == TD3:
+        loss = OMNetTD3Loss(small_deterministic_actor(**keys), small_qvalue(**keys))
+    else:
+        loss = OMNetDQNLoss(small_qvalue_actor(**keys))
+    SoftUpdate(loss, tau=0.1)
+    loss.set_keys(subnet=("agent", "subnet"), action=("agent", "action"))
+    batch, plain = batch_of(kind, 8), make_loss(kind).make_value_estimator()
+    plain.load_state_dict({name.replace("agent_", ""): value for name, value in loss.state_dict().items()})
+    expected = plain(batch.clone(), draws=plain.draw(batch, torch.Generator().manual_seed(0)))
+    for key in ("observation", ("next", "observation"), "action"):
+        nested = ("agent", key) if isinstance(key, str) else ("next", "agent", "observation")
+        batch.rename_key_(key, nested)
+    assert loss.in_keys[0] == ("agent", "action")
+    assert (loss(batch, draws=loss.draw(batch, torch.Generator().manual_seed(0))) == expected).all()
+
+
+@both
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("batch_size", [(8,), (4, 3)])
 def test_reductions(kind, reduction, batch_size):
@@ -356,6 +376,50 @@ def test_two_runs_side_by_side_under_vmap_equal_a_loop(kind):
         expected = loss(batches[i], draws=draws[i])
         for value, name in zip(together, reversed(names(loss)), strict=True):
             torch.testing.assert_close(value[i], expected[name])
+
+
+# The update --------------------------------------------------------------------------------------------------------------
+
+
+def make_update(kind, compile=False):
+    torch.manual_seed(0)
+    return Update(make_loss(kind), lr=1e-2, policy_update_delay=2, target_update_interval=4, compile=compile)
+
+
+def train(update, kind, count, start=0):
+    for i in range(start, start + count):
+        update(batch_of(kind, 8, seed=i), generator=torch.Generator().manual_seed(i))
+
+
+def same(update, other):
+    state, expected = update.loss.state_dict(), other.loss.state_dict()
+    return [name for name in expected if not torch.equal(state[name], expected[name])] == []
+
+
+@both
+def test_an_update_goes_on_from_its_state_as_if_it_had_not_stopped(kind):
+    whole, first, second = (make_update(kind) for _ in range(3))
+    train(whole, kind, 9)
+    train(first, kind, 5)  # in the middle of both intervals
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    train(second, kind, 4, start=5)
+    assert same(second, whole)
+    assert not same(first, whole)
+
+
+@both
+def test_masks_that_are_written_count_in_a_traced_update_too(kind, compiler):  # noqa: F811
+    eager, traced = make_update(kind), make_update(kind, compile=True)
+    for update in (eager, traced):
+        train(update, kind, 5)
+        for name, buffer in update.loss.named_buffers():
+            if "masks" in name and not name.startswith("target_"):  # those of the targets are never read
+                buffer.copy_(buffer.roll(1, 0))
+        train(update, kind, 4, start=5)
+    assert same(traced, eager)
+    untouched = make_update(kind)
+    train(untouched, kind, 9)
+    assert not same(untouched, eager)
 
 
 def test_the_disagreement_of_subnetworks_is_measured_of_td3_too():

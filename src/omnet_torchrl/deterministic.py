@@ -19,6 +19,8 @@ from torchrl.modules import QValueActor, TanhModule
 from omnet_torchrl.modules import SubnetActor, SubnetPolicy, call_indexed, get_num_subnets
 from omnet_torchrl.specs import check_action_spec, check_discrete_spec
 
+MAX_ASKED = 2**10  # subnetworks that one call may ask
+
 
 class _IndexedSequential(SubnetPolicy):
     """A sequence of modules whose first one reads the index."""
@@ -133,7 +135,12 @@ class SubnetQValueActor(_IndexedSequential, QValueActor):
         """Return the policy that is greedy on the mean of all subnetworks' values, e.g. for evaluation.
 
         It reads no index and has this actor's current weights, always.
+
+        Raises:
+            ValueError: there are too many subnetworks to ask all, as of a :class:`~omnet_torchrl.RedrawnMLP`.
         """
+        if self.num_subnets > MAX_ASKED:
+            raise ValueError(f"the mean is of at most {MAX_ASKED} subnetworks, got {self.num_subnets}: extract some of them.")
         module = _MeanValue(self.module[0])
         return QValueActor(module, spec=self.spec[self.action_key], action_key=self.action_key).train(self.training)
 
