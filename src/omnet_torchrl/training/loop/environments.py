@@ -1,7 +1,8 @@
 """Environments of a run: gymnasium's, as TorchRL's, whose episodes can be brought back in their middle.
 
 No simulator state is saved. The current episode is played again, from its actions and the state of the random numbers at its
-reset, and compared with what was seen. This is exact wherever an environment is a function of these.
+reset, and compared with what was seen; between two episodes, the last one is. This is exact wherever an environment is a
+function of these. What an environment keeps over more than an episode without showing it in one is not noticed.
 """
 
 from __future__ import annotations
@@ -43,9 +44,12 @@ class EpisodeRecorder(gymnasium.Wrapper):
         self.resting = False  # whether steps do nothing and end nothing
         self._start, self._actions, self._observation = dict[str, Any](), list[np.ndarray](), None
         self._seen = hashlib.sha256()  # observations, rewards and ends of the current episode
+        self._last: dict[str, Any] | None = None  # the episode before, as state_dict() has one
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         """Reset the environment, and keep the state of its random numbers."""
+        if self._actions:
+            self._last = self._episode()
         rng = None if seed is not None else json.dumps(self.unwrapped.np_random.bit_generator.state)
         self._start, self._actions, self._seen = {"seed": seed, "rng": rng}, [], hashlib.sha256()
         self._observation, info = self.env.reset(seed=seed, options=options)
@@ -63,16 +67,24 @@ class EpisodeRecorder(gymnasium.Wrapper):
         return self._observation, reward, terminated, truncated, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Start and actions of the current episode, and a hash of all that was seen: strings, numbers and tensors."""
+        """Start and actions of the current episode, and a hash of all that was seen: strings, numbers and tensors.
+
+        Where it has no step yet, which could tell whether the environment is the same again, the episode before comes with it.
+        """
+        return {**self._episode(), **({"last": self._last} if self._last and not self._actions else {})}
+
+    def _episode(self) -> dict[str, Any]:
         actions, observation = (torch.from_numpy(np.array(each)) for each in (self._actions, self._observation))
         return {**self._start, "actions": actions, "observation": observation, "seen": self._seen.hexdigest()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Play the episode of ``state`` again.
+        """Play the episode of ``state`` again, and the one before where it has one.
 
         Raises:
             ReplayError: an observation, reward or end on the way is not the one that was seen, bit for bit.
         """
+        if "last" in state:
+            self.load_state_dict(state["last"])
         if state["rng"] is not None:
             self.unwrapped.np_random.bit_generator.state = json.loads(state["rng"])
         self.reset(seed=state["seed"])
@@ -83,7 +95,7 @@ class EpisodeRecorder(gymnasium.Wrapper):
             name = type(self.unwrapped).__name__ if self.spec is None else self.spec.id
             distance = np.abs(np.asarray(self._observation) - state["observation"].numpy()).max()
             raise ReplayError(
-                f"the episode of {name} in progress, played again for {len(self._actions)} steps, came out differently: its "
+                f"an episode of {name}, played again for {len(self._actions)} steps, came out differently: its "
                 f"last observation is off by up to {distance:.3g}, or a reward or end is another; has the environment a state "
                 "that neither its seed nor its actions tell?"
             )
