@@ -1,11 +1,12 @@
 """Checkpoints: complete or none, whatever happens while one is written or to its files afterwards."""
 
 import errno
-import hashlib
 import io
 import json
 import os
 import pickle
+import random
+import shutil
 import warnings
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-from omnet_torchrl.training.record.checkpoint import Checkpointer, CheckpointError, load_replay
+from omnet_torchrl.training.record import checkpoint
+from omnet_torchrl.training.record.checkpoint import Checkpointer, load_replay
+from omnet_torchrl.training.record.files import CheckpointError, WriteError, fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -267,18 +270,14 @@ def test_a_torn_manifest_falls_back(content, tmp_path):
         assert load(tmp_path)[0]["frames"] == 10
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 6])
 def test_another_format_is_refused(number, tmp_path):
     series(tmp_path, 10)
     manifest = newest(tmp_path, "checkpoint")
-    manifest.write_text(manifest.read_text().replace('"format": 4', f'"format": {number}'))
-    checkpointer = Checkpointer(tmp_path)
+    manifest.write_text(manifest.read_text().replace('"format": 5', f'"format": {number}'))
     for replay in (True, False):
-        if number == 4:
-            assert checkpointer.load(replay=replay)[0]["frames"] == 10
-        else:
-            with pytest.raises(CheckpointError, match=f"expected checkpoint format 4, got {number}"):
-                checkpointer.load(replay=replay)
+        with pytest.raises(CheckpointError, match=f"expected checkpoint format 5, got {number}"):
+            Checkpointer(tmp_path).load(replay=replay)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -392,7 +391,7 @@ def interfere(monkeypatch, n, error):
     monkeypatch.setattr(Path, "unlink", wrapped(Path.unlink))
     opened = Path.open
     monkeypatch.setattr(
-        Path, "open", lambda path, mode="r", **kw: _File(path, mode, tick) if "w" in mode else opened(path, mode, **kw)
+        Path, "open", lambda path, mode="r", **kw: _File(path, mode, tick) if "x" in mode else opened(path, mode, **kw)
     )
     return calls
 
@@ -468,6 +467,11 @@ def test_a_file_of_the_same_name_that_an_interrupted_save_has_left_is_replaced(t
 # Trust.
 
 
+def seal(path, manifest):
+    """A manifest with a hash that fits, whatever it says."""
+    path.write_text(json.dumps({**manifest, "sha256": checkpoint._seal(manifest)}))
+
+
 class Malicious:
     def __init__(self, path):
         self.path = path
@@ -487,8 +491,8 @@ def plant(path, kind, payload):
     else:
         memory.write(pickle.dumps(Malicious(path / "pwned"), protocol=2))
     (path / entry["file"]).write_bytes(memory.getvalue())
-    entry["sha256"] = hashlib.sha256(memory.getvalue()).hexdigest()
-    manifest_path.write_text(json.dumps(manifest))
+    entry |= fingerprint(memory.getvalue())
+    seal(manifest_path, manifest)
 
 
 @pytest.mark.parametrize("payload", ["torch", "pickle"])
@@ -502,8 +506,166 @@ def test_a_state_that_runs_code_is_refused(payload, tmp_path):
 
 @pytest.mark.parametrize("payload", ["torch", "pickle"])
 def test_a_segment_that_runs_code_is_refused(payload, tmp_path):
-    series(tmp_path, 10, 20)
+    _, buffer = series(tmp_path, 10, 20)
+    (file,) = tmp_path.glob("replay_000000010_*")
     plant(tmp_path, "replay", payload)
-    with pytest.raises((pickle.UnpicklingError, ValueError)):
-        load(tmp_path)
+    with pytest.warns(UserWarning, match=f"passed over .*{file.name} does not hold tensors, numbers and strings"):
+        assert load(tmp_path)[0]["frames"] == 10
+    with pytest.raises(CheckpointError, match="does not hold tensors"):
+        load_replay(make_buffer(), [file], buffer.writer.state_dict())
     assert not (tmp_path / "pwned").exists()
+
+
+# What a manifest says, and what its files hold.
+
+OTHER_LISTS = {
+    "empty": lambda segments: [],
+    "without the first": lambda segments: segments[1:],
+    "with a gap": lambda segments: [segments[0], segments[2]],
+    "without the last": lambda segments: segments[:-1],
+    "doubled": lambda segments: [segments[0], *segments],
+    "turned": lambda segments: segments[::-1],
+    "ends later": lambda segments: [*segments[:-1], {**segments[-1], "stop": 34}],
+    "begins earlier": lambda segments: [{**segments[0], "start": -1}, *segments[1:]],
+    "too long": lambda segments: [*segments, {**segments[-1], "start": 30, "stop": 40}],
+}
+
+
+@pytest.mark.parametrize("other", OTHER_LISTS)
+def test_segments_that_do_not_cover_the_buffer_once_and_in_order_are_passed_over(other, tmp_path):
+    series(tmp_path, 10, 20, 30)
+    path = newest(tmp_path, "checkpoint")
+    manifest = json.loads(path.read_text())
+    seal(path, manifest)
+    assert load(tmp_path)[0]["frames"] == 30
+    seal(path, {**manifest, "replay": OTHER_LISTS[other](manifest["replay"])})
+    with pytest.warns(UserWarning, match=r"passed over .* checkpoint_000000030\.json: .*(replay_|its segments)"):
+        state, buffer = load(tmp_path)
+    assert state["frames"] == 20
+    assert len(buffer) == 20
+
+
+CONTENTS = {
+    "fewer transitions": lambda data: {key: value[1:] for key, value in data.items()},
+    "transitions of unlike number": lambda data: {**data, "action": data["action"][1:]},
+    "a key less": lambda data: {key: value for key, value in data.items() if key != "action"},
+    "another dtype": lambda data: {**data, "action": data["action"].double()},
+    "another shape": lambda data: {**data, "action": data["action"].repeat(1, 2)},
+    "no tensors": lambda data: {**data, "action": "text"},
+    "nothing": lambda data: {},
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_a_segment_that_fits_its_hash_but_not_the_buffer_is_passed_over(content, tmp_path):
+    series(tmp_path, 10, 20, 30)
+    path = newest(tmp_path, "checkpoint")
+    manifest = json.loads(path.read_text())
+    entry = manifest["replay"][-1]
+    memory = io.BytesIO()
+    torch.save({"start": 20, "data": CONTENTS[content](torch.load(tmp_path / entry["file"])["data"])}, memory)
+    (tmp_path / entry["file"]).write_bytes(memory.getvalue())
+    entry |= fingerprint(memory.getvalue())
+    seal(path, manifest)
+    with pytest.warns(UserWarning, match=r"passed over .* checkpoint_000000030\.json"):
+        assert load(tmp_path)[0]["frames"] == 20
+
+
+def test_each_bit_of_a_manifest_that_means_something_is_seen(tmp_path):
+    series(tmp_path, 10, 20)
+    path = newest(tmp_path, "checkpoint")
+    whole, moments = path.read_bytes(), random.Random(0)
+    content = json.loads(whole)
+    for bit in moments.sample(range(8 * len(whole)), 400):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            same = json.loads(damaged) == content  # white space
+        except ValueError:
+            same = False
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert load(tmp_path)[0]["frames"] == (20 if same else 10)
+        assert bool(said) != same
+
+
+@pytest.mark.parametrize("frames", [5, 15, 25])
+def test_a_copied_manifest_is_no_checkpoint(frames, tmp_path):
+    series(tmp_path, 10, 20)
+    shutil.copy(newest(tmp_path, "checkpoint"), tmp_path / f"checkpoint_{frames:09d}.json")
+    shutil.copy(newest(tmp_path, "checkpoint"), tmp_path / "checkpoint_best.json")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        checkpointer, (_, buffer) = Checkpointer(tmp_path), load(tmp_path)
+        assert checkpointer.load()[0]["frames"] == 20
+    named = [f"checkpoint_{frames:09d}.json: it is not what was" in str(each.message) for each in said]
+    assert named == [True] * 2 * (frames > 20)
+    checkpointer.discard_after(20)
+    fill(buffer, 20, 30)
+    save(checkpointer, buffer, 30)
+    assert names(tmp_path, "checkpoint_*") == [f"checkpoint_0000000{name}.json" for name in (20, 30)] + ["checkpoint_best.json"]
+
+
+NO_FILES = {
+    "a folder": Path.mkdir,
+    "a pipe": os.mkfifo,
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["state", "replay", "checkpoint"])
+@pytest.mark.parametrize("thing", NO_FILES)
+def test_what_is_no_file_is_passed_over_and_saved_around(thing, kind, tmp_path):
+    series(tmp_path, 10, 20)
+    path = newest(tmp_path, kind)
+    path.unlink()
+    NO_FILES[thing](path)
+    with pytest.warns(UserWarning, match=f"passed over .*{path.name} is no file"):
+        state, buffer = load(tmp_path)
+    assert state["frames"] == 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpointer = Checkpointer(tmp_path)
+        checkpointer.load()
+    checkpointer.discard_after(10)
+    NO_FILES[thing](tmp_path / "checkpoint_000000030.json.tmp") if thing != "a folder" else None
+    fill(buffer, 10, 30)
+    save(checkpointer, buffer, 30)
+    assert_same(buffer, load(tmp_path)[1])
+
+
+def test_a_buffer_is_saved_in_pieces(tmp_path, monkeypatch):
+    """No second copy of it is in memory: neither as transitions nor as bytes."""
+    rows, written = torch.rand(1000, 100), []
+    piece = 50 * rows[0].nbytes
+    monkeypatch.setattr(checkpoint, "PIECE", piece)
+    write = checkpoint.replace_file
+    monkeypatch.setattr(checkpoint, "replace_file", lambda path, content: written.append(len(content)) or write(path, content))
+    buffer = make_buffer(800)
+    buffer.extend(TensorDict({"observation": rows}, batch_size=1000))
+    get, asked = buffer.storage.get, []
+    monkeypatch.setattr(buffer.storage, "get", lambda index: asked.append(len(index)) or get(index))
+    Checkpointer(tmp_path).save(1000, {"writer": dict(buffer.writer.state_dict())}, buffer)
+    monkeypatch.setattr(buffer.storage, "get", get)
+    assert 40 < max(asked) <= 50
+    assert max(written) < piece + 5_000
+    assert len(names(tmp_path, "replay_*")) == 17
+    assert_same(buffer, load(tmp_path, 800)[1])
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_file(tmp_path, monkeypatch):
+    checkpointer, buffer = series(tmp_path, 10)
+    before = identity(tmp_path)
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    fill(buffer, 10, 20)
+    with pytest.raises(WriteError, match=r"replay_\w+\.pt can't be written \(No space left on device\)\.$"):
+        save(checkpointer, buffer, 20)
+    assert identity(tmp_path) == before

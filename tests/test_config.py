@@ -28,7 +28,7 @@ from omnet_torchrl.training.options import (
 from omnet_torchrl.training.options import options as options_module
 from omnet_torchrl.training.options.checks import MAY_CHANGE
 
-LEAVES = checks._leaves(TrainConfig())
+LEAVES = checks.leaves(TrainConfig())
 
 
 def nested(**options):
@@ -77,7 +77,7 @@ def test_the_defaults_are_valid_and_are_the_papers():
     ],
 )
 def test_good_values_pass_and_arrive(options):
-    leaves = checks._leaves(to_config(nested(**options)))
+    leaves = checks.leaves(to_config(nested(**options)))
     for name, value in options.items():
         assert leaves[name.replace("__", ".")] == value
 

@@ -254,6 +254,38 @@ def test_a_hidden_state_is_found_out(shown):
         Border(Counter(shown, length=3)).load_state_dict(env.state_dict())
 
 
+@pytest.mark.parametrize("shown", ["observation", "reward", "end"])
+def test_a_hidden_state_is_found_out_between_two_episodes_too(shown):
+    """Where nothing of the episode in progress could tell: the one before is played again."""
+    env = Border(Counter(shown, length=3))
+    for episode in range(3):
+        env.reset(seed=0 if episode == 0 else None)
+        for _ in range(3 + (shown == "end") * env.unwrapped.episodes):
+            env.step(np.zeros(1, "f"))
+    env.reset()
+    with pytest.raises(ReplayError, match="played again for"):
+        Border(Counter(shown, length=3)).load_state_dict(env.state_dict())
+
+
+@pytest.mark.parametrize("resets", [1, 2])
+def test_between_two_episodes_the_next_one_goes_on_from_the_last(resets):
+    original = solo("Hopper-v4")
+    original.reset(seed=3)
+    for _ in range(2):
+        play_gym(original, 20, np.random.default_rng(0))
+        for _ in range(resets):
+            original.reset()
+    state = original.state_dict()
+    assert len(state["actions"]) == 0
+    assert len(state["last"]["actions"]) == 20
+    again = solo("Hopper-v4")
+    again.load_state_dict(state)
+    assert np.array_equal(again.reset()[0], original.reset()[0])
+    assert again.state_dict()["last"]["seen"] == state["last"]["seen"]
+    original.step(np.zeros(3, "f"))
+    assert "last" not in original.state_dict()
+
+
 def test_the_error_names_the_environment():
     gymnasium.register("Counter-v0", Counter, disable_env_checker=True)
     try:

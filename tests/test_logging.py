@@ -10,6 +10,7 @@ from contextlib import closing
 import pytest
 
 from omnet_torchrl.training.record import trackers
+from omnet_torchrl.training.record.files import CheckpointError, WriteError
 from omnet_torchrl.training.record.folder import RunFolder
 from omnet_torchrl.training.record.metrics import CSVLogger, read_metrics
 from omnet_torchrl.training.record.trackers import BackgroundLogger, check_logger, make_logger
@@ -35,7 +36,7 @@ def test_values_come_back_exactly(path):
 
 
 def write(path, frames, metrics):
-    """A log of one call, closed; its size in bytes."""
+    """A log of one call, closed; its position."""
     with closing(CSVLogger(path)) as log:
         log.log(frames, 0.1, metrics)
         return log.position
@@ -63,15 +64,16 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_was(path):
     assert read_metrics(path) == {"x": ([1, 2], [1.0, 2.5])}
 
 
-def test_a_position_that_the_file_does_not_have_is_refused(path):
-    with pytest.raises(ValueError, match=r"position must be in \[26, 0\].*got 40"):
-        CSVLogger(path, 40)
-    end = write(path, 1, {"x": 1.0})
-    before = path.read_bytes()
-    for position, message in ((end + 1, r"in \[26, 38\]"), (0, r"in \[26, 38\]"), (end - 1, "end of a row")):
-        with pytest.raises(ValueError, match=message):
+def test_a_file_that_is_not_the_one_of_the_position_is_refused_and_left_alone(path):
+    with pytest.raises(CheckpointError, match=r"metrics.csv is missing"):
+        CSVLogger(path, {"size": 40, "sha256": ""})
+    position = write(path, 1, {"x": 1.0})
+    whole = path.read_bytes()
+    for content in (b"", whole[:-1], whole.replace(b"1.0", b"2.0"), whole.replace(b"\n", b"\r\n")):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"the first 38 bytes of .*metrics.csv are not those of the checkpoint: put"):
             CSVLogger(path, position)
-    assert path.read_bytes() == before
+        assert path.read_bytes() == content
 
 
 def test_a_new_log_does_not_overwrite_an_old_one(path):
@@ -99,10 +101,11 @@ def test_damage_before_the_last_row_is_an_error(path):
         read_metrics(path)
 
 
-def test_a_full_disk_is_an_error_of_the_run():
-    log = CSVLogger.__new__(CSVLogger)
+def test_a_full_disk_is_an_error_of_the_run(tmp_path):
+    log = CSVLogger(tmp_path / "metrics.csv")
+    log.close()
     log._file = open("/dev/full", "wb")  # noqa: SIM115
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(WriteError, match=r"metrics.csv can't be written \(No space left"):
         log.log(1, 0.1, {"x": 1.0})
     with pytest.raises(OSError, match="No space left"):
         log.close()

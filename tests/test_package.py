@@ -80,7 +80,7 @@ TRAINING = {
     "record.files": set(),
     "record.folder": {"record.files"},
     "record.checkpoint": {"record.files"},
-    "record.metrics": set(),
+    "record.metrics": {"record.files"},
     "record.terminal": set(),
     "record.trackers": {"record.folder"},
     "record.plots": {"record.folder", "record.metrics", "record.terminal"},
@@ -102,15 +102,16 @@ TRAINING = {
     "loop.evaluation": {"loop.environments", "loop.rollout", "loop.streams", "options", "record.files"},
     "loop.trainer": {
         *("loop.border", "loop.environments", "loop.exploration", "loop.stopping", "loop.streams"),
-        *("options", "record.checkpoint", "record.reporter"),
+        *("options", "options.checks", "record.checkpoint", "record.files", "record.folder", "record.reporter"),
     },
     "grid": {"loop.streams", "options", "options.checks"},
     "build": {"grid", "loop.streams", "options", "options.rows"},
     "policy": {"build", "loop.environments", "options", "record.checkpoint", "record.folder"},
     "command_line": {"loop.environments", "loop.stopping", "options", "options.checks", "record.folder"},
     "run": {
-        *("command_line", "policy", "options", "options.memory", "loop.environments", "loop.stopping", "loop.trainer"),
-        *(f"record.{name}" for name in ("checkpoint", "folder", "metrics", "reporter", "terminal", "trackers")),
+        *("command_line", "policy", "options", "options.checks", "options.memory"),
+        *("loop.environments", "loop.stopping", "loop.trainer"),
+        *(f"record.{name}" for name in ("checkpoint", "files", "folder", "metrics", "reporter", "terminal", "trackers")),
     },
     "__init__": {
         *("build", "policy", "run"),
@@ -200,7 +201,7 @@ def test_public_names_exist_and_are_documented():
 
 
 # Whoever adds a feature also removes what it made superfluous; these are where the rooms stand, and they must not grow unseen.
-MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 7_000, 3_950
+MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 7_300, 4_450
 
 
 def test_files_functions_and_rooms_keep_within_their_budgets():

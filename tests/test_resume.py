@@ -238,12 +238,13 @@ def test_every_part_of_a_checkpoint_is_needed(part, wholes, tmp_path):
 
 def test_the_parts_are_all_there_are(tmp_path):
     """What is not in the list above: the policy, for those who only play, an evaluation that a signal ended (test_training.py),
-    and what the clock, a person or a warning says."""
+    what the clock, a person or a warning says, and what it is compared with: the options, versions and flags (test_run.py)."""
     trainer = make_trainer(tmp_path, diary=Stopping([], 0), **SCHEDULE)
     trainer.save()
     state, _ = trainer.checkpointer.load()
     found = {f"{name}/{key}" for name in ("update", "random") for key in state[name]} | state.keys() - {"update", "random"}
-    assert found | {"replay"} == {*PARTS, "policy", "evaluation_due", "random/device", "elapsed", "times", "last"}
+    others = {"policy", "evaluation_due", "random/device", "elapsed", "times", "last", "options", "conditions"}
+    assert found | {"replay"} == {*PARTS, *others}
 
 
 @pytest.mark.parametrize(("num_envs", "stop", "start"), [(1, 43, 40), (3, 20, 18)])
@@ -266,6 +267,18 @@ def test_an_episode_that_cannot_be_brought_back_starts_anew_and_it_is_said(num_e
         assert ends[0] == 9  # a whole episode of ten steps
         lengths = [value for frames, name, value in rows if name == "train/episode_length" and frames > start]
         assert set(lengths) == {10.0}
+    finally:
+        del gymnasium.registry["Counter-v0"]
+
+
+def test_a_hidden_state_is_told_at_the_border_of_two_episodes(tmp_path):
+    """As a task of 1,000 steps has one at every 10,000th frame: the checkpoint at frame 40 lies between two episodes of 10."""
+    gymnasium.register("Counter-v0", Counter, disable_env_checker=True, kwargs={"shown": "reward"})
+    try:
+        session(tmp_path, [], 43, "Counter-v0")
+        assert Checkpointer(tmp_path).load()[0]["carrier"]["step_count"].item() == 0
+        with pytest.warns(UserWarning, match="Counter-v0, played again for 10 steps, came out .* goes on, inexactly"):
+            assert session(tmp_path, [], env="Counter-v0").frames == 60
     finally:
         del gymnasium.registry["Counter-v0"]
 
@@ -327,7 +340,7 @@ def assert_same_runs(folder, expected):
     assert run_rows(folder) == run_rows(expected)
     # The log's position, in bytes, depends on how many digits its wall-clock rows have.
     found = differing(result(folder / "run" / "checkpoints"), result(expected / "run" / "checkpoints"))
-    assert set(found) <= {"/log"}
+    assert set(found) <= {"/log/size", "/log/sha256"}
     info = json.loads((folder / "run" / "run.json").read_text())
     assert info["status"] == "finished"
     assert not list((folder / "run" / "checkpoints").glob("*.tmp"))
@@ -400,4 +413,4 @@ def test_a_compiled_run_that_is_made_longer_equals_a_longer_one(tmp_path):
     rows = [row for row in run_rows(extended) if row[0] != 700 or "eval/" not in row[1]]
     assert rows == run_rows(longer)
     found = differing(result(extended / "run" / "checkpoints"), result(longer / "run" / "checkpoints"))
-    assert set(found) <= {"/log"}
+    assert set(found) <= {"/log/size", "/log/sha256"}

@@ -1,11 +1,13 @@
 """A run from its options to its summary."""
 
 import csv
+import errno
 import json
 import os
 import re
 import shutil
 import signal
+import warnings
 
 import pytest
 import torch
@@ -19,10 +21,13 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from omnet_torchrl import OMNetSACLoss, SubnetPrimer, Update, make_actor, make_qvalue
 from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.training import Run, Trainer, describe, evaluate, load_policy, make_env
+from omnet_torchrl.training import run as run_module
 from omnet_torchrl.training.build import network_options
 from omnet_torchrl.training.loop import trainer as trainer_module
 from omnet_torchrl.training.loop.stopping import RunError
 from omnet_torchrl.training.options import load_config
+from omnet_torchrl.training.record import checkpoint, files
+from omnet_torchrl.training.record import folder as folder_module
 
 OPTIONS = {
     "env": "InvertedPendulum-v4",
@@ -222,7 +227,7 @@ def test_a_run_that_still_goes_on_is_not_resumed(tmp_path):
 def test_a_resume_that_fails_changes_nothing_and_lets_go_of_the_folder(tmp_path):
     train(Run(options(tmp_path)))
     kept = (tmp_path / "run" / "config.yaml").read_text()
-    for path in (tmp_path / "run" / "checkpoints").glob("state*"):
+    for path in (tmp_path / "run" / "checkpoints").glob("replay*"):
         path.write_bytes(b"damaged")
     run = Run({"resume": str(tmp_path / "run")}, ["total_frames=900"])
     with pytest.raises(SystemExit, match="can't be resumed"):
@@ -254,28 +259,110 @@ def test_a_resumed_run_keeps_its_own_options_but_those_that_are_given(tmp_path):
 
 
 EDITS = {
-    "- 16\n  - 16": ("- 8\n  - 8", r"weight must be \(16, 4\), got \(8, 4\); .*; and \d+ more: use the options"),
-    "num_subnets: 3": ("num_subnets: 4", r"masks must be \(3, 16, 4\), got \(4, 16, 4\); "),
-    "actor_layer_norm: true": ("actor_layer_norm: false", r"bias must be \(16,\), got nothing; "),
-    "num_envs: 1": ("num_envs: 2", r"observation must be \(1, 4\), got \(2, 4\): use the options"),
+    "- 16\n  - 16": ("- 8\n  - 8", r"network.num_cells was \[16, 16\], now \[8, 8\]"),
+    "num_subnets: 3": ("num_subnets: 4", "network.num_subnets was 3, now 4"),
+    "actor_layer_norm: true": ("actor_layer_norm: false", "network.actor_layer_norm was True, now False"),
+    "num_envs: 1": ("num_envs: 2", "num_envs was 1, now 2"),
+    "tau: 0.005": ("tau: 0.05", "optim.tau was 0.005, now 0.05"),
+    "seed: 0\n": ("", None),  # which is its default
+    "utd_ratio: 1.0\n": ("", "utd_ratio was 1.0, now 20.0"),  # which is not
 }
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(Run(options(folder, checkpoint={"interval": 30})))
+    return folder / "run"
+
+
 @pytest.mark.parametrize("before", EDITS)
-def test_options_that_were_edited_are_named_before_anything_is_loaded(before, tmp_path, monkeypatch):
-    train(Run(options(tmp_path)))
-    path = tmp_path / "run" / "config.yaml"
+def test_options_that_were_edited_are_named_before_anything_is_made(before, finished, tmp_path):
+    path = shutil.copytree(finished, tmp_path / "run") / "config.yaml"
     text, (after, message) = path.read_text(), EDITS[before]
     assert before in text
     path.write_text(text.replace(before, after))
+    if message is None:
+        return Run({"resume": str(tmp_path / "run")}).folder.unlock()
+    with pytest.raises(ValueError, match=rf"config.yaml is not what the checkpoint was saved with: {message}: put the file"):
+        Run({"resume": str(tmp_path / "run")})
+
+
+@pytest.mark.parametrize("before", ["- 16\n  - 16", "num_subnets: 3", "actor_layer_norm: true"])
+def test_a_policy_of_options_that_were_edited_is_not_loaded(before, finished, tmp_path):
+    path = shutil.copytree(finished, tmp_path / "run") / "config.yaml"
+    path.write_text(path.read_text().replace(before, EDITS[before][0]))
+    with pytest.raises(ValueError, match=r"the checkpoint is of other networks or environments: .* must be \("):
+        load_policy(tmp_path / "run")
+
+
+def test_a_trainer_refuses_the_checkpoint_of_other_options(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setattr(run_module, "_check_files", lambda *_: None)
     monkeypatch.setattr(trainer_module, "load_replay", lambda *_: pytest.fail("something is loaded"))
+    run = Run({"resume": str(tmp_path / "run")})
+    run.config.optim.tau = 0.05
     with pytest.raises(
-        SystemExit, match=r"can't be resumed: the checkpoint is of other networks or environments: .*" + message
+        SystemExit, match=r"can't be resumed: the checkpoint is of a run with other options: optim.tau was 0.005"
     ):
+        train(run)
+
+
+def test_what_else_is_not_as_it_was_is_said_whatever_the_user_does_with_warnings(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    versions = folder_module.versions()
+    monkeypatch.setattr(folder_module, "versions", lambda: {**versions, "torch": "9.9"})
+    with open(sorted((tmp_path / "run" / "checkpoints").glob("state_*"))[-1], "ab") as state:
+        state.write(b"more")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert train(Run({"resume": str(tmp_path / "run")}, ["total_frames=90", "eval.interval=45"])) == "finished"
+    printed = capsys.readouterr().err
+    for line in (
+        r"warning: a damaged checkpoint is passed over for the one before: checkpoint_000000080\.json: state_.* bytes",
+        rf"warning: the run goes on, inexactly: torch was {re.escape(torch.__version__)}, now 9\.9\.",
+        r"goes on with other options than the checkpoint's: total_frames was 80, now 90; eval\.interval was 40, now 45",
+        r"goes on from frame 60",
+    ):
+        assert re.search(rf"^{line}", printed, re.MULTILINE), line
+
+
+@pytest.mark.parametrize("damage", ["edited", "cut", "a folder", "a pipe"])
+def test_records_that_are_not_those_of_the_checkpoint_are_refused_in_one_line(damage, finished, tmp_path):
+    path = shutil.copytree(finished, tmp_path / "run") / "metrics.csv"
+    content = path.read_bytes()
+    path.unlink()
+    if damage in ("edited", "cut"):
+        path.write_bytes(content.replace(b"train", b"drain") if damage == "edited" else content[:-9])
+    else:
+        (path.mkdir if damage == "a folder" else lambda: os.mkfifo(path))()
+    with pytest.raises(SystemExit, match=r"^error: .*can't be resumed: .*metrics.csv.*(put the file back|is no file)\.$"):
         train(Run({"resume": str(tmp_path / "run")}))
-    if "num_envs" not in before:
-        with pytest.raises(ValueError, match=message):
-            load_policy(tmp_path / "run")
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_full_disk_ends_the_run_in_one_line_and_it_can_go_on(everything, tmp_path, monkeypatch, capsys):
+    """Where something can still be written, the status is ``failed``."""
+    write = files.replace_file
+
+    def full(path, content):
+        if path.name.startswith("state_000000060") or (everything and full.seen):
+            full.seen = True
+            with files.writing(path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+
+    full.seen = False
+    with monkeypatch.context() as patch:
+        for module in (checkpoint, folder_module):
+            patch.setattr(module, "replace_file", full)
+        with pytest.raises(SystemExit, match=r"^error: .*state_\w+\.pt can't be written \(No space .*\): make room, and go on"):
+            train(Run(options(tmp_path, checkpoint={"interval": 30})))
+    assert info(tmp_path)["status"] == ("running" if everything else "failed")
+    assert ("how the run has ended could not be noted" in capsys.readouterr().err) == everything
+    assert train(Run({"resume": str(tmp_path / "run")})) == "finished"
+    assert "goes on from frame 30" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_line_and_no_end(tmp_path, capsys):

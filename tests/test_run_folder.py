@@ -140,7 +140,17 @@ def test_a_folder_that_is_missing_or_damaged_says_so(tmp_path):
         RunFolder.open(folder.path)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "3", '{"status": "finished"}', "\udcff"])
+OTHER_TYPES = [
+    '{"status": 3, "sessions": []}',
+    '{"status": "finished", "sessions": 3}',
+    '{"status": "finished", "sessions": [3]}',
+    '{"status": "finished", "sessions": [{"frames": "3"}]}',
+    '{"status": "finished", "sessions": [], "saved": "3"}',
+    '{"status": "finished", "sessions": [], "spaces": []}',
+]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "3", '{"status": "finished"}', "\udcff", *OTHER_TYPES, 9999 * "["])
 def test_a_run_json_of_something_else_is_damaged(content, tmp_path):
     folder = RunFolder.create(tmp_path / "run")
     (folder.path / "run.json").write_text(content, errors="surrogateescape")

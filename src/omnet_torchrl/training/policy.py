@@ -51,7 +51,7 @@ def load_policy(folder: str | Path, subnet: int | None = None, *, device: torch.
     with torch.random.fork_rng([where] if where.type == "cuda" else []), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         actor = make_policy(config, *_specs(run, config), device=where)
-    check_shapes(state["policy"], actor.state_dict())
+    check_shapes(state.get("policy", {}), actor.state_dict())
     actor.load_state_dict(state["policy"])
     policy = actor if subnet is None else actor.extract(subnet)
     return policy.eval().requires_grad_(False)

@@ -16,6 +16,7 @@ import shlex
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,9 +33,11 @@ from omnet_torchrl.training.loop.environments import check_env, env_options, ins
 from omnet_torchrl.training.loop.stopping import RunError, exit_code, handled
 from omnet_torchrl.training.loop.trainer import Trainer
 from omnet_torchrl.training.options import TrainConfig, differences, load_config, resolve_device, save_config, to_config
+from omnet_torchrl.training.options.checks import listed
 from omnet_torchrl.training.options.memory import check_memory
 from omnet_torchrl.training.policy import spaces
-from omnet_torchrl.training.record.checkpoint import MANIFESTS, Checkpointer
+from omnet_torchrl.training.record.checkpoint import Checkpointer
+from omnet_torchrl.training.record.files import WriteError, one_line
 from omnet_torchrl.training.record.folder import RunFolder, now, peak_memory
 from omnet_torchrl.training.record.metrics import read_metrics
 from omnet_torchrl.training.record.reporter import Reporter
@@ -166,9 +169,11 @@ class Run:
         config, env = self.config, trainer.collector.env
         if self.resumed:
             try:
-                found = trainer.resume()
+                with self.reporter.warnings(), warnings.catch_warnings():
+                    warnings.simplefilter("always", UserWarning)  # whatever the user does with warnings, these are said
+                    found = trainer.resume()
             except ValueError as error:
-                sys.exit(f"error: {self.folder.path} can't be resumed: {error}")
+                sys.exit(f"error: {self.folder.path} can't be resumed: {one_line(error)}")
             self._save_config(self.folder)
             self.reporter.say(
                 f"goes on from frame {trainer.frames:,}" if found else "no checkpoint yet: starts from the beginning"
@@ -210,6 +215,8 @@ class Run:
         if status == "interrupted" and trainer:
             self._signal = self._signal or trainer.stopped_by or signal.SIGINT
         said = str(error) if isinstance(error, RunError) else reason(error) if error else None
+        if isinstance(error, WriteError):
+            said = f"{one_line(error).rstrip('.')}: make room, and go on from the newest checkpoint"
         self.status = self._write_end(status, said, trainer if self._begun else None)
         self.reporter.close()
         if trainer and self._begun:
@@ -261,25 +268,33 @@ def _resumed(folder: RunFolder, overrides: Sequence[str], given: TrainConfig | N
     changed = given or to_config(merge_overrides(asdict(stored), overrides, f"resume={folder.path}"))
     found = differences(stored, changed)
     if found:
-        listed = "; ".join(f"{name} is {before}, got {after}" for name, (before, after) in found.items())
-        raise ValueError(f"resume={folder.path} goes on with the run's own options, and these differ: {listed}.")
+        each = "; ".join(f"{name} is {before}, got {after}" for name, (before, after) in found.items())
+        raise ValueError(f"resume={folder.path} goes on with the run's own options, and these differ: {each}.")
     changed.folder, changed.resume = str(folder.path), None
-    _check_files(folder, stored.checkpoint.interval)
+    _check_files(folder, stored)
     return changed
 
 
-def _check_files(folder: RunFolder, interval: int) -> None:
-    """Raise if a run without checkpoints has ended, or has had one: it would start anew, over its results."""
-    if any(folder.checkpoint_path.glob(MANIFESTS)):
+def _check_files(folder: RunFolder, stored: TrainConfig) -> None:
+    """Raise if the options are not those of the checkpoints, or if a run without any would start anew, over its results."""
+    checkpointer = Checkpointer(folder.checkpoint_path)
+    if checkpointer.manifests():
         if not folder.metrics_path.exists():
             name = folder.metrics_path.name
             raise ValueError(f"{folder.path} can't be resumed: its {name} is missing, which it goes on with: put it back.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the trainer says what is passed over
+            state, _ = checkpointer.load(replay=False) or ({}, [])
+        edited = differences(state.get("options", {}), stored)
+        if edited:
+            advice = "put the file back, or these options in it"
+            raise ValueError(f"{folder.config_path} is not what the checkpoint was saved with: {listed(edited)}: {advice}.")
         return
     info, reached = folder.info, 0
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(ValueError):
         reached = max(max(frames) for frames, _ in read_metrics(folder.metrics_path).values())
     saved = info.get("saved") is not None or any(session["frames"] for session in info["sessions"])
-    if info["status"] in ("finished", "diverged") or saved or 0 < interval < reached:
+    if info["status"] in ("finished", "diverged") or saved or 0 < stored.checkpoint.interval < reached:
         raise ValueError(
             f"{folder.path} can't be resumed: its run (status: {info['status']}) has no checkpoint in it, and would start from "
             "frame 0: put its checkpoints back, or start another run."

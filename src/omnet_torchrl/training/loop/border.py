@@ -5,7 +5,8 @@ is given. Observations and actions are float32 on our side, rewards and ends are
 an error that says what came.
 
 No simulator state is saved. The current episode is played again, from its actions and the state of the random numbers at its
-reset, and compared with what was seen. This is exact wherever an environment is a function of these.
+reset, and compared with what was seen; between two episodes, the last one is. This is exact wherever an environment is a
+function of these. What an environment keeps over more than an episode without showing it in one is not noticed.
 """
 
 from __future__ import annotations
@@ -50,9 +51,12 @@ class Border(gymnasium.Wrapper):
         self._observation = np.zeros(self._shape)  # as the environment's own type
         self._start, self._actions = dict[str, Any](), list[np.ndarray]()
         self._seen = hashlib.sha256()  # observations, rewards and ends of the current episode
+        self._last: dict[str, Any] | None = None  # the episode before, as state_dict() has one
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Reset the environment, and keep the state of its random numbers; a seed is for all of these."""
+        if self._actions:
+            self._last = self._episode()
         self._start, self._actions, self._seen = {"seed": seed, "rng": states(self._generators())}, [], hashlib.sha256()
         if seed is not None:
             self._globals.seed(seed)
@@ -111,18 +115,26 @@ class Border(gymnasium.Wrapper):
         return {"global": self._globals, **held_generators(self.unwrapped, self.env, *spaces)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Start and actions of the current episode, and a hash of all that was seen: strings, numbers and tensors."""
+        """Start and actions of the current episode, and a hash of all that was seen: strings, numbers and tensors.
+
+        Where it has no step yet, which could tell whether the environment is the same again, the episode before comes with it.
+        """
+        return {**self._episode(), **({"last": self._last} if self._last and not self._actions else {})}
+
+    def _episode(self) -> dict[str, Any]:
         actions, observation = (torch.from_numpy(np.array(each)) for each in (self._actions, self._observation))
         start = {"seed": self._start["seed"], "rng": dumps(self._start["rng"])}
         return {**start, "actions": actions, "observation": observation, "seen": self._seen.hexdigest()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Play the episode of ``state`` again.
+        """Play the episode of ``state`` again, and the one before where it has one.
 
         Raises:
             ReplayError: an observation, reward or end on the way is not the one that was seen, bit for bit; or the environment
                 has a generator that can't be brought back.
         """
+        if "last" in state:
+            self.load_state_dict(state["last"])
         rng = loads(state["rng"] or "{}")
         if "bit_generator" in rng:  # of a checkpoint that was written before others were kept
             rng = {"0._np_random": rng}
@@ -138,7 +150,7 @@ class Border(gymnasium.Wrapper):
         if self._seen.hexdigest() != state["seen"]:
             distance = np.abs(self._observation.astype(float) - state["observation"].numpy()).max()
             raise ReplayError(
-                f"the episode of {self.name} in progress, played again for {len(self._actions)} steps, came out differently: "
+                f"an episode of {self.name}, played again for {len(self._actions)} steps, came out differently: "
                 f"its last observation is off by up to {distance:.3g}, or a reward or end is another; has the environment a "
                 "state that neither its seed nor its actions tell?"
             )

@@ -12,6 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +28,15 @@ from omnet_torchrl.training.loop.exploration import Exploring
 from omnet_torchrl.training.loop.stopping import AbandonedError, DivergenceError, Stop, check_finite
 from omnet_torchrl.training.loop.streams import GlobalStream, Streams, derived_seed
 from omnet_torchrl.training.options import TrainConfig
+from omnet_torchrl.training.options.checks import differences, leaves, listed
 from omnet_torchrl.training.record.checkpoint import Checkpointer, check_shapes, load_replay
+from omnet_torchrl.training.record.files import CheckpointError, one_line
+from omnet_torchrl.training.record.folder import conditions
 from omnet_torchrl.training.record.reporter import Reporter
 from omnet_torchrl.updates import CompiledPolicy, Update
+
+# Options that no number depends on, or of which the conditions of a checkpoint tell more.
+UNBOUND = ("folder", "resume", "progress", "device", "compile", "num_threads")
 
 
 class Trainer:
@@ -77,11 +84,31 @@ class Trainer:
         self._batch = TensorDict()  # the newest that an update read
 
     def resume(self) -> bool:
-        """Go on from the newest checkpoint, if there is one."""
+        """Go on from the newest checkpoint that is whole, if there is one. A warning tells whatever is not as it was.
+
+        Versions and flags are compared, and the environments play their episodes in progress again or, between two episodes,
+        the last one. What an environment keeps over more than that is not known.
+
+        Raises:
+            ValueError: no checkpoint is whole, or it is of another run.
+        """
         loaded = self.checkpointer.load()
         if loaded is None:
             return False
-        state, files = loaded
+        try:
+            self._restore(*loaded)
+        except (ValueError, Warning):
+            raise
+        except Exception as error:  # files that fit their hashes, and are not what a trainer writes
+            what = f"{type(error).__name__}: {one_line(error)}"
+            raise CheckpointError(f"the newest checkpoint is not one of this run ({what}).") from error
+        return True
+
+    def _restore(self, state: dict[str, Any], files: list[Path]) -> None:
+        wrong = [name for name, value in self._state().items() if type(state.get(name)) is not type(value)]
+        if wrong:
+            raise CheckpointError(f"the checkpoint must hold {', '.join(wrong)} as a run saves them.")
+        self._compare(state)
         transforms = self.collector.state_dict()["env_state_dict"].keys()
         if transforms != state["transforms"].keys():
             kept = f"{sorted(transforms)}, the checkpoint has {sorted(state['transforms'])}"
@@ -100,7 +127,23 @@ class Trainer:
         self.elapsed, self.times, self.saved = state["elapsed"], state["times"], self.frames
         self.reporter.restore(state["log"])
         self.checkpointer.discard_after(self.frames)
-        return True
+
+    def _compare(self, state: dict[str, Any]) -> None:
+        """Refuse the checkpoint of a run with other options; say which may change, and have, and warn of versions and flags."""
+        fixed = differences(state["options"], self.config)
+        if fixed:
+            raise ValueError(f"the checkpoint is of a run with other options: {listed(fixed)}.")
+        for kind, now in self._setting().items():
+            changed = {name: (state[kind].get(name), value) for name, value in now.items() if state[kind].get(name) != value}
+            if changed and kind == "options":
+                self.reporter.say(f"goes on with other options than the checkpoint's: {listed(changed)}")
+            elif changed:
+                warnings.warn(f"the run goes on, inexactly: {listed(changed)}.", stacklevel=2)
+
+    def _setting(self) -> dict[str, dict[str, Any]]:
+        """What the numbers depend on beside the state."""
+        options = {name: value for name, value in leaves(self.config).items() if name not in UNBOUND}
+        return {"options": options, "conditions": conditions(self.update.device, self.update.compiled)}
 
     def prepare(self) -> None:
         """Compile the update and the policy, on made-up data; so does ``evaluate``, where it has a ``prepare``."""
@@ -136,8 +179,12 @@ class Trainer:
         if not self.update.is_finite():
             self._diverge(f"the networks are not finite at frame {self.frames}, update {self.updates}.")
             return
+        self.checkpointer.save(self.frames, {**self._state(), "log": self.reporter.position()}, self.buffer)
+        self.saved = self.frames
+
+    def _state(self) -> dict[str, Any]:
         collector = self.collector.state_dict()
-        state = {
+        return {
             "frames": self.frames,
             "updates": self.updates,
             "elapsed": self.elapsed,
@@ -146,7 +193,6 @@ class Trainer:
             "metrics": {name: value.cpu() for name, value in self._metrics.items()},
             "log_due": self._log_due,
             "evaluation_due": self._evaluation_due,
-            "log": self.reporter.position(),
             "policy": dict(collector["policy_state_dict"]),
             "update": {name: part for name, part in self.update.state_dict().items() if name != "updates"},  # it is above
             "writer": dict(self.buffer.writer.state_dict()),
@@ -154,9 +200,8 @@ class Trainer:
             "carrier": self.collector._carrier.cpu().to_dict(),
             "episodes": [dict(recorder.state_dict()) for recorder in recorders(self.collector.env)],
             "random": self._random.state_dict(),
+            **self._setting(),
         }
-        self.checkpointer.save(self.frames, state, self.buffer)
-        self.saved = self.frames
 
     def run(self) -> str:
         """Train to the end; the status: ``"finished"``, ``"interrupted"`` or ``"diverged"``."""

@@ -23,7 +23,7 @@ from yaml import YAMLError
 from omnet_torchrl.training.options.memory import check_memory
 from omnet_torchrl.training.options.options import TrainConfig
 from omnet_torchrl.training.options.rows import ROWS, network_sparsity, row
-from omnet_torchrl.training.record.files import replace_file
+from omnet_torchrl.training.record.files import one_line, read_file, replace_file
 
 # What a resumed run may change: how long it lasts (total_frames may only grow), how it is watched and kept, and where it is
 # computed. Everything else decides which numbers it trains on, and a run of two halves would be neither of the two.
@@ -100,7 +100,7 @@ def _run_name(config: TrainConfig) -> str:
 def validate(config: TrainConfig) -> None:
     """Raise a ``ValueError`` if a value is of another type or out of its range, or if two values contradict each other."""
     typed = _typed(config)
-    values = _leaves(typed)
+    values = leaves(typed)
     row(typed.algorithm)
     for interval, names in _RANGES.items():
         low, high = map(float, interval[1:-1].split(","))
@@ -117,7 +117,7 @@ def validate(config: TrainConfig) -> None:
     _check_loss(typed)
     _check_frames(typed)
     check_memory(typed, resolve_device(typed.device))
-    for name, value in _leaves(config).items():
+    for name, value in leaves(config).items():
         if value == "":
             raise ValueError(f"{name} must not be empty.")
         if name not in values:
@@ -145,12 +145,29 @@ def unknown(key: str) -> str:
     return f"unknown option {key!r}; did you mean {' or '.join(map(repr, same))}?"
 
 
-def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """What keeps config ``b`` from resuming a run of ``a``: dotted name to both values; see ``MAY_CHANGE``."""
-    first, second = _leaves(a), _leaves(b)
-    fixed = [name for name in first if name.split(".")[0] not in MAY_CHANGE]
-    fixed += ["total_frames"] if b.total_frames < a.total_frames else []
-    return {name: (first[name], second[name]) for name in fixed if first[name] != second[name]}
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every option by its dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        found |= leaves(value, f"{prefix}{name}.") if is_dataclass(value) else {prefix + name: value}
+    return found
+
+
+def differences(a: TrainConfig | Mapping[str, Any], b: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """What keeps config ``b`` from resuming a run of ``a``: dotted name to both values; see ``MAY_CHANGE``.
+
+    ``a`` may also be the :func:`leaves` that a checkpoint keeps.
+    """
+    first, second = leaves(a) if isinstance(a, TrainConfig) else a, leaves(b)
+    fixed = [name for name in second if name.split(".")[0] not in MAY_CHANGE]
+    fixed += ["total_frames"] if b.total_frames < first.get("total_frames", 0) else []
+    return {name: (first.get(name), second[name]) for name in fixed if first.get(name) != second[name]}
+
+
+def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """Names with the values before and now, in words."""
+    each = [f"{name} was {before}, now {now}" for name, (before, now) in changes.items()]
+    return "; ".join(each[:5]) + (f"; and {len(each) - 5} more" if len(each) > 5 else "")
 
 
 def save_config(config: TrainConfig, path: str | Path) -> None:
@@ -165,9 +182,9 @@ def load_config(path: str | Path) -> TrainConfig:
         ValueError: there is no such file, or it has no options.
     """
     try:
-        given = OmegaConf.load(path)
-    except (OSError, YAMLError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
+        given = OmegaConf.create(read_file(Path(path)).decode())
+    except (ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} can't be read: {one_line(error)}") from error
     if not given or not OmegaConf.is_dict(given):
         raise ValueError(f"{path} must hold the options of a run, got nothing of the kind: is it damaged?")
     return _typed(given)
@@ -268,16 +285,9 @@ def _missing(options: Any, prefix: str = "") -> list[str]:
     return [name for key, value in options.items() for name in _missing(value, f"{prefix}{key}.")]
 
 
-def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in vars(config).items():
-        leaves |= _leaves(value, f"{prefix}{name}.") if is_dataclass(value) else {prefix + name: value}
-    return leaves
-
-
 def _closest(name: str, names: Iterable[str]) -> str:
     return "".join(difflib.get_close_matches(name, list(names), n=1, cutoff=0))
 
 
 # Every name that an option can have, those of groups included.
-OPTIONS = {**vars(TrainConfig()), **_leaves(TrainConfig())}
+OPTIONS = {**vars(TrainConfig()), **leaves(TrainConfig())}

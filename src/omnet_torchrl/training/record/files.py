@@ -1,12 +1,13 @@
-"""Files that stay whole, whatever kills the process."""
+"""Files that stay whole, whatever kills the process, and that are read whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import errno
+import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,85 @@ from typing import Any
 UNSUPPORTED = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.ENOTSUP}
 
 
-def replace_file(path: Path, content: bytes) -> None:
+class CheckpointError(ValueError):
+    """A file that a run is resumed with is missing, damaged, or another than was written."""
+
+
+class WriteError(OSError):
+    """A file of a run can't be written: the disk is full, or the folder is gone."""
+
+
+def fingerprint(content: bytes | memoryview) -> dict[str, Any]:
+    """What tells a content from every other one: its ``size`` in bytes, and its ``sha256``."""
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def read_file(path: Path, expected: Mapping[str, Any] | None = None) -> bytes:
+    """The content of a file, which must have the fingerprint ``expected``. ``None`` (default) takes any.
+
+    Everything that a run is resumed with is read here. A pipe in the place of a file is not opened: that would wait for a
+    writer for ever.
+
+    Raises:
+        CheckpointError: there is no such file, it can't be read, or it is another one.
+    """
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path.name} {'is no file' if os.path.lexists(path) else 'is missing'}.")
+        if expected is not None and path.stat().st_size != expected["size"]:
+            raise CheckpointError(f"{path.name} must have {expected['size']} bytes, got {path.stat().st_size}.")
+        content = path.read_bytes()
+    except (OSError, MemoryError) as error:
+        raise CheckpointError(f"{path.name} can't be read ({one_line(error)}).") from error
+    if expected is not None and fingerprint(content)["sha256"] != expected["sha256"]:
+        raise CheckpointError(f"{path.name} is not what was written.")
+    return content
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def replace_file(path: Path, content: bytes | memoryview) -> None:
     """Write a file under another name, flush it to the disk, and put it in the place of ``path`` at once.
 
     The folder is flushed too, where that can be done.
+
+    Raises:
+        WriteError: it can't be written; ``path`` is as it was, and what was written is deleted again, to make room.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            temporary.unlink(missing_ok=True)  # a pipe or a link that is there is not written to
+            with temporary.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _flush(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, an error of the system is a :class:`WriteError` that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path} can't be written ({error.strerror or error}).") from error
+
+
+def _flush(folder: Path) -> None:
     with contextlib.ExitStack() as stack:
         try:
-            folder = os.open(path.parent, os.O_RDONLY)
-            stack.callback(os.close, folder)
-            os.fsync(folder)
+            number = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, number)
+            os.fsync(number)
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise

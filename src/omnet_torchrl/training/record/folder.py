@@ -18,13 +18,18 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from omnet_torchrl.training.record.files import replace_file
+from omnet_torchrl.training.record.files import CheckpointError, one_line, read_file, replace_file
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
+# What is read of run.json, and its types.
+FIELDS = {
+    **{"status": str, "sessions": list, "process": str | None, "saved": int | None, "spaces": dict | None},
+    **{"env": str | None, "wandb_id": str | None},
+}
 PACKAGES = ("omnet-torchrl", "torch", "tensordict", "torchrl", "gymnasium", "mujoco", "numpy")
 
 
@@ -40,6 +45,13 @@ def versions() -> dict[str, str | None]:
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
+
+
+def conditions(device: torch.device, compiled: bool) -> dict[str, Any]:
+    """What the exact numbers of a run depend on beside its options and the machine: versions and flags."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    flags = {"device": f"{device.type} ({name})", "compile": compiled, "num_threads": torch.get_num_threads()}
+    return {**flags, **versions()}
 
 
 def git_commit() -> str | None:
@@ -136,22 +148,28 @@ class RunFolder:
             ValueError: there is no ``run.json``, or none that can be read; names runs beneath the folder.
         """
         folder = cls(Path(path).expanduser().resolve())
-        try:
-            if not {"status", "sessions"} <= dict(folder.info).keys():
-                raise ValueError("it has no status or no sessions")
-        except FileNotFoundError:
+        if not os.path.lexists(folder.path / "run.json"):
             found = [str(run.parent) for run in itertools.islice(folder.path.rglob("run.json"), 3)]
             hint = f"; there are runs beneath it, e.g. {', '.join(found)}" if found else ""
             missing = "expected run.json in it, which is missing" if folder.path.exists() else "it does not exist"
-            raise ValueError(f"{folder.path} is no run folder: {missing}{hint}.") from None
-        except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder.path} is no run folder: its run.json can't be read ({error}).") from error
+            raise ValueError(f"{folder.path} is no run folder: {missing}{hint}.")
+        try:
+            folder.info  # noqa: B018
+        except CheckpointError as error:
+            raise ValueError(f"{folder.path} is no run folder: {error}") from error
         return folder
 
     @property
     def info(self) -> dict[str, Any]:
-        """The content of ``run.json``."""
-        return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        """The content of ``run.json``; a :class:`CheckpointError` if it is not what a run writes there."""
+        try:
+            content = json.loads(read_file(self.path / "run.json"))
+            wrong = [name for name, kind in FIELDS.items() if not isinstance(content.get(name), kind)]
+            if wrong or not all(type(session["frames"]) is int for session in content["sessions"]):
+                raise ValueError(f"{', '.join(wrong) or 'sessions'} must be as a run writes it")
+        except Exception as error:  # whatever it holds
+            raise CheckpointError(f"its run.json can't be read ({one_line(error)}).") from error
+        return content
 
     def write_info(self, **fields: Any) -> None:
         """Set fields of ``run.json``, which is replaced at once: a reader sees the old or the new, whole."""
@@ -179,7 +197,10 @@ class RunFolder:
         """
         if self._lock.is_locked:
             return
-        self.checkpoint_path.mkdir(exist_ok=True)
+        try:
+            self.checkpoint_path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{self.checkpoint_path} must be a folder that can be made ({error.strerror}).") from error
         try:
             self._lock.acquire()
         except Timeout:

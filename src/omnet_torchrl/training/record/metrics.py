@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from omnet_torchrl.training.record.files import CheckpointError, fingerprint, read_file, writing
 
 HEADER = b"frames,seconds,name,value\n"
 
@@ -17,54 +21,55 @@ class CSVLogger:
 
     Args:
         path (str or Path): the file.
-        position (int or None): where a resumed run goes on, in bytes: :attr:`position` at its checkpoint. What was written
-            after it is cut off. ``None`` (default) makes a new file.
+        position (Mapping or None): where a resumed run goes on: :attr:`position` at its checkpoint. What was written after it
+            is cut off. ``None`` (default) makes a new file.
 
     Raises:
-        ValueError: a new file where there is one; a ``position`` that is not the end of a record of the file.
+        ValueError: a new file where there is one.
+        CheckpointError: a ``position`` that the file does not have, or before which it has changed.
     """
 
-    def __init__(self, path: str | Path, position: int | None = None):
+    def __init__(self, path: str | Path, position: Mapping[str, Any] | None = None):
         self.path = Path(path)
         if position is not None:
-            self._check(position)
+            content = read_file(self.path)[: position["size"]]
+            if fingerprint(content) != position:
+                raise CheckpointError(
+                    f"the first {position['size']:,} bytes of {self.path} are not those of the checkpoint: put the file back."
+                )
+            self._hash = hashlib.sha256(content)
             self._file = self.path.open("r+b")
-            self._file.seek(position)
-            self._file.truncate()
+            self._file.truncate(self._file.seek(len(content)))
             return
         try:
             self._file = self.path.open("x+b")
         except FileExistsError:
             raise ValueError(f"{path} exists already: give the position to go on from, or another path.") from None
-        self._file.write(HEADER)
-        self._file.flush()
+        self._hash = hashlib.sha256()
+        self._write(HEADER)
 
-    def _check(self, position: int) -> None:
-        content = self.path.read_bytes() if self.path.exists() else b""
-        if not len(HEADER) <= position <= len(content):
-            raise ValueError(
-                f"position must be in [{len(HEADER)}, {len(content)}], the size of {self.path}, got {position}: the file is "
-                "not the one that the checkpoint was saved with."
-            )
-        if content[position - 1 : position] != b"\n":
-            raise ValueError(f"position must be the end of a row of {self.path}, got {position}: the file has changed.")
+    def _write(self, content: bytes) -> None:
+        with writing(self.path):
+            self._file.write(content)
+            self._file.flush()
+        self._hash.update(content)
 
     def log(self, frames: int, seconds: float, metrics: Mapping[str, float]) -> None:
         """Write a record per value, and hand them to the operating system: they outlive this process."""
         text = io.StringIO()
         records = ((frames, f"{seconds:.1f}", name, repr(float(value))) for name, value in metrics.items())
         csv.writer(text, lineterminator="\n").writerows(records)
-        self._file.write(text.getvalue().encode())
-        self._file.flush()
+        self._write(text.getvalue().encode())
 
     @property
-    def position(self) -> int:
-        """Size of the file in bytes, everything logged included: what a checkpoint keeps."""
-        return self._file.tell()
+    def position(self) -> dict[str, Any]:
+        """The fingerprint of the file, everything logged included: what a checkpoint keeps."""
+        return {"size": self._file.tell(), "sha256": self._hash.hexdigest()}
 
     def sync(self) -> None:
         """Wait until what is written is on the disk: it outlives the machine."""
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; nothing can be logged any more."""
@@ -79,7 +84,7 @@ def read_metrics(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
     Raises:
         ValueError: the file isn't one of :class:`CSVLogger`, or a record before the last is damaged.
     """
-    header, *records = Path(path).read_bytes().split(b"\n")
+    header, *records = read_file(Path(path)).split(b"\n")
     if header.strip() != HEADER.strip():
         raise ValueError(f"{path} must begin with {HEADER.decode().strip()!r}, got {header[:80]!r}.")
     # Only a line break ends a record: the "12" that is left of "1200.5" looks whole.

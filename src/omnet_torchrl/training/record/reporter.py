@@ -57,8 +57,8 @@ class Reporter:
         """A line on the terminal."""
         self.terminal.line(text)
 
-    def position(self) -> int:
-        """Bytes of ``metrics.csv``, on the disk.
+    def position(self) -> dict[str, Any]:
+        """The fingerprint of ``metrics.csv``, on the disk.
 
         Raises:
             FileNotFoundError: it is not in the run's folder any more: nothing else that is written there would be found.
@@ -69,7 +69,7 @@ class Reporter:
         self._csv.sync()
         return self._csv.position
 
-    def restore(self, position: int) -> None:
+    def restore(self, position: Mapping[str, Any]) -> None:
         """Go on with ``metrics.csv`` from ``position``."""
         self._csv = CSVLogger(self.folder.metrics_path, position)
 
