@@ -115,7 +115,7 @@ TRAINING = {
     },
     "__init__": {
         *("build", "policy", "run"),
-        *("loop.environments", "loop.evaluation", "loop.trainer"),
+        *("loop.environments", "loop.evaluation", "loop.exploration", "loop.trainer"),
     },
 }
 
