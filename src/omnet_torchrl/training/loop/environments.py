@@ -70,15 +70,16 @@ def check_env(name: str, **options: Any) -> list[str]:
         closest = ", ".join(difflib.get_close_matches(name, [MAZE, *gymnasium.registry], n=3, cutoff=0))
         own = "one of your own is module:Id or module:function"
         raise ValueError(f"env must be a gymnasium id with its version, got {name!r}; the closest are {closest}; {own}.")
-    with ExitStack() as stack:
-        env = _bordered(name, **options)
-        stack.enter_context(_blamed(name, "closed"))
-        stack.callback(env.close)
+    env = _bordered(name, **options)
+    try:
         with _blamed(name, "reset"):
             # As a run does: some environments draw the first episode before they read the seed.
             first, again = ((env.reset(seed=0), env.reset()[0])[1] for _ in range(2))
         with _blamed(name, "stepped"):
             observation, reward, *_ = env.step(env.action_space.low / 2 + env.action_space.high / 2)
+    finally:
+        with _blamed(name, "closed"):
+            env.close()
     for what, value in {"observation": np.stack([first, observation]), "reward": np.array(reward)}.items():
         if not np.isfinite(value).all():
             raise ValueError(f"the {what} of env must be finite, got {value.tolist()} in the first step of {name!r}: mend it.")
