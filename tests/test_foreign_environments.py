@@ -338,7 +338,7 @@ class DrawsFromTheSystem(Cart):
 def test_what_no_seed_reaches_is_said_and_a_resumed_run_goes_on_inexactly(kind, tmp_path):
     name = named(kind)
     (note,) = check_env(name)
-    assert note.startswith(f"warning: {NAME} draws random numbers that its seed does not decide: ")
+    assert note.startswith(f"warning: two episodes of {NAME} begin differently after the same seed: it draws random numbers")
     rows = []
     session(tmp_path, rows, 43, name)
     with pytest.warns(UserWarning, match="Its episode starts anew; the run goes on, inexactly"):

@@ -94,8 +94,9 @@ def _notes(name: str, env: gymnasium.Env, repeats: bool) -> list[str]:
             notes.append(f"warning: {type(env).__name__} around {name} keeps running statistics: {apart}")
         env = env.env
     if not notes and not repeats:
-        unlike = "its episodes differ though the seed is the same, so will two runs, and a resumed run goes on inexactly"
-        notes.append(f"warning: {name} draws random numbers that its seed does not decide: {unlike}")
+        why = "it draws random numbers that no seed decides, or keeps something from one episode to the next"
+        then = "two runs of one seed may differ, and a resumed run may go on inexactly"
+        notes.append(f"warning: two episodes of {name} begin differently after the same seed: {why}; {then}")
     return notes
 
 
