@@ -38,12 +38,9 @@ def env_options(config: TrainConfig) -> dict[str, Any]:
 
 def instances(config: TrainConfig) -> str:
     """The line that says how many environments a run makes."""
-    counts = {
-        "train in": config.num_envs,
-        "evaluate in": config.eval.episodes,
-        "measure the bias in": config.eval.bias_episodes,
-    }
-    listed = ", ".join(f"{count} to {what}" for what, count in counts.items() if count)
+    counts = config.num_envs, config.eval.episodes, config.eval.bias_episodes
+    purposes = zip(counts, ("train in", "evaluate in", "measure the bias in"), strict=True)
+    listed = ", ".join(f"{count} to {purpose}" for count, purpose in purposes if count)
     return f"environments that are made of {config.env}: {listed}"
 
 
