@@ -19,6 +19,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "omnet_sac.py"
         ["-m", "seed=0,1,2", "env=Walker2d-v4", "utd_ratio=range(1,5)"],
         ["network.num_cells=[64,64]", "network.sparsity=[0,0.5,0]", "optim.lr=1e-4"],
         ["network={num_subnets:3}"],
+        ["env=my_module:MyEnv-v0", "env_kwargs.of_its_own=1", "env_kwargs={of_its_own:2}", "wrappers=[a.B,c.D]"],
         ["hydra.run.dir=x", "hydra/launcher=joblib", "+new=1", "++new.deep=1", "~seed", "~optim.lr=3e-4"],
         ["--config-name", "other", "-cn", "other", "-cp", "conf", "--config-dir", "conf", "-p", "a.b", "--config-name=other"],
         ["--config-path", "conf", "-cd", "conf", "--package", "a.b", "--info", "all", "--cfg=job"],
@@ -34,6 +35,7 @@ def test_options_that_exist_pass(arguments):
     [
         ("network.num_subnet=3", "unknown option 'network.num_subnet'; did you mean 'network.num_subnets'?"),
         ("num_subnets=3", "unknown option 'num_subnets'; did you mean 'network.num_subnets'?"),
+        ("env_kwarg.size=3", "unknown option 'env_kwarg.size'; did you mean 'env_kwargs'?"),
         ("Seed=3", "unknown option 'Seed'; did you mean 'seed'?"),
         ("utd=1,2", "unknown option 'utd'; did you mean 'utd_ratio'?"),
         ("hydr.run.dir=x", "unknown option 'hydr.run.dir'; did you mean "),

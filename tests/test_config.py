@@ -89,6 +89,7 @@ RANGES = [
     ("init_random_frames", 0),
     ("policy_update_delay", 0),
     ("buffer_size", 0),
+    ("max_episode_steps", 0),
     ("log_interval", 0),
     ("seed", -1),
     ("seed", 2**31),

@@ -186,8 +186,10 @@ def test_what_a_run_changes_does_not_reach_the_environment():
     step["next", "observation"].zero_()
     border = recorders(env)[0]
     assert (border.unwrapped.shown != 0).all()
-    border.resting = True
-    assert (border.step(np.ones(1, "f"))[0] != 0).all()
+    border.resting, seen = True, border.step(np.ones(1, "f"))[0]
+    border.unwrapped.shown[:] = 7
+    assert (border.step(np.ones(1, "f"))[0] == seen).all()
+    assert (seen != 0).all()
 
 
 # Random numbers.
@@ -336,7 +338,7 @@ class DrawsFromTheSystem(Cart):
 def test_what_no_seed_reaches_is_said_and_a_resumed_run_goes_on_inexactly(kind, tmp_path):
     name = named(kind)
     (note,) = check_env(name)
-    assert note.startswith(f"warning: {NAME} draws random numbers that its seed does not decide: ")
+    assert note.startswith(f"warning: two episodes of {NAME} begin differently after the same seed: it draws random numbers")
     rows = []
     session(tmp_path, rows, 43, name)
     with pytest.warns(UserWarning, match="Its episode starts anew; the run goes on, inexactly"):
@@ -429,7 +431,7 @@ def test_what_is_no_number_is_one_line_before_anything_is_made(how, message):
     with pytest.raises(ValueError, match=message) as raised:
         check_env(named(Shows, **how))
     assert "\n" not in str(raised.value)
-    assert NAME in str(raised.value)
+    assert re.match(f"env '{NAME}' can't be (reset|stepped): |the (reward|observation) of env must be", str(raised.value))
 
 
 class OfTheOldKind(Cart):
@@ -467,6 +469,8 @@ def test_an_interface_that_is_not_gymnasiums_is_one_line(kind, message, monkeypa
     with pytest.raises(ValueError, match=message) as raised:
         check_env(named(kind))
     assert "\n" not in str(raised.value)
+    assert str(raised.value).startswith(f"env '{NAME}' can't be ")
+    assert str(raised.value).count("can't") == 1
     assert len(closed) == 1
 
 
@@ -823,7 +827,7 @@ def test_a_library_of_tasks_is_trained_and_resumed_bit_for_bit(library, job, mon
     """Over the end of an episode: of 1,000 steps in dm_control, of 500 in Meta-World."""
     pytest.importorskip(library)
     env, option = LIBRARIES[library]
-    frames = ["total_frames=1100", "checkpoint.interval=300", "eval.interval=600", "eval.episodes=2", "utd_ratio=0.1"]
+    frames = ["total_frames=1100", "checkpoint.interval=300", "eval.interval=1000", "eval.episodes=1", "utd_ratio=0.1"]
     options = [f"env={env}", option, *frames, "init_random_frames=100"]
     whole, progress = job(*options, folder="whole"), Reporter.progress
 
@@ -837,12 +841,14 @@ def test_a_library_of_tasks_is_trained_and_resumed_bit_for_bit(library, job, mon
         job(*options, folder="halves")
     monkeypatch.setattr(Reporter, "progress", progress)
     capsys.readouterr()
-    halves = job(f"resume={whole.parent / 'halves'}")
+    halves = whole.parent / "halves"
+    job(f"resume={halves}")
     assert "inexactly" not in capsys.readouterr().err
     rows = [untimed_records(each / "metrics.csv") for each in (whole, halves)]
     assert rows[0] == rows[1]
     assert {"train/episode_return", "eval/return"} <= {name for _, name, _ in rows[0]}
-    assert differing(result(whole / "checkpoints"), result(halves / "checkpoints")) == []
+    different = differing(result(whole / "checkpoints"), result(halves / "checkpoints"))
+    assert set(different) <= {"/log"}, "but for the bytes of the log, whose seconds have another number of digits"
 
 
 def untimed_records(path):

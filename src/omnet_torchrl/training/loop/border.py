@@ -1,8 +1,8 @@
 """The border between a run and an environment that somebody else wrote.
 
 What crosses it is copied, both ways: the environment may go on using the array that it returned, and change the action that it
-is given. Observations and actions are float32 on our side, rewards and ends are single numbers; anything else is
-an error that says what came.
+is given. Observations and actions are float32 on our side, rewards and ends are single numbers; anything else is an error that
+says what came.
 
 No simulator state is saved. The current episode is played again, from its actions and the state of the random numbers at its
 reset, and compared with what was seen; between two episodes, the last one is. This is exact wherever an environment is a

@@ -39,12 +39,9 @@ def env_options(config: TrainConfig) -> dict[str, Any]:
 
 def instances(config: TrainConfig) -> str:
     """The line that says how many environments a run makes."""
-    counts = {
-        "train in": config.num_envs,
-        "evaluate in": config.eval.episodes,
-        "measure the bias in": config.eval.bias_episodes,
-    }
-    listed = ", ".join(f"{count} to {what}" for what, count in counts.items() if count)
+    counts = config.num_envs, config.eval.episodes, config.eval.bias_episodes
+    purposes = zip(counts, ("train in", "evaluate in", "measure the bias in"), strict=True)
+    listed = ", ".join(f"{count} to {purpose}" for count, purpose in purposes if count)
     return f"environments that are made of {config.env}: {listed}"
 
 
@@ -74,15 +71,16 @@ def check_env(name: str, **options: Any) -> list[str]:
         closest = ", ".join(difflib.get_close_matches(name, [MAZE, *gymnasium.registry], n=3, cutoff=0))
         own = "one of your own is module:Id or module:function"
         raise ValueError(f"env must be a gymnasium id with its version, got {name!r}; the closest are {closest}; {own}.")
-    with ExitStack() as stack:
-        env = _bordered(name, **options)
-        stack.enter_context(_blamed(name, "closed"))
-        stack.callback(env.close)
+    env = _bordered(name, **options)
+    try:
         with _blamed(name, "reset"):
             # As a run does: some environments draw the first episode before they read the seed.
             first, again = ((env.reset(seed=0), env.reset()[0])[1] for _ in range(2))
         with _blamed(name, "stepped"):
             observation, reward, *_ = env.step(env.action_space.low / 2 + env.action_space.high / 2)
+    finally:
+        with _blamed(name, "closed"):
+            env.close()
     for what, value in {"observation": np.stack([first, observation]), "reward": np.array(reward)}.items():
         if not np.isfinite(value).all():
             raise ValueError(f"the {what} of env must be finite, got {value.tolist()} in the first step of {name!r}: mend it.")
@@ -97,8 +95,9 @@ def _notes(name: str, env: gymnasium.Env, repeats: bool) -> list[str]:
             notes.append(f"warning: {type(env).__name__} around {name} keeps running statistics: {apart}")
         env = env.env
     if not notes and not repeats:
-        unlike = "its episodes differ though the seed is the same, so will two runs, and a resumed run goes on inexactly"
-        notes.append(f"warning: {name} draws random numbers that its seed does not decide: {unlike}")
+        why = "it draws random numbers that no seed decides, or keeps something from one episode to the next"
+        then = "two runs of one seed may differ, and a resumed run may go on inexactly"
+        notes.append(f"warning: two episodes of {name} begin differently after the same seed: {why}; {then}")
     return notes
 
 
