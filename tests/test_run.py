@@ -273,6 +273,7 @@ def test_options_that_were_edited_are_named_before_anything_is_loaded(before, tm
         SystemExit, match=r"can't be resumed: the checkpoint is of other networks or environments: .*" + message
     ):
         train(Run({"resume": str(tmp_path / "run")}))
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**info(tmp_path), "actor": None}))  # of an earlier version
     if "num_envs" not in before:
         with pytest.raises(ValueError, match=message):
             load_policy(tmp_path / "run")

@@ -1,4 +1,7 @@
-"""The policy that a run leaves behind. What trained it is not read, and its environment is not made."""
+"""The policy that a run leaves behind. What trained it is not read, and its environment is not made.
+
+Nothing but torch, tensordict and torchrl is needed: ``run.json`` has the specs, and what the networks are made of.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torchrl.data import Bounded, TensorSpec, Unbounded
 from torchrl.modules import ProbabilisticActor
 
 from omnet_torchrl.builders import make_actor
+from omnet_torchrl.layers import EnsembleMLP, MaskedMLP, RedrawnMLP, UnitMaskedMLP
 from omnet_torchrl.modules import check_action_spec
-from omnet_torchrl.training.build import network_options
-from omnet_torchrl.training.options import TrainConfig, load_config, resolve_device
+from omnet_torchrl.training.device import resolve_device
 from omnet_torchrl.training.record.checkpoint import Checkpointer, check_shapes
 from omnet_torchrl.training.record.folder import RunFolder
+
+NETWORKS = {each.__name__: each for each in (EnsembleMLP, MaskedMLP, RedrawnMLP, UnitMaskedMLP)}  # of an actor
 
 
 def load_policy(folder: str | Path, subnet: int | None = None, *, device: torch.device | str = "cpu") -> ProbabilisticActor:
     """The actor of a run's newest whole checkpoint, whether the run has finished, was killed or still goes on.
 
     It is in evaluation mode and its parameters require no gradient. Its actions are random, as in training; within TorchRL's
-    ``set_exploration_type(ExplorationType.DETERMINISTIC)`` they are not.
+    ``set_exploration_type(ExplorationType.DETERMINISTIC)`` they are not. It reads observations of any floating-point type,
+    those of float64 that MuJoCo returns among them.
 
     Args:
         folder (str or Path): the run's folder, which holds ``run.json``.
@@ -34,12 +41,13 @@ def load_policy(folder: str | Path, subnet: int | None = None, *, device: torch.
 
     Raises:
         ValueError: no run in the folder, no checkpoint yet or none that is whole, a checkpoint of other networks than
-            ``config.yaml`` has, no such subnetwork or device. A damaged checkpoint is passed over for the one before, with a
+            ``run.json`` has, no such subnetwork or device. A damaged checkpoint is passed over for the one before, with a
             warning.
         TypeError: ``subnet`` is not an int.
 
     Examples:
         >>> policy = load_policy("runs/Hopper-v4/omnet/seed0/2026-01-31_12-00-00", subnet=3)  # doctest: +SKIP
+        >>> observation, _ = gymnasium.make("Hopper-v4").reset()  # doctest: +SKIP
         >>> action = policy(TensorDict(observation=observation))["action"]  # doctest: +SKIP
     """
     where, run = resolve_device(str(device)), RunFolder.open(folder)
@@ -47,34 +55,57 @@ def load_policy(folder: str | Path, subnet: int | None = None, *, device: torch.
     if loaded is None:
         advice = "a run writes one at its end and, where checkpoint.interval is not 0, every so many frames"
         raise ValueError(f"{run.path} has no checkpoint yet (status: {run.info['status']}): {advice}.")
-    state, config = loaded[0], load_config(run.config_path)
+    state, (specs, options) = loaded[0], _networks(run)
     # What is drawn here is replaced: nobody's random numbers move, and nobody is warned of its masks.
     with torch.random.fork_rng([where] if where.type == "cuda" else []), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        actor = make_actor(*_specs(run, config), **network_options(config, "actor"), device=where)
+        actor = make_actor(*specs, **options, device=where)
     check_shapes(state["policy"], actor.state_dict())
     actor.load_state_dict(state["policy"])
     policy = actor if subnet is None else actor.extract(subnet)
+    policy.module[0].network.register_forward_pre_hook(_as_trained)
     return policy.eval().requires_grad_(False)
 
 
-def spaces(observation_spec: TensorSpec, action_spec: TensorSpec) -> dict[str, Any]:
-    """What ``run.json`` keeps of an environment for :func:`load_policy`: the sizes, and the bounds of an action."""
+def describe_policy(observation_spec: TensorSpec, action_spec: TensorSpec, options: dict[str, Any]) -> dict[str, Any]:
+    """What ``run.json`` keeps for :func:`load_policy`: size and bounds of the spaces, and the arguments of the actor."""
     action = check_action_spec(action_spec)
     bounds = {"low": action.space.low.tolist(), "high": action.space.high.tolist()}
-    return {"observation": observation_spec["observation"].shape[-1], **bounds, "dtype": str(action.dtype).split(".")[1]}
+    spaces = {"observation": observation_spec["observation"].shape[-1], **bounds, "dtype": str(action.dtype).split(".")[1]}
+    return {"spaces": spaces, "actor": {**options, "network_class": options["network_class"].__name__}}
 
 
-def _specs(run: RunFolder, config: TrainConfig) -> tuple[TensorSpec, TensorSpec]:
-    """The environment's specs: those that the run wrote down or, where it did not or its options were edited, of a new one."""
+def _as_trained(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs of a network in the type of its weights; an index stays one."""
+    dtype = next(network.parameters()).dtype
+    return tuple(each.to(dtype) if each.is_floating_point() else each for each in inputs)
+
+
+def _networks(run: RunFolder) -> tuple[tuple[TensorSpec, TensorSpec], dict[str, Any]]:
+    """The environment's specs and the actor's arguments: those that the run wrote down or, if it is old, its options'."""
     info = run.info
-    if "spaces" in info and info.get("env") == config.env:
-        kept = info["spaces"]
-        low, high = (torch.tensor(kept[name], dtype=getattr(torch, kept["dtype"])) for name in ("low", "high"))
-        return Unbounded((kept["observation"],)), Bounded(low, high, low.shape, dtype=low.dtype)
+    kept, options = info.get("spaces"), info.get("actor")
+    if not options:
+        from omnet_torchrl.training.build import network_options  # which import omegaconf
+        from omnet_torchrl.training.options import load_config
+
+        config = load_config(run.config_path)
+        specs = _specs(kept) if kept and info.get("env") == config.env else _specs_of_env(config.env)
+        return specs, network_options(config, "actor")
+    if options["network_class"] not in NETWORKS:
+        raise ValueError(f"{run.path} has an actor of an unknown kind, {options['network_class']!r}: was run.json edited?")
+    return _specs(kept), {**options, "network_class": NETWORKS[options["network_class"]]}
+
+
+def _specs(kept: dict[str, Any]) -> tuple[TensorSpec, TensorSpec]:
+    low, high = (torch.tensor(kept[name], dtype=getattr(torch, kept["dtype"])) for name in ("low", "high"))
+    return Unbounded((kept["observation"],)), Bounded(low, high, low.shape, dtype=low.dtype)
+
+
+def _specs_of_env(name: str) -> tuple[TensorSpec, TensorSpec]:
     from omnet_torchrl.training.loop.environments import check_env, make_env  # which import gymnasium
 
-    check_env(config.env)
-    env = make_env(config.env)
+    check_env(name)
+    env = make_env(name)
     env.close()
     return env.observation_spec, env.action_spec

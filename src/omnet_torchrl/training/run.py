@@ -27,13 +27,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from omnet_torchrl.training.build import network_options
 from omnet_torchrl.training.command_line import argument, merge_overrides
 from omnet_torchrl.training.loop.environments import check_env
 from omnet_torchrl.training.loop.stopping import RunError, exit_code, handled
 from omnet_torchrl.training.loop.trainer import Trainer
 from omnet_torchrl.training.options import TrainConfig, differences, load_config, resolve_device, save_config, to_config
 from omnet_torchrl.training.options.memory import check_memory
-from omnet_torchrl.training.policy import spaces
+from omnet_torchrl.training.policy import describe_policy
 from omnet_torchrl.training.record.checkpoint import MANIFESTS, Checkpointer
 from omnet_torchrl.training.record.folder import RunFolder, now, peak_memory
 from omnet_torchrl.training.record.metrics import read_metrics
@@ -171,7 +172,8 @@ class Run:
             )
         check_memory(config, self.device, env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1])
         fields = {"env": config.env, "seed": config.seed, "device": _device_name(self.device), "error": None}
-        self.folder.begin_session(trainer.frames, **fields, spaces=spaces(env.observation_spec, env.action_spec))
+        policy = describe_policy(env.observation_spec, env.action_spec, network_options(config, "actor"))
+        self.folder.begin_session(trainer.frames, **fields, **policy)
         self.reporter.begin(config.logger, asdict(config), trainer.frames, **asdict(config.wandb))
         self._begun = True
 

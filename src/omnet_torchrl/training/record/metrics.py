@@ -47,7 +47,7 @@ class CSVLogger:
                 "not the one that the checkpoint was saved with."
             )
         if content[position - 1 : position] != b"\n":
-            raise ValueError(f"position must be the end of a row of {self.path}, got {position}: the file has changed.")
+            raise ValueError(f"position must be the end of a record of {self.path}, got {position}: the file has changed.")
 
     def log(self, frames: int, seconds: float, metrics: Mapping[str, float]) -> None:
         """Write a record per value, and hand them to the operating system: they outlive this process."""
@@ -98,5 +98,5 @@ def read_metrics(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
         series[0].append(frames)
         series[1].append(value)
     if torn:
-        warnings.warn(f"{path}, line {torn}: the last row is cut short and left out.", stacklevel=2)
+        warnings.warn(f"{path}, line {torn}: the last record is cut short and left out.", stacklevel=2)
     return metrics
