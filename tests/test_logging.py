@@ -68,7 +68,7 @@ def test_a_position_that_the_file_does_not_have_is_refused(path):
         CSVLogger(path, 40)
     end = write(path, 1, {"x": 1.0})
     before = path.read_bytes()
-    for position, message in ((end + 1, r"in \[26, 38\]"), (0, r"in \[26, 38\]"), (end - 1, "end of a row")):
+    for position, message in ((end + 1, r"in \[26, 38\]"), (0, r"in \[26, 38\]"), (end - 1, "end of a record")):
         with pytest.raises(ValueError, match=message):
             CSVLogger(path, position)
     assert path.read_bytes() == before
@@ -86,7 +86,7 @@ def test_a_torn_last_row_is_left_out_with_a_warning(path, rest):
     write(path, 1, {"x": 1.0, "y": 2.0})
     with path.open("a") as file:
         file.write(rest)
-    with pytest.warns(UserWarning, match=r"metrics.csv, line 4: the last row is cut short"):
+    with pytest.warns(UserWarning, match=r"metrics.csv, line 4: the last record is cut short"):
         assert read_metrics(path) == {"x": ([1], [1.0]), "y": ([1], [2.0])}
 
 

@@ -6,6 +6,7 @@ Nothing but torch, tensordict and torchrl is needed: ``run.json`` has the specs,
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def _as_trained(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor,
 def _networks(run: RunFolder) -> tuple[tuple[TensorSpec, TensorSpec], dict[str, Any]]:
     """The environment's specs and the actor's arguments: those that the run wrote down or, if it is old, its options'."""
     info = run.info
-    kept, options = info.get("spaces"), info.get("actor")
+    kept, options = info.get("spaces") or {}, info.get("actor")
     if not options:
         from omnet_torchrl.training.build import network_options  # which import omegaconf
         from omnet_torchrl.training.options import load_config
@@ -97,7 +98,7 @@ def _networks(run: RunFolder) -> tuple[tuple[TensorSpec, TensorSpec], dict[str, 
     return _specs(kept), {**options, "network_class": NETWORKS[options["network_class"]]}
 
 
-def _specs(kept: dict[str, Any]) -> tuple[TensorSpec, TensorSpec]:
+def _specs(kept: Mapping[str, Any]) -> tuple[TensorSpec, TensorSpec]:
     low, high = (torch.tensor(kept[name], dtype=getattr(torch, kept["dtype"])) for name in ("low", "high"))
     return Unbounded((kept["observation"],)), Bounded(low, high, low.shape, dtype=low.dtype)
 

@@ -37,7 +37,8 @@ class _Progress(tqdm):
 class Terminal:
     """Everything that a run prints; close it at the end.
 
-    On a terminal and in a notebook there is a progress bar, refreshed ten times a second at most; in a log file a line a minute.
+    On a terminal or in a notebook there is a progress bar, refreshed ten times a second at most; in a log file a line a
+    minute instead.
 
     Args:
         total_frames (int): of the run.
