@@ -23,7 +23,7 @@ def test_a_damaged_row_of_rates_is_named_and_skipped_and_the_next_one_has_a_line
     with pytest.warns(UserWarning, match=r"rates.csv, line [34]: .*left out") as said:
         known = Rates(path, "cpu", 1)
     cut, wrong = (str(warning.message) for warning in said)
-    assert "line 4: the last row is cut short" in cut
+    assert "line 4: the last record is cut short" in cut
     assert "line 3: expected machine,device," in wrong
     assert known.get(cell()) == Rate(0.001, 0.1, 0.005)
     assert known.get(other) is None

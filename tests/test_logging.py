@@ -88,7 +88,7 @@ def test_a_torn_last_row_is_left_out_with_a_warning(path, rest):
     write(path, 1, {"x": 1.0, "y": 2.0})
     with path.open("a") as file:
         file.write(rest)
-    with pytest.warns(UserWarning, match=r"metrics.csv, line 4: the last row is cut short"):
+    with pytest.warns(UserWarning, match=r"metrics.csv, line 4: the last record is cut short"):
         assert read_metrics(path) == {"x": ([1], [1.0]), "y": ([1], [2.0])}
 
 

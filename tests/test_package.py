@@ -88,8 +88,8 @@ TRAINING = {
     "options.options": set(),
     "options.rows": {"options.options"},
     "options.memory": {"options.options"},
-    "options.checks": {"options.memory", "options.options", "options.rows", "record.files"},
-    "options.__init__": {"options.options", "options.rows", "options.checks"},
+    "options.checks": {"device", "options.memory", "options.options", "options.rows", "record.files"},
+    "options.__init__": {"device", "options.options", "options.rows", "options.checks"},
     "loop.__init__": set(),
     "loop.streams": set(),
     "loop.stopping": set(),
@@ -106,10 +106,11 @@ TRAINING = {
     },
     "grid": {"loop.streams", "options", "options.checks"},
     "build": {"grid", "loop.streams", "options", "options.rows"},
-    "policy": {"build", "loop.environments", "options", "record.checkpoint", "record.folder"},
+    "device": set(),
+    "policy": {"device", "record.checkpoint", "record.folder"},
     "command_line": {"loop.environments", "loop.stopping", "options", "options.checks", "record.folder"},
     "run": {
-        *("command_line", "policy", "options", "options.checks", "options.memory"),
+        *("build", "command_line", "policy", "options", "options.checks", "options.memory"),
         *("loop.environments", "loop.stopping", "loop.trainer"),
         *(f"record.{name}" for name in ("checkpoint", "files", "folder", "metrics", "reporter", "terminal", "trackers")),
     },
@@ -201,7 +202,7 @@ def test_public_names_exist_and_are_documented():
 
 
 # Whoever adds a feature also removes what it made superfluous; these are where the rooms stand, and they must not grow unseen.
-MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 7_300, 4_450
+MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 7_300, 4_650
 
 
 def test_files_functions_and_rooms_keep_within_their_budgets():

@@ -2,15 +2,21 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+import omnet_torchrl
 from omnet_torchrl import SubnetActor
 from omnet_torchrl.training import evaluate, load_policy, make_env
 from omnet_torchrl.training.loop.streams import derived_seed
@@ -127,11 +133,59 @@ def test_a_policy_needs_no_environment_but_for_a_run_that_did_not_write_its_spac
     for _ in range(2):
         answers.append(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
         info = json.loads((copy / "run.json").read_text())
-        info.pop("spaces", None)
+        for name in ("actor", "spaces"):  # which earlier versions did not write
+            info.pop(name, None)
         (copy / "run.json").write_text(json.dumps(info))
     (*written, without), (*made, with_environment) = answers
     assert written == made
     assert (without, with_environment) == ("False", "True")
+
+
+TRAINING = ("gymnasium", "mujoco", "hydra", "omegaconf", "yaml", "_yaml", "tqdm", "matplotlib", "wandb", "tensorboard", "glfw")
+
+
+def test_a_policy_needs_torch_tensordict_and_torchrl_alone(run, tmp_path):
+    """In an environment that has no other package of a run."""
+    for path in Path(torch.__file__).parents[1].iterdir():
+        if not path.name.lower().startswith(TRAINING) and path.suffix != ".pth":
+            (tmp_path / path.name).symlink_to(path)
+    code = f"from omnet_torchrl.training import load_policy; print(sum(map(len, load_policy({str(run)!r}, 1).parameters())))"
+    environment = {**os.environ, "PYTHONPATH": f"{Path(omnet_torchrl.__file__).parents[1]}:{tmp_path}"}
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == sum(map(len, load_policy(run, 1).parameters()))
+
+
+@pytest.mark.parametrize("subnet", [None, 1])
+def test_a_policy_reads_what_the_simulator_returns(subnet, run):
+    observation, _ = gymnasium.make(ENV).reset(seed=0)
+    assert observation.dtype == np.float64
+    policy, index = load_policy(run, subnet), {} if subnet is not None else {"subnet": torch.tensor(1)}
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        action = policy(TensorDict(observation=observation, **index))["action"]
+        expected = policy(TensorDict(observation=torch.from_numpy(observation).float(), **index))["action"]
+    assert action.dtype == torch.float32
+    assert torch.equal(action, expected)
+
+
+def test_a_subnetwork_is_exported(run):
+    policy, observation = load_policy(run, 1).select_out_keys("action"), observations(1)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        exported = torch.export.export(policy, (), {"observation": observation}).module()
+        expected = policy(TensorDict(observation=observation))["action"]
+    torch.testing.assert_close(exported(observation=observation), expected)
+
+
+def test_a_subnetwork_is_exported_to_onnx(run, tmp_path):
+    pytest.importorskip("onnxscript")
+    reference = pytest.importorskip("onnx.reference")
+    policy, observation = load_policy(run, 1).select_out_keys("action"), observations(1)
+    with set_exploration_type(ExplorationType.DETERMINISTIC), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter
+        torch.onnx.export(policy, (), tmp_path / "policy.onnx", kwargs={"observation": observation}, dynamo=True)
+        expected = policy(TensorDict(observation=observation))["action"]
+    (action,) = reference.ReferenceEvaluator(str(tmp_path / "policy.onnx")).run(None, {"observation": observation.numpy()})
+    torch.testing.assert_close(torch.from_numpy(action), expected)
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(copy):
@@ -159,6 +213,12 @@ def test_errors_say_what_is_wrong(copy, tmp_path):
         load_policy(copy, 1.0)
     with pytest.raises(ValueError, match="device must be auto, cpu"):
         load_policy(copy, device="gpu")
+    info = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**info, "actor": {**info["actor"], "network_class": "Conv2d"}}))
+    with pytest.raises(ValueError, match=r"has an actor of an unknown kind, 'Conv2d': was run\.json edited"):
+        load_policy(copy)
+    del info["actor"]
+    (copy / "run.json").write_text(json.dumps(info))
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace(f"env: {ENV}", "env: Hoper-v4"))
     with pytest.raises(ValueError, match=r"'Hoper-v4'; the closest are Hopper-v"):

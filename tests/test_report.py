@@ -119,7 +119,7 @@ def test_a_damaged_file_is_named_and_skipped(results):
         assert "| OMNet | 3200 (n=1) |" in written(results, "fig2a", "--frames", "30000")
     # A last row that was cut short is left out alone.
     damaged.write_bytes(content[:-3])
-    with pytest.warns(UserWarning, match="the last row is cut short"):
+    with pytest.warns(UserWarning, match="the last record is cut short"):
         assert "| OMNet | 3100 [1829, 4371] (n=2) |" in written(results, "fig2a", "--frames", "30000")
     for empty in (b"", b"frames,seconds,name,value\n"):
         damaged.write_bytes(empty)

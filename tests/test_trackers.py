@@ -115,3 +115,27 @@ def test_a_resumed_run_is_the_same_run_of_wandb(folder, monkeypatch):
     for each in (folder, RunFolder.open(folder.path)):
         make_logger("wandb", each, CONFIG).close()
     assert seen == 2 * [folder.info["wandb_id"]]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_wandbs_environment_variables_hold_where_no_option_says_otherwise(given, folder, wandb, monkeypatch, tmp_path):
+    runs, init = [], wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: runs.append(init(**kwargs)) or runs[0])
+    (tmp_path / "elsewhere").mkdir()
+    for name, value in {"PROJECT": "mine", "RUN_GROUP": "ours", "MODE": "offline", "DIR": tmp_path / "elsewhere"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
+    options = {"project": "yours", "group": "theirs"} if given else {"project": None, "group": None}
+    make_logger("wandb", folder, CONFIG, mode=None, entity=None, **options).close()
+    (run,) = runs
+    assert (run.project, run.group) == (("yours", "theirs") if given else ("mine", "ours"))
+    assert run.settings.mode == "offline"
+    assert list((tmp_path / "elsewhere").rglob("offline-run-*"))
+
+
+def test_wandb_is_off_where_its_environment_variable_says_so(folder, wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    make_logger("wandb", folder, CONFIG).close()
+    assert "wandb_id" not in folder.info
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    with pytest.raises(ValueError, match="WANDB_MODE must be one of offline, online, disabled, got 'dryrun'"):
+        make_logger("wandb", folder, CONFIG)

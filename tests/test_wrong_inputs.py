@@ -230,10 +230,10 @@ def nowhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("line", "said"), CASES, ids=[line[:60] for line, _ in CASES])
 def test_a_wrong_command_line_is_one_line_and_nothing_is_made(line, said, nowhere):
-    start = time.monotonic()
+    start = time.process_time()
     code, printed = run_script(*shlex.split(line, posix="'" not in line))
     check(code, printed, said, nowhere)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("content", CONFIGS)
@@ -253,15 +253,19 @@ def test_what_wandb_does_not_know_is_one_line(variable, nowhere, monkeypatch):
 
 @pytest.mark.parametrize("line", PROCESSES)
 def test_a_process_with_a_wrong_command_line_is_one_line_too(line, tmp_path):
-    start = time.monotonic()
+    start = sum(os.times()[2:4])  # of processes that have ended: other work on the machine does not count
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, EXAMPLE, *shlex.split(line)], capture_output=True, text=True, cwd=tmp_path, env=environment
+        [sys.executable, EXAMPLE, *shlex.split(line)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=300,
     )
     check(done.returncode, done.stderr, dict(CASES)[line], tmp_path)
     assert done.stdout == ""
-    assert time.process_time() >= 0
-    assert time.monotonic() - start < 60  # of which ten are for a machine that does nothing else
+    assert sum(os.times()[2:4]) - start < 10
 
 
 def test_there_are_many():

@@ -17,7 +17,7 @@ import sys
 import time
 import venv
 from contextlib import ExitStack
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -130,7 +130,7 @@ def main() -> None:
         times, others = measure(workers, 3 if arguments.quick else max(1, arguments.rounds), slow_s=0.3)
         versions = {name: value for worker in found for name, value in worker.versions.items()}
     results = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "commit": commit(),
         "command": shlex.join(["python", "benchmarks/speed/run.py", *sys.argv[1:]]),
         "minutes": round((time.perf_counter() - start) / 60, 1),

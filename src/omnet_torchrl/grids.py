@@ -46,6 +46,7 @@ def make_grid_qvalue_actor(
     *,
     channels: int | None = 16,
     num_cells: Sequence[int] = (128,),
+    layer_norm: bool = False,
     network_class: Callable[..., nn.Module] = MaskedMLP,
     sparsity: float | Sequence[float] | None = None,
     generator: torch.Generator | int | None = None,
@@ -66,6 +67,7 @@ def make_grid_qvalue_actor(
         channels (int or None): of a masked convolution with kernels of 3 x 3, followed by ReLU. ``None``: no convolution, the
             perceptron sees the cells. Defaults to 16.
         num_cells (sequence of int): hidden units of the perceptron. Defaults to 128 in one layer.
+        layer_norm (bool): Linear, LayerNorm, ReLU instead of Linear, ReLU. Defaults to ``False``.
         network_class: of the perceptron, see :func:`~omnet_torchrl.make_actor`; :class:`~omnet_torchrl.MaskedMLP` with
             a convolution.
         sparsity (float, sequence of float or None): of every layer, or of each: the convolution's first.
@@ -91,7 +93,8 @@ def make_grid_qvalue_actor(
             f"the observation must be a grid (*batch, rows, columns, C), got shape {tuple(observation_spec.shape)}."
         )
     network: list[nn.Module] = [GridInput(channels is not None)]
-    options = {"num_cells": num_cells, "activation_class": nn.ReLU, "device": device, **kwargs}
+    norm = {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": n} for n in num_cells]} if layer_norm else {}
+    options = {"num_cells": num_cells, "activation_class": nn.ReLU, "device": device, **norm, **kwargs}
     features = math.prod(shape)
     if sparsity is not None:
         generator = as_generator(generator)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Adam
 from torchrl.data import TensorSpec
 
@@ -65,11 +64,15 @@ def build(
 
 def make_policy(config: TrainConfig, observation_spec: TensorSpec, action_spec: TensorSpec, device: Any = "cpu") -> AnyActor:
     """The policy of a run, whatever the row: of a DQN, its network."""
+    options = policy_options(config)
+    make: Any = {"sac": make_actor, "td3": make_deterministic_actor, "dqn": make_grid_qvalue_actor}[options.pop("loss")]
+    return make(observation_spec, action_spec, **options, device=device)
+
+
+def policy_options(config: TrainConfig) -> dict[str, Any]:
+    """The row's loss, and the arguments of its policy."""
     kind = row(config.algorithm).loss
-    if kind == "dqn":
-        return make_grid_qvalue_actor(observation_spec, action_spec, **grid_options(config), device=device)
-    make = make_actor if kind == "sac" else make_deterministic_actor
-    return make(observation_spec, action_spec, **network_options(config, "actor"), device=device)
+    return {"loss": kind, **(grid_options(config) if kind == "dqn" else network_options(config, "actor"))}
 
 
 def update_options(config: TrainConfig) -> dict[str, Any]:
@@ -80,10 +83,7 @@ def update_options(config: TrainConfig) -> dict[str, Any]:
 
 def grid_options(config: TrainConfig) -> dict[str, Any]:
     """The arguments of :func:`~omnet_torchrl.grids.make_grid_qvalue_actor`."""
-    options = network_options(config, "critic")
-    if options.pop("layer_norm"):
-        options |= {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": n} for n in config.network.num_cells]}
-    return {"channels": config.network.channels, **options}
+    return {"channels": config.network.channels, **network_options(config, "critic")}
 
 
 def training_flops(config: TrainConfig, observation_dim: int, action_dim: int, *, exact: bool = False) -> float:

@@ -28,6 +28,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from omnet_torchrl.training.build import policy_options
 from omnet_torchrl.training.command_line import argument, merge_overrides
 from omnet_torchrl.training.loop.environments import check_env, env_options, instances
 from omnet_torchrl.training.loop.stopping import RunError, exit_code, handled
@@ -35,7 +36,7 @@ from omnet_torchrl.training.loop.trainer import Trainer
 from omnet_torchrl.training.options import TrainConfig, differences, load_config, resolve_device, save_config, to_config
 from omnet_torchrl.training.options.checks import listed
 from omnet_torchrl.training.options.memory import check_memory
-from omnet_torchrl.training.policy import spaces
+from omnet_torchrl.training.policy import describe_policy
 from omnet_torchrl.training.record.checkpoint import Checkpointer
 from omnet_torchrl.training.record.files import WriteError, one_line
 from omnet_torchrl.training.record.folder import RunFolder, now, peak_memory
@@ -180,7 +181,8 @@ class Run:
             )
         check_memory(config, self.device, env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1])
         fields = {"env": config.env, "seed": config.seed, "device": _device_name(self.device), "error": None}
-        self.folder.begin_session(trainer.frames, **fields, spaces=spaces(env.observation_spec, env.action_spec))
+        policy = describe_policy(policy_options(config), env.observation_spec, env.action_spec)
+        self.folder.begin_session(trainer.frames, **fields, **policy)
         self.reporter.begin(config.logger, asdict(config), trainer.frames, **asdict(config.wandb))
         self._begun = True
 

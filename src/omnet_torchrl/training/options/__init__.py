@@ -1,6 +1,7 @@
 """The options of a run: data, checked before anything is made. Needs omegaconf, and nothing else that is not the core's."""
 
-from omnet_torchrl.training.options.checks import differences, load_config, resolve_device, save_config, to_config, validate
+from omnet_torchrl.training.device import resolve_device
+from omnet_torchrl.training.options.checks import differences, load_config, save_config, to_config, validate
 from omnet_torchrl.training.options.options import LossConfig, NetworkConfig, OptimConfig, TrainConfig
 from omnet_torchrl.training.options.rows import ROWS, Row, row
 

@@ -15,11 +15,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+from omnet_torchrl.training.device import resolve_device
 from omnet_torchrl.training.options.memory import check_memory
 from omnet_torchrl.training.options.options import TrainConfig
 from omnet_torchrl.training.options.rows import ROWS, network_sparsity, row
@@ -124,19 +124,6 @@ def validate(config: TrainConfig) -> None:
             raise ValueError(unknown(name))
         if value != values[name]:
             raise ValueError(f"{name} must be of its type and resolved, got {value!r}: use what to_config returns.")
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device called ``auto`` (cuda where there is one), ``cpu``, ``cuda`` or ``cuda:<index>``, if this machine has it."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:<index>, got {name!r}.")
-    count = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
-    device = torch.device(name if name != "auto" else "cuda" if count else "cpu")
-    if device.type == "cuda" and not count:
-        raise ValueError(f"device={name}, but torch {torch.__version__} finds no CUDA device: use device=cpu or device=auto.")
-    if (device.index or 0) >= max(count, 1):
-        raise ValueError(f"device must be one of the {count} CUDA devices, cuda:0 to cuda:{count - 1}, got {name!r}.")
-    return device
 
 
 def unknown(key: str) -> str:

@@ -103,5 +103,5 @@ def read_metrics(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
         series[0].append(frames)
         series[1].append(value)
     if torn:
-        warnings.warn(f"{path}, line {torn}: the last row is cut short and left out.", stacklevel=2)
+        warnings.warn(f"{path}, line {torn}: the last record is cut short and left out.", stacklevel=2)
     return metrics

@@ -15,20 +15,21 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 # Seconds between two displays, on a terminal and in a log file, and what the newest of them weighs in the rate: it is that of
 # the last seconds, not of the whole run, which begins with random frames and is much faster there.
 BAR, LINES = (0.1, 0.02), (60.0, 1.0)
+NOTEBOOK = any(each.__module__ == "tqdm.notebook" for each in tqdm.__mro__)  # whose bar is no text
 
 
 class _Progress(tqdm):
-    """A bar on a terminal; in a log file, a line each time. It ignores a file that can't be written."""
+    """A bar on a terminal or in a notebook; in a log file, a line each time. It ignores a file that can't be written."""
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+    def display(self, msg: str | None = None, pos: int | None = None, **options: Any) -> None:
         with suppress(OSError):
-            if self.fp.isatty():
-                super().display(msg, pos)
+            if NOTEBOOK or self.fp.isatty():
+                super().display(msg, pos, **options)
             elif msg is None:
                 print(self, file=self.fp, flush=True)
 
@@ -36,7 +37,8 @@ class _Progress(tqdm):
 class Terminal:
     """Everything that a run prints; close it at the end.
 
-    On a terminal there is a progress bar, refreshed ten times a second at most; in a log file a line a minute instead.
+    On a terminal or in a notebook there is a progress bar, refreshed ten times a second at most; in a log file a line a
+    minute instead.
 
     Args:
         total_frames (int): of the run.
@@ -76,7 +78,7 @@ class Terminal:
         if not self.enabled:
             return
         if self._bar is None:
-            seconds, smoothing = BAR if self._file.isatty() else LINES
+            seconds, smoothing = BAR if NOTEBOOK or self._file.isatty() else LINES
             shown: dict[str, Any] = {"total": self.total_frames, "initial": frames, "unit": " frames", "dynamic_ncols": True}
             pace = {"mininterval": seconds, "miniters": 1, "delay": seconds, "smoothing": smoothing}
             self._bar = _Progress(**shown, **pace, file=self._file, leave=False)

@@ -25,6 +25,7 @@ from omnet_torchrl.training.record.folder import RunFolder
 
 KINDS = ("csv", "tensorboard", "wandb")
 MODES = ("offline", "online", "disabled")
+VARIABLES = {"project": "WANDB_PROJECT", "entity": "WANDB_ENTITY", "group": "WANDB_RUN_GROUP"}
 CONNECT_SECONDS, FINISH_SECONDS, CLOSE_SECONDS = 14.0, 8.0, 20.0
 Say = Callable[[str], None]
 
@@ -197,7 +198,6 @@ def make_logger(
     *,
     frames: int = 0,
     mode: str | None = None,
-    project: str | None = None,
     warn: Say = _warn,
     **options: Any,
 ) -> BackgroundLogger:
@@ -210,15 +210,17 @@ def make_logger(
         frames (int): what a resumed run starts from. Defaults to 0.
         mode (str or None): of wandb: ``"offline"``, ``"online"`` or ``"disabled"``. ``None`` (default): ``WANDB_MODE``, or
             offline.
-        project (str or None): of wandb. ``None`` (default): ``WANDB_PROJECT``, or omnet_torchrl.
         warn (callable): see :class:`BackgroundLogger`.
-        options: of :func:`wandb.init`: ``entity``, ``group``, ...; what is ``None`` it reads from its environment variables.
+        options: of :func:`wandb.init`: ``project``, ``entity``, ``group``, ... Where one is ``None``, the environment variable
+            of wandb holds; the project is then omnet_torchrl.
     """
     check_logger(kind)
     mode = mode or wandb_mode()
     if kind == "csv" or (kind == "wandb" and mode == "disabled"):
         return BackgroundLogger()
-    options["project"] = project or os.environ.get("WANDB_PROJECT", "omnet_torchrl")
+    for name, variable in VARIABLES.items():  # which wandb reads once in a process
+        options[name] = options.get(name) or os.environ.get(variable)
+    options["project"] = options["project"] or "omnet_torchrl"
     if kind == "tensorboard":
         return BackgroundLogger(kind, lambda say: start_tensorboard(folder, config or {}, frames), warn=warn)
     run_id = folder.info.get("wandb_id") or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
