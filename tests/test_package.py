@@ -100,9 +100,10 @@ TRAINING = {
     "loop.exploration": {"options"},
     "loop.rollout": {"loop.environments", "loop.stopping"},
     "loop.evaluation": {"loop.environments", "loop.rollout", "loop.streams", "options", "record.files"},
+    "loop.resumption": {"loop.border", "loop.environments", "options", "options.checks", "record.folder"},
     "loop.trainer": {
-        *("loop.border", "loop.environments", "loop.exploration", "loop.stopping", "loop.streams"),
-        *("options", "options.checks", "record.checkpoint", "record.files", "record.folder", "record.reporter"),
+        *("loop.exploration", "loop.resumption", "loop.stopping", "loop.streams"),
+        *("options", "record.checkpoint", "record.files", "record.reporter"),
     },
     "grid": {"loop.streams", "options", "options.checks"},
     "build": {"grid", "loop.streams", "options", "options.rows"},

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,21 +21,15 @@ from torchrl.collectors import Collector
 from torchrl.data import PrioritizedSampler, ReplayBuffer
 
 from omnet_torchrl.metrics import subnet_disagreement
-from omnet_torchrl.training.loop.border import ReplayError
-from omnet_torchrl.training.loop.environments import recorders
 from omnet_torchrl.training.loop.exploration import Exploring
+from omnet_torchrl.training.loop.resumption import collection_state, compare, load_collection, setting
 from omnet_torchrl.training.loop.stopping import AbandonedError, DivergenceError, Stop, check_finite
 from omnet_torchrl.training.loop.streams import GlobalStream, Streams, derived_seed
 from omnet_torchrl.training.options import TrainConfig
-from omnet_torchrl.training.options.checks import differences, leaves, listed
 from omnet_torchrl.training.record.checkpoint import Checkpointer, check_shapes, load_replay
 from omnet_torchrl.training.record.files import CheckpointError, one_line
-from omnet_torchrl.training.record.folder import conditions
 from omnet_torchrl.training.record.reporter import Reporter
 from omnet_torchrl.updates import CompiledPolicy, Update
-
-# Options that no number depends on, or of which the conditions of a checkpoint tell more.
-UNBOUND = ("folder", "resume", "progress", "device", "compile", "num_threads")
 
 
 class Trainer:
@@ -108,7 +101,7 @@ class Trainer:
         wrong = [name for name, value in self._state().items() if type(state.get(name)) is not type(value)]
         if wrong:
             raise CheckpointError(f"the checkpoint must hold {', '.join(wrong)} as a run saves them.")
-        self._compare(state)
+        compare(state, self.config, self.update, self.reporter.say)
         transforms = self.collector.state_dict()["env_state_dict"].keys()
         if transforms != state["transforms"].keys():
             kept = f"{sorted(transforms)}, the checkpoint has {sorted(state['transforms'])}"
@@ -119,7 +112,7 @@ class Trainer:
         )
         load_replay(self.buffer, files, state["writer"])
         self.update.load_state_dict(state["update"])
-        self._load_collection(state)
+        load_collection(self.collector, state)
         self._random.load_state_dict(state["random"], state["frames"])
         self.frames, self.update.updates, self.last = state["frames"], state["updates"], state["last"]
         self._metrics, self._log_due = dict(state["metrics"]), state["log_due"]
@@ -127,23 +120,6 @@ class Trainer:
         self.elapsed, self.times, self.saved = state["elapsed"], state["times"], self.frames
         self.reporter.restore(state["log"])
         self.checkpointer.discard_after(self.frames)
-
-    def _compare(self, state: dict[str, Any]) -> None:
-        """Refuse the checkpoint of a run with other options; say which may change, and have, and warn of versions and flags."""
-        fixed = differences(state["options"], self.config)
-        if fixed:
-            raise ValueError(f"the checkpoint is of a run with other options: {listed(fixed)}.")
-        for kind, now in self._setting().items():
-            changed = {name: (state[kind].get(name), value) for name, value in now.items() if state[kind].get(name) != value}
-            if changed and kind == "options":
-                self.reporter.say(f"goes on with other options than the checkpoint's: {listed(changed)}")
-            elif changed:
-                warnings.warn(f"the run goes on, inexactly: {listed(changed)}.", stacklevel=2)
-
-    def _setting(self) -> dict[str, dict[str, Any]]:
-        """What the numbers depend on beside the state."""
-        options = {name: value for name, value in leaves(self.config).items() if name not in UNBOUND}
-        return {"options": options, "conditions": conditions(self.update.device, self.update.compiled)}
 
     def prepare(self) -> None:
         """Compile the update and the policy, on made-up data; so does ``evaluate``, where it has a ``prepare``."""
@@ -156,22 +132,6 @@ class Trainer:
         transition = made_up.select(*self._kept(made_up)).reshape(-1)[0]
         self.update.prepare(transition.expand(self.config.optim.batch_size))
 
-    def _load_collection(self, state: dict[str, Any]) -> None:
-        carrier = self.collector._carrier
-        stored = TensorDict(state["carrier"], batch_size=carrier.batch_size)
-        fresh = carrier.clone()
-        for i, (recorder, episode) in enumerate(zip(recorders(self.collector.env), state["episodes"], strict=True)):
-            try:
-                recorder.load_state_dict(episode)
-            except ReplayError as error:
-                warnings.warn(f"environment {i}: {error} Its episode starts anew; the run goes on, inexactly.", stacklevel=2)
-                begun = fresh.view(-1)[i].clone()
-                observation = torch.as_tensor(recorder.reset()[0], dtype=begun["observation"].dtype)
-                stored.view(-1)[i].update_(begun.set("observation", observation))
-        collection = {"env_state_dict": state["transforms"], "frames": state["frames"], "iter": -1}
-        self.collector.load_state_dict(collection, strict=False)
-        self.collector._carrier = carrier.update(stored)
-
     def save(self) -> None:
         """Write a checkpoint, unless this frame has one or the run has diverged, which is found out here at the latest."""
         if self.frames == self.saved or self._diverged:
@@ -183,7 +143,6 @@ class Trainer:
         self.saved = self.frames
 
     def _state(self) -> dict[str, Any]:
-        collector = self.collector.state_dict()
         return {
             "frames": self.frames,
             "updates": self.updates,
@@ -193,14 +152,11 @@ class Trainer:
             "metrics": {name: value.cpu() for name, value in self._metrics.items()},
             "log_due": self._log_due,
             "evaluation_due": self._evaluation_due,
-            "policy": dict(collector["policy_state_dict"]),
             "update": {name: part for name, part in self.update.state_dict().items() if name != "updates"},  # it is above
             "writer": dict(self.buffer.writer.state_dict()),
-            "transforms": dict(collector["env_state_dict"]),
-            "carrier": self.collector._carrier.cpu().to_dict(),
-            "episodes": [dict(recorder.state_dict()) for recorder in recorders(self.collector.env)],
             "random": self._random.state_dict(),
-            **self._setting(),
+            **collection_state(self.collector),
+            **setting(self.config, self.update),
         }
 
     def run(self) -> str:

@@ -1,0 +1,69 @@
+"""What a checkpoint keeps of the collection, and of what a run's numbers depend on beside its state."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torchrl.collectors import Collector
+
+from omnet_torchrl.training.loop.border import ReplayError
+from omnet_torchrl.training.loop.environments import recorders
+from omnet_torchrl.training.options import TrainConfig
+from omnet_torchrl.training.options.checks import differences, leaves, listed
+from omnet_torchrl.training.record.folder import conditions
+from omnet_torchrl.updates import Update
+
+# Options that no number depends on, or of which the conditions of a checkpoint tell more.
+UNBOUND = ("folder", "resume", "progress", "device", "compile", "num_threads")
+
+
+def collection_state(collector: Collector) -> dict[str, Any]:
+    """The policy, the transforms, what the next step starts from, and the episodes in progress."""
+    state = collector.state_dict()
+    return {
+        "policy": dict(state["policy_state_dict"]),
+        "transforms": dict(state["env_state_dict"]),
+        "carrier": collector._carrier.cpu().to_dict(),
+        "episodes": [dict(recorder.state_dict()) for recorder in recorders(collector.env)],
+    }
+
+
+def load_collection(collector: Collector, state: dict[str, Any]) -> None:
+    """Go on from a :func:`collection_state`. An episode that can't be played again starts anew, with a warning."""
+    carrier = collector._carrier
+    stored = TensorDict(state["carrier"], batch_size=carrier.batch_size)
+    fresh = carrier.clone()
+    for i, (recorder, episode) in enumerate(zip(recorders(collector.env), state["episodes"], strict=True)):
+        try:
+            recorder.load_state_dict(episode)
+        except ReplayError as error:
+            warnings.warn(f"environment {i}: {error} Its episode starts anew; the run goes on, inexactly.", stacklevel=2)
+            begun = fresh.view(-1)[i].clone()
+            observation = torch.as_tensor(recorder.reset()[0], dtype=begun["observation"].dtype)
+            stored.view(-1)[i].update_(begun.set("observation", observation))
+    collection = {"env_state_dict": state["transforms"], "frames": state["frames"], "iter": -1}
+    collector.load_state_dict(collection, strict=False)
+    collector._carrier = carrier.update(stored)
+
+
+def setting(config: TrainConfig, update: Update) -> dict[str, dict[str, Any]]:
+    """What the numbers depend on beside the state: options, versions and flags."""
+    options = {name: value for name, value in leaves(config).items() if name not in UNBOUND}
+    return {"options": options, "conditions": conditions(update.device, update.compiled)}
+
+
+def compare(state: dict[str, Any], config: TrainConfig, update: Update, say: Callable[[str], object]) -> None:
+    """Refuse the checkpoint of a run with other options; say which may change, and have, and warn of versions and flags."""
+    fixed = differences(state["options"], config)
+    if fixed:
+        raise ValueError(f"the checkpoint is of a run with other options: {listed(fixed)}.")
+    for kind, now in setting(config, update).items():
+        changed = {name: (state[kind].get(name), value) for name, value in now.items() if state[kind].get(name) != value}
+        if changed and kind == "options":
+            say(f"goes on with other options than the checkpoint's: {listed(changed)}")
+        elif changed:
+            warnings.warn(f"the run goes on, inexactly: {listed(changed)}.", stacklevel=2)
