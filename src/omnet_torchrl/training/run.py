@@ -116,7 +116,7 @@ class Run:
             finally:
                 self._close(status, trainer)
         except WriteError as error:
-            sys.exit(f"error: {str(error).rstrip('.')}: make room, and go on from the newest checkpoint.")
+            sys.exit(f"error: {str(error).rstrip('.')}: make room or mend that, and go on from the newest checkpoint.")
         finally:
             self._signals.close()
             self.folder.unlock()
