@@ -122,23 +122,17 @@ def test_the_replay_buffer_is_not_read(copy):
         Checkpointer(copy / "checkpoints").load()
     for path in (copy / "checkpoints").glob("state_*"):
         path.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"is not what was written\.$"):
+    with pytest.raises(ValueError, match=r"state_.* must have \d+ bytes, got 7\.$"):
         Checkpointer(copy / "checkpoints").load()
 
 
-def test_a_policy_needs_no_environment_but_for_a_run_that_did_not_write_its_spaces(copy):
+def test_a_policy_needs_no_environment(copy):
     code = f"import sys; from omnet_torchrl.training import load_policy; spec = load_policy({str(copy)!r}).spec['action']; "
     code += "print(spec.space.low.tolist(), spec.space.high.tolist(), spec.dtype, 'gymnasium' in sys.modules)"
-    answers = []
-    for _ in range(2):
-        answers.append(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
-        info = json.loads((copy / "run.json").read_text())
-        for name in ("actor", "spaces"):  # which earlier versions did not write
-            info.pop(name, None)
-        (copy / "run.json").write_text(json.dumps(info))
-    (*written, without), (*made, with_environment) = answers
-    assert written == made
-    assert (without, with_environment) == ("False", "True")
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    low, high, dtype, imported = done.stdout.split()
+    space = gymnasium.make(ENV).action_space
+    assert (low, high, dtype, imported) == (str(space.low.tolist()), str(space.high.tolist()), "torch.float32", "False")
 
 
 TRAINING = ("gymnasium", "mujoco", "hydra", "omegaconf", "yaml", "_yaml", "tqdm", "matplotlib", "wandb", "tensorboard", "glfw")
@@ -215,13 +209,11 @@ def test_errors_say_what_is_wrong(copy, tmp_path):
         load_policy(copy, device="gpu")
     info = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps({**info, "actor": {**info["actor"], "network_class": "Conv2d"}}))
-    with pytest.raises(ValueError, match=r"has an actor of an unknown kind, 'Conv2d': was run\.json edited"):
+    with pytest.raises(ValueError, match=r"run\.json must say what the actor is made of: was it edited"):
         load_policy(copy)
     del info["actor"]
     (copy / "run.json").write_text(json.dumps(info))
-    config = (copy / "config.yaml").read_text()
-    (copy / "config.yaml").write_text(config.replace(f"env: {ENV}", "env: Hoper-v4"))
-    with pytest.raises(ValueError, match=r"'Hoper-v4'; the closest are Hopper-v"):
+    with pytest.raises(ValueError, match=r"run\.json must say what the actor is made of: .* has the run not begun"):
         load_policy(copy)
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(ValueError, match=r"has no checkpoint yet \(status: finished\)"):

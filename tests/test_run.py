@@ -349,7 +349,9 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_can_go_on(everything, tmp_p
     with monkeypatch.context() as patch:
         for module in (checkpoint, folder_module):
             patch.setattr(module, "replace_file", full)
-        with pytest.raises(SystemExit, match=r"^error: .*state_\w+\.pt can't be written \(No space .*\): make room, and go on"):
+        with pytest.raises(
+            SystemExit, match=r"^error: .*state_\w+\.pt can't be written \(No space .*\): make room or mend that, and go on"
+        ):
             train(Run(options(tmp_path, checkpoint={"interval": 30})))
     assert info(tmp_path)["status"] == ("running" if everything else "failed")
     assert ("how the run has ended could not be noted" in capsys.readouterr().err) == everything

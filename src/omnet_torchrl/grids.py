@@ -59,20 +59,14 @@ def make_grid_qvalue_actor(
     """DQN's network and greedy policy for a grid of cells; the defaults are those of MinAtar's own agent.
 
     Args:
-        observation_spec (TensorSpec): of the environment (a Composite with ``observation_key``) or of the observation itself,
-            ``(*batch, rows, columns, C)``, numbers or booleans.
+        observation_spec (TensorSpec): a Composite with ``observation_key``, or of the observation ``(*batch, rows, columns, C)``.
         action_spec (TensorSpec): discrete.
 
     Keyword Args:
-        channels (int or None): of a masked convolution with kernels of 3 x 3, followed by ReLU. ``None``: no convolution, the
-            perceptron sees the cells. Defaults to 16.
-        num_cells (sequence of int): hidden units of the perceptron. Defaults to 128 in one layer.
-        layer_norm (bool): Linear, LayerNorm, ReLU instead of Linear, ReLU. Defaults to ``False``.
-        network_class: of the perceptron, see :func:`~omnet_torchrl.make_actor`; :class:`~omnet_torchrl.MaskedMLP` with
-            a convolution.
-        sparsity (float, sequence of float or None): of every layer, or of each: the convolution's first.
-        generator, device, observation_key, action_key, subnet_key: as in :func:`~omnet_torchrl.make_actor`.
-        **kwargs: others of ``network_class``: ``num_subnets``, ``mask_bias``, ...
+        channels (int or None): of a masked convolution of 3 x 3 with ReLU. ``None``: the perceptron sees the cells.
+        num_cells, layer_norm, sparsity, generator, device, ...: as in :func:`~omnet_torchrl.make_actor`; of several
+            sparsities, the convolution's is the first.
+        network_class: of the perceptron; :class:`~omnet_torchrl.MaskedMLP` with a convolution.
 
     Raises:
         TypeError, ValueError, KeyError: actions that are not discrete, observations that are no grid.
@@ -80,8 +74,7 @@ def make_grid_qvalue_actor(
     Examples:
         >>> from torchrl.data import Binary, OneHot
         >>> spec = Binary(shape=(10, 10, 4), dtype=torch.bool)
-        >>> actor = make_grid_qvalue_actor(spec, OneHot(3), num_subnets=5, sparsity=0.5, generator=0)
-        >>> actor.num_subnets
+        >>> make_grid_qvalue_actor(spec, OneHot(3), num_subnets=5, sparsity=0.5, generator=0).num_subnets
         5
     """
     spec = check_discrete_spec(action_spec)
@@ -92,22 +85,26 @@ def make_grid_qvalue_actor(
         raise ValueError(
             f"the observation must be a grid (*batch, rows, columns, C), got shape {tuple(observation_spec.shape)}."
         )
-    network: list[nn.Module] = [GridInput(channels is not None)]
     norm = {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": n} for n in num_cells]} if layer_norm else {}
-    options = {"num_cells": num_cells, "activation_class": nn.ReLU, "device": device, **norm, **kwargs}
-    features = math.prod(shape)
-    if sparsity is not None:
-        generator = as_generator(generator)
-        options |= {"sparsity": sparsity, "generator": generator}
-    if channels is not None:
-        if network_class is not MaskedMLP:
-            raise ValueError(f"a convolution has masks over weights, and network_class must be MaskedMLP, got {network_class}.")
-        each = each_sparsity(0.5 if sparsity is None else sparsity, len(num_cells) + 2, "convolution and linear layer")
-        generator = as_generator(generator)
-        kernels = (channels, shape[2], KERNEL, KERNEL)
-        masks = bernoulli_masks(kwargs.get("num_subnets", 5), kernels, each[0], generator=generator, device=device)
-        network += [MaskedConv2d(shape[2], channels, KERNEL, masks=masks, device=device), nn.ReLU(), nn.Flatten(-3)]
-        features = channels * (shape[0] - KERNEL + 1) * (shape[1] - KERNEL + 1)
-        options |= {"sparsity": each[1:], "generator": generator}
-    network.append(network_class(in_features=features, out_features=spec.space.n, **options))
-    return SubnetQValueActor(IndexedSequential(*network), spec, [observation_key, subnet_key], action_key)
+    options = {"out_features": spec.space.n, "num_cells": num_cells, "activation_class": nn.ReLU, "device": device}
+    options |= {**norm, **kwargs} | ({} if sparsity is None else {"sparsity": sparsity, "generator": as_generator(generator)})
+    if channels is None:
+        layers = [GridInput(), network_class(in_features=math.prod(shape), **options)]
+    elif network_class is MaskedMLP:
+        layers = _convolution(shape, channels, options)
+    else:
+        raise ValueError(f"a convolution has masks over weights, and network_class must be MaskedMLP, got {network_class}.")
+    return SubnetQValueActor(IndexedSequential(*layers), spec, [observation_key, subnet_key], action_key)
+
+
+def _convolution(shape: torch.Size, channels: int, options: dict[str, Any]) -> list[nn.Module]:
+    """A masked convolution, and a perceptron of these options on what it gives."""
+    rows, columns, depth = shape
+    each = each_sparsity(options.get("sparsity", 0.5), len(options["num_cells"]) + 2, "convolution and linear layer")
+    generator = as_generator(options.get("generator"))
+    drawn: dict[str, Any] = {"generator": generator, "device": options["device"]}
+    masks = bernoulli_masks(options.get("num_subnets", 5), (channels, depth, KERNEL, KERNEL), each[0], **drawn)
+    features = channels * (rows - KERNEL + 1) * (columns - KERNEL + 1)
+    perceptron = MaskedMLP(in_features=features, **{**options, "sparsity": each[1:], "generator": generator})
+    convolution = MaskedConv2d(depth, channels, KERNEL, masks=masks, device=options["device"])
+    return [GridInput(channels_first=True), convolution, nn.ReLU(), nn.Flatten(-3), perceptron]

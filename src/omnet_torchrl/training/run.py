@@ -218,7 +218,7 @@ class Run:
             self._signal = self._signal or trainer.stopped_by or signal.SIGINT
         said = str(error) if isinstance(error, RunError) else reason(error) if error else None
         if isinstance(error, WriteError):
-            said = f"{one_line(error).rstrip('.')}: make room, and go on from the newest checkpoint"
+            said = f"{one_line(error).rstrip('.')}: make room or mend that, and go on from the newest checkpoint"
         self.status = self._write_end(status, said, trainer if self._begun else None)
         self.reporter.close()
         if trainer and self._begun:
