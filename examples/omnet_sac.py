@@ -7,6 +7,7 @@
     python examples/omnet_sac.py algorithm=redq                   # a baseline; training/options/rows.py has the rows
     python examples/omnet_sac.py -m seed=0,1,2                    # one run after the other
     python examples/omnet_sac.py resume=runs/Hopper-v4/omnet/seed0/...  # goes on where a run was stopped
+    python examples/omnet_sac.py resume=auto folder=runs/mine     # starts it, or goes on with it: for schedulers
     python examples/omnet_sac.py --cfg job                        # all options; training/options/options.py describes them
 
 "One is More: Diverse Perspectives within a Single Network for Efficient DRL", Tan et al., 2023,
