@@ -59,7 +59,7 @@ def make_grid_qvalue_actor(
     """DQN's network and greedy policy for a grid of cells; the defaults are those of MinAtar's own agent.
 
     Args:
-        observation_spec (TensorSpec): a Composite with ``observation_key``, or of the observation ``(*batch, rows, columns, C)``.
+        observation_spec (TensorSpec): a Composite with ``observation_key``, or of observations ``(*batch, rows, columns, C)`
         action_spec (TensorSpec): discrete.
 
     Keyword Args:
@@ -95,6 +95,14 @@ def make_grid_qvalue_actor(
     else:
         raise ValueError(f"a convolution has masks over weights, and network_class must be MaskedMLP, got {network_class}.")
     return SubnetQValueActor(IndexedSequential(*layers), spec, [observation_key, subnet_key], action_key)
+
+
+def _grid(spec: TensorSpec, key: NestedKey) -> torch.Size:
+    """Rows, columns and channels of an observation."""
+    shape = (spec[key] if isinstance(spec, Composite) else spec).shape
+    if len(shape) < 3:
+        raise ValueError(f"the observation must be a grid (*batch, rows, columns, C), got shape {tuple(shape)}.")
+    return shape[-3:]
 
 
 def _convolution(shape: torch.Size, channels: int, options: dict[str, Any]) -> list[nn.Module]:
