@@ -59,11 +59,11 @@ def make_grid_qvalue_actor(
     """DQN's network and greedy policy for a grid of cells; the defaults are those of MinAtar's own agent.
 
     Args:
-        observation_spec (TensorSpec): a Composite with ``observation_key``, or of observations ``(*batch, rows, columns, C)`
+        observation_spec (TensorSpec): of the environment, or of the observation: ``(*batch, rows, columns, C)``.
         action_spec (TensorSpec): discrete.
 
     Keyword Args:
-        channels (int or None): of a masked convolution of 3 x 3 with ReLU. ``None``: the perceptron sees the cells.
+        channels (int or None): of a masked convolution of 3 x 3 with ReLU. ``None``: none.
         num_cells, layer_norm, sparsity, generator, device, ...: as in :func:`~omnet_torchrl.make_actor`; of several
             sparsities, the convolution's is the first.
         network_class: of the perceptron; :class:`~omnet_torchrl.MaskedMLP` with a convolution.
@@ -88,13 +88,18 @@ def make_grid_qvalue_actor(
     norm = {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": n} for n in num_cells]} if layer_norm else {}
     options = {"out_features": spec.space.n, "num_cells": num_cells, "activation_class": nn.ReLU, "device": device}
     options |= {**norm, **kwargs} | ({} if sparsity is None else {"sparsity": sparsity, "generator": as_generator(generator)})
-    if channels is None:
-        layers = [GridInput(), network_class(in_features=math.prod(shape), **options)]
-    elif network_class is MaskedMLP:
-        layers = _convolution(shape, channels, options)
-    else:
-        raise ValueError(f"a convolution has masks over weights, and network_class must be MaskedMLP, got {network_class}.")
+    layers = _layers(shape, channels, network_class, options)
     return SubnetQValueActor(IndexedSequential(*layers), spec, [observation_key, subnet_key], action_key)
+
+
+def _layers(
+    shape: torch.Size, channels: int | None, network_class: Callable[..., nn.Module], options: dict[str, Any]
+) -> list[nn.Module]:
+    if channels is None:
+        return [GridInput(), network_class(in_features=math.prod(shape), **options)]
+    if network_class is not MaskedMLP:
+        raise ValueError(f"a convolution has masks over weights, and network_class must be MaskedMLP, got {network_class}.")
+    return _convolution(shape, channels, options)
 
 
 def _grid(spec: TensorSpec, key: NestedKey) -> torch.Size:
