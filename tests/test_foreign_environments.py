@@ -817,7 +817,8 @@ def test_the_main_job_takes_them_all(job, module, capsys):
 
 LIBRARIES = {
     "dm_control": ("shimmy:dm_control/cheetah-run-v0", "flatten_observation=true"),
-    "metaworld": ("metaworld:Meta-World/MT1", "env_kwargs.env_name=reach-v3"),
+    # Without a seed of its own, it draws its tasks from the operating system's entropy, which is said.
+    "metaworld": ("metaworld:Meta-World/MT1", "env_kwargs={env_name:reach-v3,seed:0}"),
 }
 
 
@@ -843,7 +844,7 @@ def test_a_library_of_tasks_is_trained_and_resumed_bit_for_bit(library, job, mon
     capsys.readouterr()
     halves = whole.parent / "halves"
     job(f"resume={halves}")
-    assert "inexactly" not in capsys.readouterr().err
+    assert "the run goes on, inexactly" not in capsys.readouterr().err
     rows = [untimed_records(each / "metrics.csv") for each in (whole, halves)]
     assert rows[0] == rows[1]
     assert {"train/episode_return", "eval/return"} <= {name for _, name, _ in rows[0]}

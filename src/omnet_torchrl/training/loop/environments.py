@@ -67,10 +67,6 @@ def check_env(name: str, **options: Any) -> list[str]:
             with _blamed(name, "made"):
                 _games(name, None, options)
         return []
-    if ":" not in name and name not in gymnasium.registry:
-        closest = ", ".join(difflib.get_close_matches(name, [MAZE, *gymnasium.registry], n=3, cutoff=0))
-        own = "one of your own is module:Id or module:function"
-        raise ValueError(f"env must be a gymnasium id with its version, got {name!r}; the closest are {closest}; {own}.")
     env = _bordered(name, **options)
     try:
         with _blamed(name, "reset"):
@@ -171,6 +167,10 @@ def _vector(envs: Sequence[Border]) -> gymnasium.vector.SyncVectorEnv:
 
 
 def _bordered(name: str, *, seed: int = 0, **options: Any) -> Border:
+    if ":" not in name and name not in gymnasium.registry:
+        closest = ", ".join(difflib.get_close_matches(name, [MAZE, *gymnasium.registry], n=3, cutoff=0))
+        own = "one of your own is module:Id or module:function"
+        raise ValueError(f"env must be a gymnasium id with its version, got {name!r}; the closest are {closest}; {own}.")
     own_globals = OwnGlobals(seed)
     with own_globals, _blamed(name, "made"):
         env = make_gymnasium(name, **options)
