@@ -35,6 +35,7 @@ def train():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 def test_twenty_thousand_frames_hold_what_five_thousand_did(train, tmp_path, monkeypatch):
     progress, seen = Reporter.progress, {}
@@ -53,6 +54,7 @@ def test_twenty_thousand_frames_hold_what_five_thousand_did(train, tmp_path, mon
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 def test_five_runs_in_a_process_hold_what_two_did(train, tmp_path):
     seen = []

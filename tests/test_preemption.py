@@ -126,6 +126,7 @@ def test_a_run_that_goes_on_by_itself_has_the_options_that_it_is_given(tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(not SUBMITIT, reason="needs hydra-submitit-launcher")
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGKILL])
 def test_a_job_of_submitit_that_is_preempted_or_killed_equals_one_that_was_not(number, whole, tmp_path):
