@@ -12,8 +12,8 @@ from omnet_torchrl.training.command_line import check_overrides
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-COMPOSED, BEFORE, LOADED = (text for language, text in BLOCKS if language == "python")
-(DIFF,) = (text for language, text in BLOCKS if language == "diff")
+COMPOSED, SCHEDULED, BEFORE, LOADED, EXPORTED = (text for language, text in BLOCKS if language == "python")
+DIFF, DQN_DIFF = (text for language, text in BLOCKS if language == "diff")
 
 
 def patched(text, diff):
@@ -39,7 +39,7 @@ def test_first_two_blocks_are_commands():
 
 
 def test_every_option_of_the_commands_exists():
-    (commands,) = (text for language, text in BLOCKS[2:] if language == "bash")
+    commands = "".join(text for language, text in BLOCKS[2:] if language == "bash")
     lines = [shlex.split(line, comments=True) for line in commands.splitlines()]
     arguments = [words[2:] for words in lines if words[1] == "examples/omnet_sac.py"]
     assert len(arguments) >= 6
@@ -59,6 +59,12 @@ def test_composed_script_is_short_and_runs(tmp_path):
     assert all(value.isfinite() for value in names["metrics"].values())
     assert names["update"].updates == 2_020
     assert set(names["buffer"][:]["subnet"].tolist()) <= set(range(5))
+
+
+def test_the_masks_of_the_schedule_are_those_of_the_update(tmp_path):
+    names = run(SCHEDULED.replace("lr=1e-3)", "lr=1e-3, compile=False)"), tmp_path)
+    assert names["schedule"].update is names["update"]
+    assert len(names["schedule"]._networks) == 2
 
 
 @pytest.mark.parametrize("after", [False, True])

@@ -5,7 +5,7 @@ import runpy
 from pathlib import Path
 
 import pytest
-from test_readme import patched
+from test_readme import DQN_DIFF, patched
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = (
@@ -62,29 +62,9 @@ for data in collector:
     optim.step()
     target_updater.step()
 """
-DIFF = """
--from torchrl.modules import MLP, EGreedyModule, QValueActor
--from torchrl.objectives import DQNLoss, HardUpdate
-+from torchrl.modules import EGreedyModule
-+from omnet_torchrl import OMNetDQNLoss, Update, make_qvalue_actor
--actor = QValueActor(MLP(4, 2, num_cells=[128, 128]), in_keys=["observation"], spec=env.action_spec)
-+actor = make_qvalue_actor(env.observation_spec, env.action_spec, sparsity=[0.0, 0.5, 0.5])
-+env.append_transform(actor.make_tensordict_primer())
--loss = DQNLoss(actor, double_dqn=True)
--target_updater = HardUpdate(loss, value_network_update_interval=100)
--optim = torch.optim.Adam(loss.parameters(), lr=1e-3)
-+loss = OMNetDQNLoss(actor)
-+update = Update(loss, lr=1e-3, tau=1.0, target_update_interval=100)
--    losses = loss(buffer.sample())
--    optim.zero_grad()
--    losses["loss"].backward()
--    optim.step()
--    target_updater.step()
-+    losses = update(buffer.sample())
-"""
 
 
-@pytest.mark.parametrize("diff", ["", DIFF], ids=["TorchRL's", "with OMNet"])
+@pytest.mark.parametrize("diff", ["", DQN_DIFF], ids=["TorchRL's", "with OMNet"])
 def test_a_dqn_script_takes_omnet_in_few_lines(diff, tmp_path):
     assert diff.count("\n+") <= 15
     script = tmp_path / "script.py"
