@@ -586,8 +586,9 @@ def counted(monkeypatch):
 
 def test_a_simulator_of_which_one_instance_may_exist_is_trained(job, counted, monkeypatch, capsys):
     monkeypatch.setattr(Counted, "most", 1)
-    with pytest.raises(ValueError, match=f"env '{NAME}' can't be made: OSError: the simulator is in use"):
+    with pytest.raises(SystemExit):
         job(f"env={counted}", folder="two")
+    assert f"failed: ValueError: env '{NAME}' can't be made: OSError: the simulator is in use\n" in capsys.readouterr().err
     assert Counted.open == 0, "what was made before the error is still open"
     folder = job(f"env={counted}", "eval.episodes=0")
     assert f"environments that are made of {NAME}: 1 to train in\n" in capsys.readouterr().err

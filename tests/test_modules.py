@@ -504,7 +504,7 @@ def test_nested_keys_are_read_and_written():
 WRONG_KEYWORDS = {
     "a typo": (MaskedMLP, {"sparcity": 0.5}, "MaskedMLP takes no 'sparcity': did you mean 'sparsity'. It takes .*mask_bias.*"),
     "of no network": (EnsembleMLP, {"zzz": 1}, "EnsembleMLP takes no 'zzz'. It takes .*num_subnets"),
-    "of another network": (EnsembleMLP, {"sparsity": 0.5}, "EnsembleMLP takes no 'sparsity'. It takes .*num_subnets"),
+    "of another network": (EnsembleMLP, {"mask_fn": 0.5}, "EnsembleMLP takes no 'mask_fn'.* It takes .*num_subnets"),
     "a number that is given": (RedrawnMLP, {"num_subnets": 5}, "RedrawnMLP takes no 'num_subnets'. It takes .*generator"),
     "the builder's own": (MaskedMLP, {"layer_class": nn.Linear}, "MaskedMLP takes no 'layer_class'"),
 }

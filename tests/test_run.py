@@ -349,12 +349,12 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_can_go_on(everything, tmp_p
     with monkeypatch.context() as patch:
         for module in (checkpoint, folder_module):
             patch.setattr(module, "replace_file", full)
-        with pytest.raises(
-            SystemExit, match=r"^error: .*state_\w+\.pt can't be written \(No space .*\): make room or mend that, and go on"
-        ):
+        with pytest.raises(files.WriteError, match=r"state_\w+\.pt can't be written \(No space left on device\)"):
             train(Run(options(tmp_path, checkpoint={"interval": 30})))
     assert info(tmp_path)["status"] == ("running" if everything else "failed")
-    assert ("how the run has ended could not be noted" in capsys.readouterr().err) == everything
+    printed = capsys.readouterr().err
+    assert re.search(r"^failed: .*state_\w+\.pt can't be written .*: make room or mend that, and go on", printed, re.MULTILINE)
+    assert ("run.json could not be written" in printed) == everything
     assert train(Run({"resume": str(tmp_path / "run")})) == "finished"
     assert "goes on from frame 30" in capsys.readouterr().err
 

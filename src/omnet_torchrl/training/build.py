@@ -168,8 +168,9 @@ def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator 
     """The lines printed before a run starts."""
     network, sizes = config.network, {}
     for name, module in (("actor", actor), ("critic", qvalue)) if actor is not qvalue else (("network", qvalue),):
-        weights = [weight for weight in module.parameters() if weight.ndim > 1]
-        shape = [weights[0].shape[1], *network.num_cells, weights[-1].shape[-2]]
+        weights = list(module.parameters())
+        first = weights[0].shape[1 if weights[0].ndim == 4 else -1]  # a convolution's kernels, or a linear layer's weights
+        shape = [first, *network.num_cells, weights[-1].shape[-1]]
         trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
         total = sum(weight.numel() for weight in module.parameters())
         fixed = "" if trained == total else f", {trained:,} of them trained"

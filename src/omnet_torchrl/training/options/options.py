@@ -19,9 +19,7 @@ class NetworkConfig:
     actor: str = "masked"  # masked: as the critic; dense: one network without masks
     channels: int | None = None  # of a convolution of 3 x 3 before the layers, for MinAtar; None: no convolution
     structure: str | None = None  # of the first layer, for MinAtar: random, spatial or predictive; None: none but the masks'
-    fan_in: int = (
-        36  # inputs that each unit of a structure keeps (spatial: a window of 3 x 3 in each channel, whatever this is)
-    )
+    fan_in: int | None = None  # inputs that a unit of a random or predictive structure keeps; None: 9 cells, all channels
     freeze_hidden: bool = False  # hidden layers keep their first weights; the output layer is trained
     masks: str = "weight"  # weight: over each by itself; unit: whole hidden units, sliced out; redrawn: anew at each call
     sparsity: Any = 0.5  # S, fraction of weights (units) masked out, in [0, 1): one number, or one per linear (hidden) layer
