@@ -452,9 +452,10 @@ def test_draws_are_uniform_and_independent_between_forked_workers(generator):
     generator = torch.Generator().manual_seed(0) if generator == "shared" else generator
     with closing(make_env("inside parallel fork", (2, 3), 5, generator=generator)) as env:
         draws = resets(env, 500)
+    # A worker's stream depends on its process, so that these are other numbers in each run. Equal streams have one of 1e-100.
     for worker in range(2):
-        assert stats.chisquare(draws[:, worker].bincount(minlength=5).numpy()).pvalue > 0.001
-    assert pvalue(draws[:, 0], draws[:, 1]) > 0.001
+        assert stats.chisquare(draws[:, worker].bincount(minlength=5).numpy()).pvalue > 1e-5
+    assert pvalue(draws[:, 0], draws[:, 1]) > 1e-5
 
 
 def test_every_subnet_plays_and_none_else():

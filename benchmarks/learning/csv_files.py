@@ -36,7 +36,7 @@ def read_rows(path: Path, columns: Mapping[str, Callable[[str], Any]]) -> list[d
     # Only a line break ends a row: the "12" that is left of "1200.5" looks whole.
     if lines and lines.pop():
         warnings.warn(
-            f"{path}, line {len(lines) + 2}: the last row is cut short, or has no line break; left out.", stacklevel=2
+            f"{path}, line {len(lines) + 2}: the last record is cut short, or has no line break; left out.", stacklevel=2
         )
     for number, line in enumerate(lines, start=2):
         if not line.strip():
