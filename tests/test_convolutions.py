@@ -7,9 +7,11 @@ import torch
 from tensordict import TensorDict
 from test_update import compiler  # noqa: F401
 from torch import nn
-from torchrl.data import OneHot
+from torchrl.data import Binary, OneHot
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from omnet_torchrl import (
+    CompiledPolicy,
     EnsembleLinear,
     IndexedSequential,
     MaskedConv2d,
@@ -19,6 +21,7 @@ from omnet_torchrl import (
     SubnetQValueActor,
     Update,
 )
+from omnet_torchrl.grids import make_grid_qvalue_actor
 from omnet_torchrl.masks import bernoulli_masks
 
 N, C, SIZE = 3, 4, 6
@@ -159,3 +162,16 @@ def test_mistakes_are_refused_where_they_enter():
     with pytest.raises(ValueError, match="one number of subnetworks, got none"):
         IndexedSequential(nn.ReLU())
     assert IndexedSequential(conv(), nn.Flatten(-3), MaskedMLP(45, 2, num_subnets=N, num_cells=[4])).num_subnets == N
+
+
+@pytest.mark.parametrize("games", [(), (1,), (3,)])
+def test_a_compiled_policy_of_a_grid_answers_as_the_network(games):
+    """Of one image too, whose order of dimensions tells nothing."""
+    spec = Binary(shape=(*games, 10, 10, 4), dtype=torch.bool)
+    actor = make_grid_qvalue_actor(spec, OneHot(3), channels=4, num_cells=(8,), num_subnets=2, sparsity=0.3, generator=0)
+    batch = TensorDict(observation=spec.rand(), subnet=torch.ones(games, dtype=torch.int64), batch_size=games)
+    policy = CompiledPolicy(actor)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        policy.prepare(batch)
+        assert len(policy._code) == 1
+        assert torch.equal(policy(batch.clone())["action"], actor(batch.clone())["action"])

@@ -33,7 +33,9 @@ class GridInput(nn.Module):
 
     def forward(self, cells: Tensor) -> Tensor:
         """Convert cells ``(*batch, rows, columns, C)``."""
-        return (cells.movedim(-1, -3) if self.channels_first else cells.flatten(-3)).to(self.dtype)
+        cells = cells.movedim(-1, -3) if self.channels_first else cells.flatten(-3)
+        # In the order of its dimensions: a convolution hands on the order that it finds, and what follows makes vectors of it.
+        return cells.to(self.dtype, memory_format=torch.contiguous_format)
 
     def extra_repr(self) -> str:
         """Say where the channels go."""
