@@ -333,7 +333,7 @@ def classify(code: int | None, folder: Path, expected: Mapping[str, Any]) -> str
     if "Traceback" in text or "Error executing" in text:
         return "TRACEBACK"
     if code:
-        return "refused" if sum(line.startswith("error: ") for line in text.splitlines()) == 1 else "SILENT"
+        return "refused" if sum(line.startswith(("error: ", "failed: ")) for line in text.splitlines()) == 1 else "SILENT"
     try:
         found = outcome_of(folder)
     except checkpoint.CheckpointError:  # what it saves can't be read
