@@ -336,7 +336,7 @@ def classify(code: int | None, folder: Path, expected: Mapping[str, Any]) -> str
         return "refused" if sum(line.startswith(("error: ", "failed: ")) for line in text.splitlines()) == 1 else "SILENT"
     try:
         found = outcome_of(folder)
-    except (checkpoint.CheckpointError, ValueError):  # what it saves, or its records, can't be read
+    except (checkpoint.CheckpointError, ValueError, KeyError):  # what it saves, or its records, can't be read
         return "SILENT"
     if differing(found, expected):
         return "said" if "warning: " in text or "goes on with other options" in text else "SILENT"
