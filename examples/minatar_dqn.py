@@ -18,7 +18,7 @@ from torch.optim import Adam
 from torchrl.collectors import Collector
 from torchrl.data import ReplayBuffer
 
-from omnet_torchrl import CompiledPolicy, GatherStorage, OMNetDQNLoss, SubnetPrimer, Update
+from omnet_torchrl import CompiledPolicy, GatherStorage, LazyAdam, OMNetDQNLoss, SubnetPrimer, Update
 from omnet_torchrl.grids import make_grid_qvalue_actor
 from omnet_torchrl.training import Evaluation, Exploring, Run, Trainer, describe, make_env
 from omnet_torchrl.training.build import grid_options, loss_options, update_options
@@ -51,7 +51,8 @@ def train(run: Run) -> float:
     # Train one random subnetwork; its best action has the minimum of two in the target.
     loss = OMNetDQNLoss(actor, **loss_options(config, env.action_spec))
     loss.make_value_estimator(gamma=config.loss.gamma)
-    optim = Adam([parameter for parameter in actor.parameters() if parameter.requires_grad], lr=config.optim.lr)
+    optimiser = LazyAdam if config.optim.lazy else Adam
+    optim = optimiser([parameter for parameter in actor.parameters() if parameter.requires_grad], lr=config.optim.lr)
     update = Update(loss, optim, **update_options(config))
 
     collector = Collector(

@@ -19,6 +19,7 @@ from torchrl.data import ReplayBuffer
 from omnet_torchrl import (
     CompiledPolicy,
     GatherStorage,
+    LazyAdam,
     OMNetTD3Loss,
     SubnetPrimer,
     Update,
@@ -56,7 +57,8 @@ def train(run: Run) -> float:
     # Train one random critic subnetwork against the minimum of two, the actor against the mean of all (equations 4 and 5).
     loss = OMNetTD3Loss(actor, qvalue, **loss_options(config, env.action_spec))
     loss.make_value_estimator(gamma=config.loss.gamma)
-    optims = [Adam(network.parameters(), lr=config.optim.lr) for network in (qvalue, actor)]
+    optimiser = LazyAdam if config.optim.lazy else Adam
+    optims = [optimiser(network.parameters(), lr=config.optim.lr) for network in (qvalue, actor)]
     update = Update(loss, optims, **update_options(config))
 
     collector = Collector(

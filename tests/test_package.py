@@ -106,7 +106,7 @@ TRAINING = {
         *("options", "record.checkpoint", "record.files", "record.reporter"),
     },
     "grid": {"loop.streams", "options", "options.checks"},
-    "build": {"grid", "loop.streams", "options", "options.rows"},
+    "build": {"grid", "loop.streams", "options", "options.rows", "policy"},
     "device": set(),
     "policy": {"device", "record.checkpoint", "record.folder"},
     "command_line": {"loop.environments", "loop.stopping", "options", "options.checks", "record.folder"},

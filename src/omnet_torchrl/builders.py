@@ -50,7 +50,7 @@ def make_actor(
         network_class: :class:`~omnet_torchrl.MaskedMLP` (default), :class:`~omnet_torchrl.UnitMaskedMLP`,
             :class:`~omnet_torchrl.EnsembleMLP` or :class:`~omnet_torchrl.RedrawnMLP`.
         num_subnets, sparsity, generator, device: as in ``network_class``, whose defaults hold for ``None``: 5 subnetworks of
-            sparsity 0.5, or 2 separate ones. ``EnsembleMLP`` takes no sparsity and no generator, ``RedrawnMLP`` no number.
+            sparsity 0.5, or 2 separate ones without masks. ``RedrawnMLP`` takes no number.
         num_cells (sequence of int): hidden units of each layer.
         layer_norm (bool): Linear, LayerNorm, ReLU instead of Linear, ReLU.
         observation_key, action_key, subnet_key (NestedKey): the keys read and written.

@@ -9,9 +9,8 @@ import torch
 from torch.optim import Adam
 from torchrl.data import TensorSpec
 
-from omnet_torchrl.builders import make_actor, make_deterministic_actor, make_qvalue
+from omnet_torchrl.builders import make_qvalue
 from omnet_torchrl.deterministic import AnyActor, SubnetQValueActor
-from omnet_torchrl.grids import make_grid_qvalue_actor
 from omnet_torchrl.layers import EnsembleMLP, MaskedMLP, RedrawnMLP, UnitMaskedMLP
 from omnet_torchrl.masks import each_sparsity, kept_units
 from omnet_torchrl.metrics import sac_flops
@@ -22,6 +21,7 @@ from omnet_torchrl.training.grid import prepare_grid
 from omnet_torchrl.training.loop.streams import derived_seed
 from omnet_torchrl.training.options import NetworkConfig, TrainConfig, row
 from omnet_torchrl.training.options.rows import dropout, network_sparsity, target_entropy
+from omnet_torchrl.training.policy import MAKE
 from omnet_torchrl.updates import LazyAdam, Update
 
 
@@ -65,8 +65,7 @@ def build(
 def make_policy(config: TrainConfig, observation_spec: TensorSpec, action_spec: TensorSpec, device: Any = "cpu") -> AnyActor:
     """The policy of a run, whatever the row: of a DQN, its network."""
     options = policy_options(config)
-    make: Any = {"sac": make_actor, "td3": make_deterministic_actor, "dqn": make_grid_qvalue_actor}[options.pop("loss")]
-    return make(observation_spec, action_spec, **options, device=device)
+    return MAKE[options.pop("loss")](observation_spec, action_spec, **options, device=device)
 
 
 def policy_options(config: TrainConfig) -> dict[str, Any]:

@@ -224,6 +224,11 @@ def _check_loss(config: TrainConfig) -> None:
             raise ValueError(f"network.structure must be null or one of {', '.join(STRUCTURES)}, got {network.structure!r}.")
         if network.channels is not None:
             raise ValueError("network.channels must be null with network.structure, which is of the first layer, got both.")
+    if network.freeze_hidden and not (grid and network.critic == "masked" and network.masks == "weight"):
+        needs = f"env={MINATAR}<game>, network.critic=masked and network.masks=weight"
+        raise ValueError(f"network.freeze_hidden must be false but with {needs}, got true.")
+    if config.observation_offset and grid:
+        raise ValueError(f"observation_offset must be 0 with env={config.env}, whose cells are booleans: leave it out.")
     if config.eval.bias_episodes and kind != "sac":
         raise ValueError(f"eval.bias_episodes must be 0 with algorithm={config.algorithm}, got {config.eval.bias_episodes}.")
 
