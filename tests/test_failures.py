@@ -194,9 +194,11 @@ def test_a_with_statement_records_errors_in_a_script_of_ones_own(failing):
     assert (info("run")["status"], info("run")["error"]) == ("failed", "it ended before it was trained")
 
 
+@pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize("closed", [">&-", "2>&1 | true"])
-def test_a_run_needs_neither_output_nor_a_reader(closed, tmp_path):
+def test_a_run_needs_neither_output_nor_a_reader(closed, buffered, tmp_path):
     options = " ".join(["env=InvertedPendulum-v4", *(f"'{each}'" for each in OPTIONS[1:]), "folder=run"])
     shell = f"{sys.executable} {EXAMPLE} {options} {closed}; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, info(tmp_path / "run")["status"]) == (0, "finished"), done.stderr

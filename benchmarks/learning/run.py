@@ -146,8 +146,8 @@ class Runner:
             process.send_signal(signal.SIGINT)
 
     def say(self, text: str) -> None:
-        """A line for a person."""
-        with self._print:
+        """A line for a person, who may have gone away."""
+        with self._print, suppress(OSError):
             print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
     def _work(self, waiting: queue.SimpleQueue[Cell], slot: int) -> None:

@@ -26,6 +26,7 @@ from omnet_torchrl.training.loop.stopping import RunError
 from omnet_torchrl.training.options import ROWS, TrainConfig, row, to_config
 from omnet_torchrl.training.options.checks import OPTIONS, unknown
 from omnet_torchrl.training.record.folder import RunFolder
+from omnet_torchrl.training.record.terminal import flush
 
 # Hydra's flags (hydra.cc/docs/advanced/hydra-command-line-flags), of which it has no public list.
 SWITCHES = {"help": "h", "hydra-help": "", "version": "", "resolve": "", "run": "r", "multirun": "m", "shell-completion": "sc"}
@@ -71,6 +72,8 @@ def execute(main: Callable[[], object], script: str | Path) -> None:
         known = isinstance(error, ValueError | HydraException | OmegaConfBaseException | RunError)
         text = str(error) if known else f"{type(error).__name__}: {error}"
         sys.exit(f"error: {' '.join(text.split())}")
+    finally:
+        flush()
 
 
 def register() -> None:

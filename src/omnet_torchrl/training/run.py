@@ -119,7 +119,7 @@ class Run:
         except (ValueError, OSError) as error:
             if not sweep:
                 sys.exit(f"error: {error}")
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            Terminal(0).line(f"error: {error}")
             raise RunError(str(error)) from None
         run._script = True
         return run

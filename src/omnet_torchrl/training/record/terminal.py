@@ -6,6 +6,7 @@ It must never be the reason that a run ends: a terminal that has gone away, or a
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import sys
 import textwrap
@@ -108,6 +109,15 @@ class Terminal:
             if self._bar is not None:
                 self._bar.close()
         self._bar = None
+
+
+def flush() -> None:
+    """Write out what was printed, at a program's end, and drop what nobody reads: Python would end with an error of its own."""
+    for file in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            file.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def count(number: float) -> str:
