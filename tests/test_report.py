@@ -86,7 +86,8 @@ def test_a_report_is_the_same_when_it_is_made_again(results):
 
 def test_experiments_without_a_run_are_said_and_those_with_one_are_drawn(results):
     text = written(results, "all")
-    assert "Without a run so far: fig4, fig5, fig6, fig7, fig8, fig10, fig11, table1, units_quick, minatar_structures," in text
+    missing = "fig4, fig5, fig6, fig7, fig8, fig10, fig11, table1, units_quick, precision_quick, minatar_structures,"
+    assert f"Without a run so far: {missing}" in text
     for name in ("fig2a", "fig2b", "fig3", "units", "controls"):
         assert f"## {name}: " in text
         assert (results.parent / "output" / f"{name}.png").exists()

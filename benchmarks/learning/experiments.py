@@ -153,6 +153,14 @@ def _masks(*options: tuple[str, Any]) -> tuple[Variant, ...]:
     )
 
 
+def _precisions(*options: tuple[str, Any]) -> tuple[Variant, ...]:
+    bfloat16 = (("precision", "bfloat16"), *options)
+    return (
+        Variant("omnet", "OMNet, float32", "omnet", options),
+        Variant("omnet-precision-bfloat16", "OMNet, bfloat16", "omnet", bfloat16),
+    )
+
+
 # A window of 3 x 3 has 9 % of a grid of 10 x 10: 1,000 units with one each keep as many weights as 90 that see everything.
 _GAMES = ("MinAtar/breakout", "MinAtar/space_invaders")
 _GAME = (("max_episode_steps", 10_000),)
@@ -206,6 +214,14 @@ EXPERIMENTS = {
         "Weight masks or unit masks, as in the quick start",
         _masks(*_QUICK_START),
         tasks=("InvertedDoublePendulum-v4",),
+        frames=5_000,
+    ),
+    "precision": Experiment("Products of bfloat16 inputs", _precisions(), tasks=("Hopper-v4",), seeds=3, frames=30_000),
+    "precision_quick": Experiment(
+        "Products of bfloat16 inputs, as in the quick start",
+        _precisions(*_QUICK_START),
+        tasks=("InvertedDoublePendulum-v4",),
+        seeds=5,
         frames=5_000,
     ),
     "minatar_structures": Experiment(
