@@ -4,6 +4,7 @@
     python examples/play.py runs/Hopper-v4/omnet/seed0/... --subnet 3 --stochastic  # of one, its actions drawn as in training
     python examples/play.py runs/Hopper-v4/omnet/seed0/... --video hopper.gif       # or .mp4: pip install "imageio[ffmpeg]"
     python examples/play.py runs/Hopper-v4/omnet/seed0/... --frames hopper          # PNG files
+    python examples/play.py runs/MinAtar/breakout/omnet_dqn/seed0/... --video breakout.gif
 
 Every subnetwork starts from the same states, those of the seeds ``--seed``, ``--seed`` + 1, ... Observations are off by as much
 as the run's were (``observation_offset``), something else in each episode.
@@ -39,13 +40,15 @@ from torchrl.modules import ProbabilisticActor
 
 from omnet_torchrl.training import load_policy
 from omnet_torchrl.training.loop.border import Border
-from omnet_torchrl.training.loop.environments import MAZE, env_options, make_gymnasium
+from omnet_torchrl.training.loop.environments import MAZE, env_options, make_env, make_gymnasium
 from omnet_torchrl.training.loop.rollout import rollout
 from omnet_torchrl.training.options import load_config
+from omnet_torchrl.training.options.checks import MINATAR
 from omnet_torchrl.training.record.folder import RunFolder
 
 MAX_SUBNETS = 32  # masks that are redrawn at each call stand for 2^31
 MAX_FPS = 30  # of a video; an environment of 125 steps a second shows every fifth
+GAME_FPS = 10  # of MinAtar, whose package draws so many
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = RunFolder.open(args.run)
     config = load_config(run.config_path)
     name, scale = config.env, config.observation_offset
-    env = make(name, draw=bool(args.video or args.frames), **env_options(config))
+    player, draw, fps = make(name, draw=bool(args.video or args.frames), **env_options(config))
     actor = load_policy(args.run)
     every = range(min(actor.num_subnets, MAX_SUBNETS))
     policies = {k: actor.extract(k) for k in (every if args.subnet is None else [args.subnet])}
@@ -64,8 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say(f"{name}, {kind} episodes of {run.path} ({run.info['status']}){off}")
     say(f"{'subnet':>8}{'episodes':>10}{'return':>21}{'length':>10}")
     everything: list[tuple[float, int]] = []
-    player = GymWrapper(Border(env))
-    with film(args, env) as show:
+    with film(args, draw, fps) as show:
         for k, policy in policies.items():
             torch.manual_seed(args.seed)
             episodes = []
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.video or args.frames:
         say(f"first episode of each: {args.video or args.frames}")
     player.close()
-    del player
+    del player, draw
     gc.collect()  # which alone frees it; a renderer that is freed later takes the context of the next one away
 
 
@@ -98,7 +100,9 @@ def play(
 
     def act(state: TensorDictBase) -> Tensor:
         watch()
-        return policy(TensorDict(observation=(state["observation"] + offset).float()))["action"]
+        return policy(TensorDict(observation=(state["observation"] + offset).float() if scale else state["observation"]))[
+            "action"
+        ]
 
     total, length = 0.0, 0
     with set_exploration_type(ExplorationType.RANDOM if stochastic else ExplorationType.DETERMINISTIC):
@@ -115,10 +119,16 @@ def row(name: object, episodes: Sequence[tuple[float, int]]) -> str:
         return f"{name:>8}{len(episodes):>10}{np.mean(returns):>11.1f} ± {np.std(returns):<7.1f}{np.mean(lengths):>10.1f}"
 
 
-def make(name: str, draw: bool, **options: object) -> gymnasium.Env:
-    """The environment; with ``draw``, one that has drawn a frame: where that fails, it is before anything is played."""
+def make(name: str, draw: bool, **options: object) -> tuple[EnvBase, Callable[[], np.ndarray], int]:
+    """The environment, what draws it, and its steps a second.
+
+    With ``draw``, it has drawn a frame: where that fails, it is before anything is played.
+    """
     if name == MAZE:
         raise ValueError(f"{name} is no environment of gymnasium: its subnetworks' ways are in the run's trajectories.csv.")
+    if name.startswith(MINATAR):
+        games = make_env(name, sum_episodes=False, **options)
+        return games, lambda: games.base_env.render(32).numpy(), GAME_FPS
     backend = os.environ["USER_MUJOCO_GL"]
     if not backend and sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         backend = "egl"  # without a screen
@@ -143,13 +153,12 @@ def make(name: str, draw: bool, **options: object) -> gymnasium.Env:
             "screen, set MUJOCO_GL=egl (a GPU's driver, or: apt install libegl1 libgl1-mesa-dri) or MUJOCO_GL=osmesa (slower; "
             "apt install libosmesa6)."
         ) from error
-    return env
+    return GymWrapper(Border(env)), env.render, env.metadata.get("render_fps") or MAX_FPS
 
 
 @contextmanager
-def film(args: argparse.Namespace, env: gymnasium.Env) -> Iterator[Callable[[str], None]]:
+def film(args: argparse.Namespace, draw: Callable[[], np.ndarray], fps: int) -> Iterator[Callable[[str], None]]:
     """A function to be called in each state, which draws it, with a text, into the video or the folder of frames."""
-    fps = env.metadata.get("render_fps") or MAX_FPS
     every = math.ceil(fps / MAX_FPS)
     states: dict[str, int] = {}  # seen, of each text
     images: list[Image.Image] = []
@@ -159,7 +168,7 @@ def film(args: argparse.Namespace, env: gymnasium.Env) -> Iterator[Callable[[str
         number = states[text] = states.get(text, -1) + 1
         if number % every:
             return
-        image = Image.fromarray(env.render())
+        image = Image.fromarray(draw())
         if args.frames:
             image.save(args.frames / f"{text.replace(' ', '_')}_{number:05d}.png")
             return

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_policy import ENV, NUM_SUBNETS, trained
+from test_policy import ENV, NUM_SUBNETS, OPTIONS, trained
 
 PLAY = Path(__file__).parent.parent / "examples" / "play.py"
 ROW = re.compile(r" *(\w+) +(\d+) +(-?[\d.]+) ± ([\d.]+) +([\d.]+)")
@@ -135,6 +135,21 @@ def test_a_run_of_the_maze_is_refused(example, run, monkeypatch):
     monkeypatch.setattr(example, "load_config", lambda path: dataclasses.replace(load(path), env="Maze2D"))
     with pytest.raises(ValueError, match=r"Maze2D is no environment of gymnasium.*trajectories\.csv"):
         example.main([str(run)])
+
+
+def test_a_game_is_played_and_drawn(play, tmp_path):
+    pytest.importorskip("minatar")
+    small = [*OPTIONS[1:], "env=MinAtar/breakout", "num_envs=1", "network.channels=2", "eval.episodes=6"]
+    script = PLAY.with_name("minatar_dqn.py")
+    command = [sys.executable, script, *small, f"folder={tmp_path / 'game'}"]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    lines = play(tmp_path / "game", "--episodes", 1, "--video", tmp_path / "game.gif")
+    lengths = [row[3] for name, row in table(lines).items() if name != "total"]
+    with Image.open(tmp_path / "game.gif") as video:
+        assert video.n_frames == sum(length + 1 for length in lengths)
+        assert (video.size, video.info["duration"]) == ((320, 320), 100)
+    again = table(play(tmp_path / "game", "--episodes", 1, "--subnet", 1))
+    assert again["1"] == table(lines)["1"]
 
 
 def test_stochastic_episodes_differ_from_each_other_and_repeat_with_the_seed(play, run):

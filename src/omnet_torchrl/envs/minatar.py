@@ -32,7 +32,7 @@ class MinAtarEnv(EnvBase):
 
     An episode terminates where the game ends it; nothing truncates one: append :class:`~torchrl.envs.StepCounter` with
     ``max_steps`` for that. All randomness comes from one generator for each game, which :meth:`set_seed` seeds with as many
-    successive numbers; without it, they are seeded from torch's global generator.
+    successive numbers, as ``reset(seed=...)`` does; without it, they are seeded from torch's global generator.
 
     Args:
         game (str): ``"asterix"``, ``"breakout"``, ``"freeway"``, ``"seaquest"`` or ``"space_invaders"``.
@@ -102,7 +102,8 @@ class MinAtarEnv(EnvBase):
             for i, game in enumerate(self.games):
                 game.seed((seed + i) % 2**32)
 
-    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDictBase:
+    def _reset(self, tensordict: TensorDictBase | None = None, *, seed: int | None = None) -> TensorDictBase:
+        self._set_seed(seed)
         reset = None if tensordict is None else tensordict.get("_reset", None)
         each = [True] * len(self.games) if reset is None else reset.reshape(-1).tolist()
         for game, resets in zip(self.games, each, strict=True):
