@@ -32,7 +32,8 @@ from omnet_torchrl import (
 from omnet_torchrl.layers import EnsembleLinear, MaskedLinear, RedrawnLinear
 from omnet_torchrl.masks import random_bits
 from omnet_torchrl.metrics import sac_flops
-from omnet_torchrl.training import Evaluation, Exploring, Trainer, make_env
+from omnet_torchrl.structures import l1_structure
+from omnet_torchrl.training import Evaluation, Exploring, Trainer, load_policy, make_env
 from omnet_torchrl.training import grid as grid_module
 from omnet_torchrl.training.build import build, network_options, training_flops
 from omnet_torchrl.training.loop import evaluation as evaluation_module
@@ -392,6 +393,24 @@ def test_a_run_with_a_structure_keeps_its_hidden_layers_and_goes_on(structure, t
     assert torch.equal(first.weight, first_before.weight)
     assert not torch.equal(last.weight, last_before.weight)
     assert set(first.masks.sum(-1).unique().tolist()) == {36 if structure == "spatial" else 9}
+
+
+def test_a_structure_is_learned_by_an_l1_penalty_and_then_given_to_another_run(tmp_path):
+    options = ["env=MinAtar/breakout", "algorithm=dqn", "network.channels=null", "network.num_cells=[16]", "compile=false"]
+    options += ["num_envs=1", "total_frames=200", "init_random_frames=40", "optim.batch_size=16", "utd_ratio=1"]
+    learned = ["network.structure=l1", f"network.structure_run={tmp_path / 'l1'}", "network.fan_in=9"]
+
+    def run(name, *own):
+        command = [sys.executable, EXAMPLE["dqn"], *options, "eval.episodes=0", *own, f"folder={tmp_path / name}"]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stderr
+
+    for name, own in {"plain": [], "l1": ["loss.l1=0.01"], "learned": learned}.items():
+        run(name, *own)
+    networks = {name: load_policy(tmp_path / name) for name in ("plain", "l1", "learned")}
+    layers = {name: next(m for m in net.modules() if isinstance(m, MaskedLinear)) for name, net in networks.items()}
+    assert layers["l1"].weight.abs().sum() < 0.95 * layers["plain"].weight.abs().sum()
+    assert torch.equal(layers["learned"].masks[0], l1_structure(layers["l1"].weight, 9))
+    assert "must have this run's (8, 400) weights, got (16, 400)" in run("other", *learned, "network.num_cells=[8]")
 
 
 def test_epsilon_is_a_function_of_the_frame():

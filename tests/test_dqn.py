@@ -136,6 +136,21 @@ def test_n_step_data_is_discounted_by_its_number_of_steps():
     torch.testing.assert_close(several[2], torch.tensor([1 + 0.9 * 20, 2.0, 3 + 0.9**3 * 20]))
 
 
+def test_the_l1_norm_of_the_hidden_layers_is_added():
+    network = small_qvalue_actor()
+    batch, weights = dqn_batch(8), [each for each in network.parameters() if each.ndim > 1]
+    plain, with_norm = (make_loss(copy.deepcopy(network), l1=each) for each in (0.0, 0.5))
+    draws = plain.draw(batch)
+    expected = plain.qvalue_loss(batch, draws=draws)[0] + 0.5 * sum(each.abs().sum() for each in weights[:-1])
+    torch.testing.assert_close(with_norm.qvalue_loss(batch, draws=draws)[0], expected)
+    update = Update(with_norm, lr=1e-3, compile=False)
+    before = expected.item() - plain.qvalue_loss(batch, draws=draws)[0].item()
+    for _ in range(30):
+        update(batch)
+    with_norm.l1, (loss, _) = 0, with_norm.qvalue_loss(batch, draws=draws)
+    assert (loss - with_norm.qvalue_loss(batch, draws=draws)[0]).item() < 0.9 * before
+
+
 def test_a_mask_of_each_transition_weighs_the_loss_of_each_subnetwork():
     loss, batch = table_loss(num_trained_subnets=None), table_batch()
     every = loss(batch, draws=draws_of(**ALL))["loss"].detach()

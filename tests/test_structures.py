@@ -110,6 +110,8 @@ def test_l1_keeps_the_largest_and_exactly_as_many():
     assert l1_structure(weight, 1.5).tolist() == [[True, True, False], [False, True, False]]
     assert l1_structure(weight, 2).tolist() == [[True, True, True], [False, True, False]]
     assert l1_structure(torch.ones(7, 5), 2).sum() == 14
+    faint = torch.tensor([[3.0, 1.0, 2.0], [0.1, 0.2, 0.0]])  # a unit that the penalty has nearly switched off keeps an input
+    assert l1_structure(faint, 1.5).tolist() == [[True, False, True], [False, True, False]]
 
 
 @pytest.mark.parametrize("num_subnets", [1, 3])
@@ -148,7 +150,7 @@ def test_a_structure_for_each_subnetwork():
         (lambda: predictive_structure(3, torch.full((4, 4), torch.nan), 2), r"finite \(D, D\)"),
         (lambda: predictive_structure(3, torch.ones(4, 4), 5), r"in \[1, 4\]"),
         (lambda: predict_inputs(torch.zeros(5, 3), torch.zeros(5, dtype=torch.bool)), r"\(T \+ 1, D\)"),
-        (lambda: l1_structure(torch.ones(2, 3), 0), r"in \(0, 3\]"),
+        (lambda: l1_structure(torch.ones(2, 3), 0), r"in \[1, 3\]"),
         (lambda: l1_structure(torch.full((2, 3), torch.inf), 1), "finite"),
         (lambda: set_structure(MaskedLinear(3, 2, masks=torch.ones(1, 2, 3) > 0), torch.ones(3, 2) > 0), r"of shape \(2, 3\)"),
         (lambda: set_structure(MaskedLinear(3, 2, masks=torch.ones(1, 2, 3) > 0), torch.ones(2, 3)), "boolean"),

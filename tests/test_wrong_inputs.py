@@ -40,6 +40,8 @@ LINES = {
         "num_threads=100000000": "num_threads must be in [1, 1024]",
         "num_envs=100000": "num_envs must be in [1, 4096]",
         "network.freeze_hidden=true": "network.freeze_hidden must be false but with env=MinAtar/<game>",
+        "loss.l1=0.1": "loss.l1 must be 0 with algorithm=omnet",
+        "network.structure_run=there": "network.structure=l1 and network.structure_run must be given together",
         "network.structure=random": "network.structure must be null but with env=MinAtar/<game>",
         "algorithm=dqn": "algorithm must be one of",
         "eval.episodes=1000000": "eval.episodes must be in [0, 4096]",

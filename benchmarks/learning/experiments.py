@@ -26,7 +26,8 @@ class Variant:
         name (str): of its folder.
         label (str): in figures.
         algorithm (str): see :mod:`omnet_torchrl.training.options.rows`.
-        options (tuple): dotted name and value of each option that differs.
+        options (tuple): dotted name and value of each option that differs; in a text, ``{cells}`` is the folder of the task's
+            cells and ``{seed}`` the seed.
     """
 
     name: str
@@ -34,9 +35,15 @@ class Variant:
     algorithm: str
     options: tuple[tuple[str, Any], ...] = ()
 
-    def overrides(self, task: str, seed: int, frames: int) -> list[str]:
-        """Arguments of :attr:`example`."""
-        own = [f"{name}={'null' if value is None else value}" for name, value in self.options]
+    def overrides(self, task: str, seed: int, frames: int, results: Path = Path()) -> list[str]:
+        """Arguments of :attr:`example`; ``results`` is where the cells are."""
+        places = {"{cells}": str(results / task), "{seed}": str(seed)}
+        own = []
+        for name, value in self.options:
+            text = "null" if value is None else str(value)
+            for place in places if isinstance(value, str) else ():
+                text = text.replace(place, places[place])
+            own.append(f"{name}={text}")
         return [f"algorithm={self.algorithm}", f"env={task}", f"seed={seed}", f"total_frames={frames}", *own]
 
     @property
@@ -168,11 +175,15 @@ _GAME = (("max_episode_steps", 10_000),)
 
 def _structures() -> tuple[Variant, ...]:
     """Structures of the first layer, its weights learned or fixed, with equally many kept weights."""
-    variants = []
-    for name in ("dense", "random", "spatial", "predictive"):
+    variants: list[Variant] = []
+    # The run whose weights an L1 penalty thins out: its largest ones are the structure of the others. The coefficient is ours.
+    source = (("network.channels", None), ("network.num_cells", [1_000]), ("loss.l1", 1e-5))
+    variants.append(Variant("dqn_l1_source", "dense, with an L1 penalty", "dqn", (*source, *_GAME)))
+    for name in ("dense", "random", "spatial", "predictive", "l1"):
         units = [90] if name == "dense" else [1_000]
         layer = (("network.channels", None), ("network.num_cells", units))
         layer += () if name == "dense" else (("network.structure", name),)
+        layer += (("network.structure_run", "{cells}/dqn_l1_source/seed{seed}"),) if name == "l1" else ()
         variants.append(Variant(f"dqn_{name}", f"{name}, learned", "dqn", (*layer, *_GAME)))
         fixed = ("network.freeze_hidden", True)
         variants.append(Variant(f"dqn_{name}_fixed", f"{name}, fixed", "dqn", (*layer, fixed, *_GAME)))

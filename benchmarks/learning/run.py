@@ -75,7 +75,7 @@ def command(cell: Cell, root: Path, *options: str) -> list[str]:
     info = state(folder)
     if not info:
         watched = WATCHED if ROWS[cell.variant.algorithm].loss == "sac" else ("progress=false",)
-        arguments = [*watched, *cell.variant.overrides(cell.task, cell.seed, cell.frames), f"folder={folder}"]
+        arguments = [*watched, *cell.variant.overrides(cell.task, cell.seed, cell.frames, root), f"folder={folder}"]
     else:
         # A run that was begun with more frames keeps them: it may only become longer.
         arguments = [f"resume={folder}", f"total_frames={max(cell.frames, _total_frames(folder))}"]

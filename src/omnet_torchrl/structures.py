@@ -6,8 +6,9 @@ in Online Reinforcement Learning" (Martin and Modayil, 2021, https://arxiv.org/a
 neighbourhoods are.
 
 A structure is a boolean mask ``(num_units, num_inputs)`` of a linear layer, ``True`` where a weight is kept: each unit keeps
-``fan_in`` of them (:func:`l1_structure`: on average). :func:`set_structure` puts it into a :class:`~omnet_torchrl.MaskedLinear`
-and draws the layer's weights for the inputs that are left. Everything else here is a pure function.
+``fan_in`` of them (:func:`l1_structure`: on average, at least one). :func:`set_structure` puts it into a
+:class:`~omnet_torchrl.MaskedLinear` and draws the layer's weights for the inputs that are left. Everything else here is a pure
+function.
 """
 
 from __future__ import annotations
@@ -141,22 +142,24 @@ def predict_inputs(
 
 
 def l1_structure(weight: Tensor, fan_in: float) -> Tensor:
-    """Keep a layer's weights of the largest magnitude, as many as ``fan_in`` for each unit on average.
+    """Keep each unit's weight of the largest magnitude and, of all others, the largest: ``fan_in`` for each unit on average.
 
-    For a layer that was trained with an L1 penalty. Of equal magnitudes, the first are kept: the number is exact.
+    For a layer that was trained with an L1 penalty (``OMNetDQNLoss(l1=...)``). Of equal magnitudes, the first are kept: the
+    number is exact.
 
     Args:
         weight (Tensor): ``(H, D)``.
-        fan_in (float): kept weights per unit, in (0, D].
+        fan_in (float): kept weights per unit, in [1, D].
 
     Returns:
         Tensor: boolean, ``(H, D)``, with ``round(H * fan_in)`` times ``True``.
     """
     if not weight.isfinite().all():
         raise ValueError("weight must be finite.")
-    if not 0 < fan_in <= weight.shape[-1]:
-        raise ValueError(f"fan_in must be in (0, {weight.shape[-1]}], the number of inputs, got {fan_in}.")
-    flat = weight.detach().abs().flatten()
+    if not 1 <= fan_in <= weight.shape[-1]:
+        raise ValueError(f"fan_in must be in [1, {weight.shape[-1]}], the number of inputs, got {fan_in}.")
+    magnitude = weight.detach().abs()
+    flat = magnitude.scatter(1, magnitude.argmax(-1, keepdim=True), torch.inf).flatten()
     kept = flat.sort(dim=0, descending=True, stable=True).indices[: round(len(weight) * fan_in)]
     return torch.zeros_like(flat, dtype=torch.bool).scatter(0, kept, True).view_as(weight)
 

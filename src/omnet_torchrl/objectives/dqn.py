@@ -54,6 +54,8 @@ class OMNetDQNLoss(TDLoss, DQNLoss):
         double_dqn (bool): the action of the next state is the best one of the trained subnetwork (default); ``False``: of the
             values that count.
         loss_function (str): defaults to ``"l2"``.
+        l1 (float): coefficient of the L1 norm of the hidden layers' weights, which is added to the loss: it learns a structure,
+            see :func:`~omnet_torchrl.structures.l1_structure`. Defaults to 0.
         action_space (str, TensorSpec or None): ``"one-hot"``, ``"categorical"`` or a spec. ``None`` (default): the network's.
         **kwargs: ``delay_value``, ``reduction`` and ``use_prioritized_weights`` as in :class:`~torchrl.objectives.DQNLoss`.
 
@@ -106,6 +108,7 @@ class OMNetDQNLoss(TDLoss, DQNLoss):
         target_reduction: Literal["min", "mean", "subnet"] = "min",
         double_dqn: bool = True,
         loss_function: str = "l2",
+        l1: float = 0.0,
         action_space: str | TensorSpec | None = None,
         **kwargs: Any,
     ):
@@ -121,7 +124,12 @@ class OMNetDQNLoss(TDLoss, DQNLoss):
         super().__init__(value_network, **options)
         if self.action_space not in ("one_hot", "categorical"):
             raise TypeError(f"the actions must be one-hot or categorical, got the action space {self.action_space!r}.")
-        self.target_reduction = target_reduction
+        if not 0 <= l1 < float("inf"):
+            raise ValueError(f"l1 must be in [0, inf), got {l1}.")
+        self.target_reduction, self.l1 = target_reduction, l1
+        named = self.value_network_params.items(True, True)
+        matrices = [name for name, each in named if name[-1] == "weight" and each.ndim > 1]  # LayerNorm's are vectors
+        self._hidden = tuple(matrices[:-1])
         self._init_subnets(replacement, trained=num_trained_subnets, target=num_target_subnets)
 
     @property
@@ -137,6 +145,16 @@ class OMNetDQNLoss(TDLoss, DQNLoss):
     def steps(self) -> tuple[LossStep, ...]:
         """The one step of the value network, whose target network follows it."""
         return (self.critic_step(),)
+
+    def qvalue_loss(
+        self, tensordict: TensorDictBase, *, draws: TensorDictBase | None = None, params: TensorDictBase | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As :meth:`TDLoss.qvalue_loss`, with the L1 norm of the hidden layers."""
+        loss, data = super().qvalue_loss(tensordict, draws=draws, params=params)
+        if self.l1:
+            weights = self._params("value_network_params", params)
+            loss = loss + self.l1 * sum(weights.get(name).abs().sum() for name in self._hidden)
+        return loss, data
 
     @dispatch
     def forward(self, tensordict: TensorDictBase, *, draws: TensorDictBase | None = None) -> TensorDictBase:

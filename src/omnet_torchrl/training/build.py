@@ -150,6 +150,7 @@ def loss_options(config: TrainConfig, action_spec: TensorSpec) -> dict[str, Any]
             "target_reduction": loss.target_reduction,
             "double_dqn": loss.double_dqn,
             "loss_function": loss.loss_function,
+            "l1": loss.l1,
         }
         return {**counts, **options, "delay_value": True}
     redrawn = config.network.critic == "masked" and config.network.masks == "redrawn"

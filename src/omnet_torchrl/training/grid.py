@@ -9,6 +9,7 @@ from omnet_torchrl.deterministic import SubnetQValueActor
 from omnet_torchrl.envs import MinAtarEnv
 from omnet_torchrl.layers import MaskedConv2d, MaskedLinear
 from omnet_torchrl.structures import (
+    l1_structure,
     predict_inputs,
     predictive_structure,
     random_structure,
@@ -18,6 +19,7 @@ from omnet_torchrl.structures import (
 from omnet_torchrl.training.loop.streams import derived_seed
 from omnet_torchrl.training.options import TrainConfig
 from omnet_torchrl.training.options.checks import MINATAR
+from omnet_torchrl.training.policy import load_policy
 
 GRID = 10  # rows and columns of MinAtar's games
 PREDICTION_FRAMES = 100_000  # of a random policy, from which cells are predicted
@@ -45,8 +47,20 @@ def structure(config: TrainConfig, layer: MaskedLinear) -> Tensor:
     fan_in = 9 * channels if config.network.fan_in is None else config.network.fan_in
     if kind == "random":
         return random_structure(units, size, fan_in, generator=generator)
+    if kind == "l1":
+        return l1_structure(_trained_weight(config, layer), fan_in)
     game = config.env.removeprefix(MINATAR)
     return predictive_structure(units, _predictions(game, config.seed), fan_in, generator=generator)
+
+
+def _trained_weight(config: TrainConfig, layer: MaskedLinear) -> Tensor:
+    """The first layer's weights of the run that was trained with an L1 penalty."""
+    policy = load_policy(str(config.network.structure_run))
+    first = next(each for each in policy.modules() if isinstance(each, MaskedLinear | MaskedConv2d))
+    if first.weight.shape != layer.weight.shape:
+        sizes = f"{tuple(layer.weight.shape)} weights, got {tuple(first.weight.shape)}"
+        raise ValueError(f"the first layer of network.structure_run must have this run's {sizes}: use another run.")
+    return first.weight
 
 
 def _predictions(game: str, seed: int) -> Tensor:

@@ -46,7 +46,7 @@ _RANGES = {
     f"[0, {2**31})": "seed",
     "(0, 1e6]": "utd_ratio",
     "(0, inf)": "loss.alpha_init optim.lr",
-    "[0, inf)": "observation_offset exploration.noise loss.policy_noise loss.noise_clip",
+    "[0, inf)": "loss.l1 observation_offset exploration.noise loss.policy_noise loss.noise_clip",
     "[0, 1]": "loss.gamma exploration.epsilon_start exploration.epsilon_end",
     "[0, 1)": "network.dropout",
     "(0, 1]": "optim.tau",
@@ -54,7 +54,7 @@ _RANGES = {
 }
 MAX_LAYERS = 64
 MINATAR = "MinAtar/"  # before the name of a game
-STRUCTURES = ("random", "spatial", "predictive")
+STRUCTURES = ("random", "spatial", "predictive", "l1")
 _CHOICES = {
     "network.critic": ("masked", "separate"),
     "network.actor": ("masked", "dense"),
@@ -224,6 +224,11 @@ def _check_loss(config: TrainConfig) -> None:
             raise ValueError(f"network.structure must be null or one of {', '.join(STRUCTURES)}, got {network.structure!r}.")
         if network.channels is not None:
             raise ValueError("network.channels must be null with network.structure, which is of the first layer, got both.")
+    if (network.structure == "l1") != (network.structure_run is not None):
+        given = f"network.structure={network.structure} and network.structure_run={network.structure_run}"
+        raise ValueError(f"network.structure=l1 and network.structure_run must be given together, got {given}.")
+    if config.loss.l1 and kind != "dqn":
+        raise ValueError(f"loss.l1 must be 0 with algorithm={config.algorithm}, got {config.loss.l1}: leave it out.")
     if network.freeze_hidden and not (grid and network.critic == "masked" and network.masks == "weight"):
         needs = f"env={MINATAR}<game>, network.critic=masked and network.masks=weight"
         raise ValueError(f"network.freeze_hidden must be false but with {needs}, got true.")

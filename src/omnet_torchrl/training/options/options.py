@@ -18,8 +18,11 @@ class NetworkConfig:
     critic: str = "masked"  # masked: one network under num_subnets masks; separate: num_subnets networks
     actor: str = "masked"  # masked: as the critic; dense: one network without masks
     channels: int | None = None  # of a convolution of 3 x 3 before the layers, for MinAtar; None: no convolution
-    structure: str | None = None  # of the first layer, for MinAtar: random, spatial or predictive; None: none but the masks'
+    structure: str | None = (
+        None  # of the first layer, for MinAtar: random, spatial, predictive or l1; None: none but the masks'
+    )
     fan_in: int | None = None  # inputs that a unit of a random or predictive structure keeps; None: 9 cells, all channels
+    structure_run: str | None = None  # folder of the run that was trained with loss.l1, for an l1 structure
     freeze_hidden: bool = False  # hidden layers keep their first weights; the output layer is trained
     masks: str = "weight"  # weight: over each by itself; unit: whole hidden units, sliced out; redrawn: anew at each call
     sparsity: Any = 0.5  # S, fraction of weights (units) masked out, in [0, 1): one number, or one per linear (hidden) layer
@@ -48,6 +51,7 @@ class LossConfig:
     target_reduction: str = "min"  # DQN: min or mean of the target subnetworks' values; subnet: each trained one's own
     double_dqn: bool = True  # DQN: the trained subnetwork chooses the action of the next state
     loss_function: str = "l2"  # TD3, DQN: of the critic; l2, l1 or smooth_l1
+    l1: float = 0.0  # DQN: coefficient of the L1 norm of the hidden layers' weights, which learns a structure
 
 
 @dataclass
