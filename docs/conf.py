@@ -27,6 +27,7 @@ root_doc = "index"
 # Docstrings are Google's, with the type of each argument in words.
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
+autodoc_default_options = {"exclude-members": "default_keys"}  # TorchRL's own affair
 autodoc_class_signature = "mixed"
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_rtype = False

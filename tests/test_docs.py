@@ -56,8 +56,8 @@ JOBS = ("examples/omnet_sac.py", "examples/omnet_td3.py", "examples/minatar_dqn.
 SMALL = dict(
     option.split("=")
     for option in (
-        *("network.num_cells=[16,16]", "compile=false", "progress=false", "total_frames=60", "init_random_frames=30"),
-        *("optim.batch_size=8", "utd_ratio=1", "policy_update_delay=1", "eval.interval=60", "eval.episodes=2"),
+        *("network.num_cells=[16,16]", "compile=false", "progress=false", "total_frames=64", "init_random_frames=32"),
+        *("optim.batch_size=8", "utd_ratio=1", "policy_update_delay=1", "eval.interval=64", "eval.episodes=2"),
     )
 )
 TINY_SCRIPT = [

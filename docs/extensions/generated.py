@@ -1,7 +1,9 @@
 """Directives for what is made from the sources; checks that each public name has an entry, and that pages load nothing."""
 
+import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 from docutils import nodes
 from docutils.parsers.rst import directives
@@ -57,6 +59,15 @@ class Rows(SphinxDirective):
         return self.parse_text_to_nodes(rows_markdown(self.arguments[0]), allow_section_headings=True)
 
 
+def own_signature(app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str, returned: str) -> Any:
+    """The arguments of a class's constructor, also where a metaclass (of losses and environments) takes any."""
+    if what != "class" or signature is None:
+        return None
+    parameters = list(inspect.signature(value.__init__).parameters.values())[1:]
+    plain = [each.replace(annotation=inspect.Parameter.empty) for each in parameters]
+    return str(inspect.Signature(plain)), None
+
+
 def check(app: Sphinx, env: BuildEnvironment) -> None:
     """A warning, which is an error, for each public name without an entry."""
     documented = {name for name, *_ in env.get_domain("py").get_objects()}
@@ -77,6 +88,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("options", Options)
     app.add_directive("readme", Readme)
     app.add_directive("rows", Rows)
+    app.connect("autodoc-process-signature", own_signature)
     app.connect("env-check-consistency", check)
     app.connect("build-finished", check_offline)
     return {"parallel_read_safe": True}

@@ -1,5 +1,6 @@
 """Formulas as MathML, which browsers draw by themselves: no script is loaded from elsewhere."""
 
+import re
 from html import escape
 
 from docutils import nodes
@@ -13,7 +14,10 @@ def formula(node: nodes.Element, display: str) -> str:
     latex = node.astext()
     if display == "block" and (r"\\" in latex or "&" in latex) and r"\begin" not in latex:
         latex = rf"\begin{{align*}}{latex}\end{{align*}}"
-    return convert(latex, display=display).replace("<math ", f'<math alttext="{escape(latex, quote=True)}" ', 1)
+    written = convert(latex, display=display)
+    # A prime is a raised sign already; raised again it leaves the line.
+    written = re.sub(r"<msup>(<mi>[^<]*</mi>)<mi>(&#x0203[23];)</mi></msup>", r"<mrow>\1<mtext>\2</mtext></mrow>", written)
+    return written.replace("<math ", f'<math alttext="{escape(latex, quote=True)}" ', 1)
 
 
 def visit_math(translator: HTML5Translator, node: nodes.Element) -> None:
