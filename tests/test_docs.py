@@ -155,13 +155,14 @@ def test_the_commands_of_a_page_run_one_after_the_other(page, tmp_path):
     """As tiny jobs, in processes of their own."""
     for block in PAGES[page]:
         if block.caption:
-            (tmp_path / block.caption).write_text(block.text.replace("submitit_slurm ", "submitit_local "))
+            lines = [line for line in block.text.splitlines(True) if "max_num_timeout" not in line]  # Slurm's alone
+            (tmp_path / block.caption).write_text("".join(lines).replace("submitit_slurm ", "submitit_local "))
     for program, *arguments in commands(page):
         if program != "python" or needed(arguments, tmp_path):
             continue
         script, *rest = arguments
         if script in JOBS:
-            rest = shortened(rest)
+            rest = [re.sub(r"range\(\d+\)", "range(2)", word) for word in shortened(rest)]
         elif script.endswith("_script.py"):
             rest += TINY_SCRIPT
         elif "benchmarks" in script and not {"--dry-run", "--commands"} & set(rest):
