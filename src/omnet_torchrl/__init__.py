@@ -40,7 +40,7 @@ from omnet_torchrl.offset import ObservationOffset
 from omnet_torchrl.transforms import SubnetPrimer
 from omnet_torchrl.updates import CompiledPolicy, GatherStorage, LazyAdam, MaskSchedule, Update
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CompiledPolicy",

@@ -183,7 +183,7 @@ class SubnetModule(nn.Module):
     Args:
         network (nn.Module): the network; its parameters stay where they are and are trained through this module.
         masks (mapping): parameter name to boolean masks ``(N, *parameter.shape)``, e.g. of
-            :func:`~omnet_torchrl.masks.bernoulli_module_masks`. Parameters without masks are shared whole.
+            :func:`~omnet_torchrl.bernoulli_module_masks`. Parameters without masks are shared whole.
         event_dims (int or sequence of int): dimensions of one element of each input: 1 for vectors (default), 3 for images
             ``(C, H, W)``, 2 for sequences ``(T, features)``. Tells inputs ``(B, ...)``, which all rows of an index ``(K, 1)``
             share, from inputs ``(K, B, ...)``.

@@ -109,7 +109,7 @@ class MaskedMLP(IndexedMLP):
             layer (``depth + 1``), so that ``[0, 0.5, 0]`` keeps input and output layer dense. Defaults to 0.5.
         mask_bias (bool): mask the biases of the hidden layers too. Defaults to ``False``.
         mask_fn (callable): draws the masks of a layer, ``mask_fn(num_subnets, shape, sparsity, generator=..., device=...)``.
-            Defaults to :func:`~omnet_torchrl.masks.bernoulli_masks`.
+            Defaults to :func:`~omnet_torchrl.bernoulli_masks`.
         generator (torch.Generator, int or None): where the masks come from, see :func:`~omnet_torchrl.masks.as_generator`;
             never the generator of the initial weights.
         init_fn (callable or None): see :class:`MaskedLinear`.

@@ -144,7 +144,7 @@ class UnitMaskedMLP(IndexedMLP):
     Keyword Args:
         num_subnets (int): number of subnetworks N. Defaults to 5.
         sparsity (float or sequence of float): fraction of the units masked out, in [0, 1), see
-            :func:`~omnet_torchrl.masks.unit_masks`; one number, or one per hidden layer (``depth``). Defaults to 0.5.
+            :func:`~omnet_torchrl.unit_masks`; one number, or one per hidden layer (``depth``). Defaults to 0.5.
         generator (torch.Generator, int or None): where the units come from, drawn layer after layer; see
             :func:`~omnet_torchrl.masks.as_generator`.
         init_fn (callable or None): see :class:`UnitLinear`.
