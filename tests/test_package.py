@@ -106,7 +106,7 @@ TRAINING = {
         *("loop.exploration", "loop.resumption", "loop.stopping", "loop.streams"),
         *("options", "record.checkpoint", "record.files", "record.reporter"),
     },
-    "grid": {"loop.streams", "options", "options.checks"},
+    "grid": {"loop.streams", "options", "options.checks", "policy"},
     "build": {"grid", "loop.streams", "options", "options.rows", "policy"},
     "device": set(),
     "policy": {"device", "record.checkpoint", "record.folder"},
@@ -204,7 +204,7 @@ def test_public_names_exist_and_are_documented():
 
 
 # Whoever adds a feature also removes what it made superfluous; these are where the rooms stand, and they must not grow unseen.
-MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 7_396, 4_650
+MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 7_410, 4_660
 
 
 def test_files_functions_and_rooms_keep_within_their_budgets():

@@ -18,9 +18,7 @@ class NetworkConfig:
     critic: str = "masked"  # masked: one network under num_subnets masks; separate: num_subnets networks
     actor: str = "masked"  # masked: as the critic; dense: one network without masks
     channels: int | None = None  # of a convolution of 3 x 3 before the layers, for MinAtar; None: no convolution
-    structure: str | None = (
-        None  # of the first layer, for MinAtar: random, spatial, predictive or l1; None: none but the masks'
-    )
+    structure: str | None = None  # of the first layer, for MinAtar: random, spatial, predictive or l1; None: the masks' alone
     fan_in: int | None = None  # inputs that a unit of a random or predictive structure keeps; None: 9 cells, all channels
     structure_run: str | None = None  # folder of the run that was trained with loss.l1, for an l1 structure
     freeze_hidden: bool = False  # hidden layers keep their first weights; the output layer is trained
