@@ -654,6 +654,7 @@ def test_an_environment_that_cannot_be_closed_is_refused():
 def test_statistics_that_a_wrapper_keeps_are_said(wrapper):
     (note,) = check_env(named(Cart), wrappers=[f"gymnasium.wrappers.{wrapper.__name__}"])
     assert note.startswith(f"warning: {wrapper.__name__} around {NAME} keeps running statistics: ")
+    assert ("normalize_observations=true has one set for all" in note) == (wrapper is NormalizeObservation)
 
 
 # Environments of one's own.

@@ -18,7 +18,7 @@ from torchrl.data import Binary, Bounded, Categorical, OneHot, TensorSpec, Unbou
 from omnet_torchrl.builders import make_actor, make_deterministic_actor
 from omnet_torchrl.deterministic import SubnetQValueActor
 from omnet_torchrl.grids import make_grid_qvalue_actor
-from omnet_torchrl.layers import EnsembleMLP, MaskedMLP, RedrawnMLP, UnitMaskedMLP
+from omnet_torchrl.layers import EnsembleMLP, MaskedMLP, RedrawnMLP, RunningNormalization, UnitMaskedMLP
 from omnet_torchrl.specs import check_action_spec, check_discrete_spec
 from omnet_torchrl.training.device import resolve_device
 from omnet_torchrl.training.record.checkpoint import Checkpointer, check_shapes
@@ -107,7 +107,9 @@ def _networks(run: RunFolder) -> tuple[Any, tuple[TensorSpec, TensorSpec], dict[
     kept, options = run.info.get("spaces"), run.info.get("actor")
     if not kept or not options or options.get("loss") not in MAKE or options.get("network_class") not in NETWORKS:
         raise ValueError(f"{run.path}/run.json must say what the actor is made of: was it edited, or has the run not begun?")
-    given = {name: value for name, value in options.items() if name != "loss"}
+    given = {name: value for name, value in options.items() if name not in ("loss", "normalize")}
+    if options.get("normalize"):
+        given["normalize"] = RunningNormalization(kept["observation"])
     return MAKE[options["loss"]], _specs(kept), {**given, "network_class": NETWORKS[options["network_class"]]}
 
 

@@ -83,7 +83,7 @@ class Run:
             self.config = _resumed(self.folder, overrides, self.config if auto else None)
         self.config.resume = None
         check_logger(self.config.logger)
-        notes = check_env(self.config.env, **env_options(self.config))
+        notes = check_env(self.config.env, normalized=self.config.normalize_observations, **env_options(self.config))
         self.device = resolve_device(self.config.device)
         if not self.resumed:
             self.folder = RunFolder.create(self.config.folder, self._save_config, exist_ok=auto)

@@ -229,6 +229,8 @@ def _check_loss(config: TrainConfig) -> None:
         raise ValueError(f"network.freeze_hidden must be false but with {needs}, got true.")
     if config.observation_offset and grid:
         raise ValueError(f"observation_offset must be 0 with env={config.env}, whose cells are booleans: leave it out.")
+    if config.normalize_observations and grid:
+        raise ValueError(f"normalize_observations must be false with env={config.env}, whose cells are booleans: leave it out.")
     if config.eval.bias_episodes and kind != "sac":
         raise ValueError(f"eval.bias_episodes must be 0 with algorithm={config.algorithm}, got {config.eval.bias_episodes}.")
 
