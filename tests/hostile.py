@@ -209,7 +209,7 @@ def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change a manifest, with a hash that fits."""
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps({**manifest, "sha256": checkpoint._seal(manifest)}))
+    path.write_text(json.dumps({**manifest, "sha256": checkpoint.seal(manifest)}))
 
 
 def other_list(moments: random.Random, path: Path, other: Path) -> None:
@@ -296,13 +296,13 @@ KINDS: dict[str, tuple[str, Mapping[str, Callable[[random.Random, Path, Path], N
 def leave_out(name: str | None) -> Callable[[], None]:
     """What a process does first so that one hash is not looked at."""
     vouching = {"state": "state_", "segment": "replay_"}.get(name or "")
-    read, write, seal = files.read_file, files.fingerprint, checkpoint._seal
+    read, write, seal = files.read_file, files.fingerprint, checkpoint.seal
 
     def patch() -> None:
         if vouching:
             checkpoint.read_file = lambda path, expected=None: read(path, None if path.name.startswith(vouching) else expected)
         elif name == "manifest":
-            checkpoint._seal = lambda manifest: manifest["sha256"] if "sha256" in manifest else seal(manifest)
+            checkpoint.seal = lambda manifest: manifest["sha256"] if "sha256" in manifest else seal(manifest)
         elif name == "metrics":
             metrics.fingerprint = lambda content: _Any(write(content))
         elif name == "config":
