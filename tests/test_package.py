@@ -109,7 +109,7 @@ TRAINING = {
     "grid": {"loop.streams", "options", "options.checks"},
     "build": {"grid", "loop.streams", "options", "options.rows", "policy"},
     "device": set(),
-    "policy": {"device", "record.checkpoint", "record.folder"},
+    "policy": {"device", "record.checkpoint", "record.files", "record.folder"},
     "command_line": {"loop.environments", "loop.stopping", "options", "options.checks", "record.folder", "record.terminal"},
     "run": {
         *("build", "command_line", "policy", "options", "options.checks", "options.memory"),
