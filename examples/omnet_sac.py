@@ -38,7 +38,7 @@ from omnet_torchrl.training import (
     describe,
     make_env,
 )
-from omnet_torchrl.training.build import loss_options, network_options, update_options
+from omnet_torchrl.training.build import loss_options, network_options, normalization, update_options
 from omnet_torchrl.training.command_line import execute
 from omnet_torchrl.training.loop.environments import env_options
 from omnet_torchrl.training.loop.streams import derived_seed
@@ -60,8 +60,10 @@ def train(run: Run) -> float:
     env = make_env(config.env, num_envs=num_envs, seed=seed, **options)
 
     # One network and N masks, for the critic and for the actor (section 3.1).
-    actor = make_actor(env.observation_spec, env.action_spec, **network_options(config, "actor"), device=device)
-    qvalue = make_qvalue(env.observation_spec, env.action_spec, **network_options(config, "critic"), device=device)
+    specs = env.observation_spec, env.action_spec
+    common = {"normalize": normalization(config, env.observation_spec), "device": device}
+    actor = make_actor(*specs, **network_options(config, "actor"), **common)
+    qvalue = make_qvalue(*specs, **network_options(config, "critic"), **common)
 
     # The environment draws, at each reset, the subnetwork that plays the episode (section 3.3).
     env.append_transform(SubnetPrimer(actor.num_subnets, generator=config.seed))

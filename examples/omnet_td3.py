@@ -27,7 +27,7 @@ from omnet_torchrl import (
     make_qvalue,
 )
 from omnet_torchrl.training import Evaluation, Exploring, Run, Trainer, describe, make_env
-from omnet_torchrl.training.build import loss_options, network_options, update_options
+from omnet_torchrl.training.build import loss_options, network_options, normalization, update_options
 from omnet_torchrl.training.command_line import execute
 from omnet_torchrl.training.loop.environments import env_options
 from omnet_torchrl.training.loop.streams import derived_seed
@@ -48,8 +48,9 @@ def train(run: Run) -> float:
 
     # One network and N masks, for the critic and for the actor; each episode is played by one subnetwork of the actor.
     specs = env.observation_spec, env.action_spec
-    actor = make_deterministic_actor(*specs, **network_options(config, "actor"), device=device)
-    qvalue = make_qvalue(*specs, **network_options(config, "critic"), device=device)
+    common = {"normalize": normalization(config, env.observation_spec), "device": device}
+    actor = make_deterministic_actor(*specs, **network_options(config, "actor"), **common)
+    qvalue = make_qvalue(*specs, **network_options(config, "critic"), **common)
     env.append_transform(SubnetPrimer(actor.num_subnets, generator=config.seed))
     policy = CompiledPolicy(actor, precision=config.precision, compile=config.compile)
     explore = Exploring(policy, config, env.action_spec)

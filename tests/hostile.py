@@ -5,8 +5,8 @@
 
 Each damage is done to a copy of a run that was killed, which is then resumed as a user does it, under PYTHONWARNINGS=ignore.
 Either the resume is refused in one line, or it goes on; then its records, its last state and its transitions are those of a
-run that was never stopped, bit for bit, or a line has said what is not. The processes are forks of this one: torch is imported
-once.
+run that was never stopped, bit for bit, or a line has said what is not; and a policy that can be loaded is the run's. The
+processes are forks of this one: torch is imported once.
 
 The exit code is 0 if there was no silent difference, traceback or hang, and nothing in a file was executed.
 """
@@ -36,12 +36,13 @@ from typing import Any
 
 import gymnasium  # noqa: F401  # before the forks
 import torch
-from test_resume import EXAMPLE, differing, result, run_rows
+from test_resume import EXAMPLE, differing, leaves, result, run_rows
 
-from omnet_torchrl.training import Run, Trainer, build, command_line  # noqa: F401
-from omnet_torchrl.training.loop import evaluation, trainer  # noqa: F401
+from omnet_torchrl.training import Run, Trainer, build, command_line, load_policy  # noqa: F401
+from omnet_torchrl.training.loop import evaluation, resumption, trainer  # noqa: F401
 from omnet_torchrl.training.options import load_config, save_config
 from omnet_torchrl.training.record import checkpoint, files, metrics, plots, reporter  # noqa: F401
+from omnet_torchrl.training.record import folder as folder_module
 
 BAD = ("SILENT", "TRACEBACK", "HANG", "EXECUTED")
 OUTCOMES = ("equal", "fell back", "said", "refused", *BAD)
@@ -54,6 +55,7 @@ RUNS = {  # that are damaged
     "omnet, 1 environment": [],
     "droq, 2 environments": ["algorithm=droq", "num_envs=2"],
     "omnet, a buffer that goes round": ["buffer_size=25"],
+    "omnet, no checkpoint yet": ["checkpoint.interval=50"],
 }
 ROWS = {  # that are killed
     **{name: [f"algorithm={name}"] for name in ("omnet", "redq", "droq")},
@@ -209,7 +211,7 @@ def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change a manifest, with a hash that fits."""
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps({**manifest, "sha256": checkpoint._seal(manifest)}))
+    path.write_text(json.dumps({**manifest, "sha256": checkpoint.seal(manifest)}))
 
 
 def other_list(moments: random.Random, path: Path, other: Path) -> None:
@@ -283,12 +285,22 @@ def other_type(moments: random.Random, path: Path, other: Path) -> None:
     path.write_text(json.dumps(info))
 
 
+def other_spaces(moments: random.Random, path: Path, other: Path) -> None:
+    """A bound of the actions, or the masks of the actor, as load_policy reads them."""
+    info = json.loads(path.read_text())
+    if moments.random() < 0.5:
+        info["spaces"]["high"] = [2 * high for high in info["spaces"]["high"]]
+    else:
+        info["actor"]["layer_norm"] = not info["actor"]["layer_norm"]
+    path.write_text(json.dumps(info))
+
+
 KINDS: dict[str, tuple[str, Mapping[str, Callable[[random.Random, Path, Path], None]]]] = {
     "manifest": ("checkpoints/checkpoint_*.json", {**ANY, "other segments": other_list, "copied": copied}),
     "state": ("checkpoints/state_*", {**ANY, "vouched for": vouched}),
     "segment": ("checkpoints/replay_*", {**ANY, "vouched for": vouched}),
     "config.yaml": ("config.yaml", {**ANY, "an option": other_option}),
-    "run.json": ("run.json", {**ANY, "a type": other_type}),
+    "run.json": ("run.json", {**ANY, "a type": other_type, "the policy": other_spaces}),
     "metrics.csv": ("metrics.csv", ANY),
 }
 
@@ -296,18 +308,20 @@ KINDS: dict[str, tuple[str, Mapping[str, Callable[[random.Random, Path, Path], N
 def leave_out(name: str | None) -> Callable[[], None]:
     """What a process does first so that one hash is not looked at."""
     vouching = {"state": "state_", "segment": "replay_"}.get(name or "")
-    read, write, seal = files.read_file, files.fingerprint, checkpoint._seal
+    read, write, seal = files.read_file, files.fingerprint, files.seal
 
     def patch() -> None:
         if vouching:
             checkpoint.read_file = lambda path, expected=None: read(path, None if path.name.startswith(vouching) else expected)
         elif name == "manifest":
-            checkpoint._seal = lambda manifest: manifest["sha256"] if "sha256" in manifest else seal(manifest)
+            checkpoint.seal = lambda manifest: manifest["sha256"] if "sha256" in manifest else seal(manifest)
         elif name == "metrics":
             metrics.fingerprint = lambda content: _Any(write(content))
         elif name == "config":
-            trainer.differences = sys.modules["omnet_torchrl.training.run"].differences = lambda *_: {}
-            trainer.leaves = lambda config: {}
+            for module in (resumption, sys.modules["omnet_torchrl.training.run"]):
+                module.differences = module.changes = lambda *_: {}
+        elif name == "run":
+            folder_module.seal = lambda content: content.get("sha256", seal(content))
 
     return patch
 
@@ -343,29 +357,44 @@ def classify(code: int | None, folder: Path, expected: Mapping[str, Any]) -> str
     return "fell back" if "passed over" in text else "equal"
 
 
+def policy_of(folder: Path) -> str | None:
+    """What a run's policy is made of; ``None`` where there is none, and a line says why."""
+    try:
+        policy = load_policy(folder / "run")
+    except ValueError:
+        return None
+    space = policy.spec["action"].space
+    return repr((space.low.tolist(), space.high.tolist(), leaves(dict(policy.state_dict()))))
+
+
 def damage(
     root: Path, moments: random.Random, count: int, only: str, without: str | None, seconds: float
 ) -> collections.Counter:
     """Damage copies of killed runs, and resume them; the outcomes by kind of file and damage."""
-    wholes, others = {}, {}
+    wholes, others, policies = {}, {}, {}
+    leave_out(without if without == "run" else None)()
     for i, (name, options) in enumerate(RUNS.items()):
         wait(fork(root / f"whole{i}", [*TINY, *options]), 600)
         wholes[name] = outcome_of(root / f"whole{i}")
         wait(fork(root / f"killed{i}", [*TINY, *options], killed_at(43)), 600)
         wait(fork(root / f"other{i}", [*TINY, *options, "seed=1"], killed_at(43)), 600)
         others[name] = (root / f"killed{i}", root / f"other{i}")
+        policies[name] = policy_of(root / f"killed{i}")
     pairs = [(kind, each) for kind, (_, damages) in KINDS.items() if only in ("all", kind) for each in damages]
     moments.shuffle(pairs)
     found: collections.Counter = collections.Counter()
     for number, (kind, each) in zip(range(count), itertools.cycle(pairs), strict=False):
-        name = moments.choice(list(RUNS))
+        pattern, damages = KINDS[kind]
+        name = moments.choice([each for each, (killed, _) in others.items() if any((killed / "run").glob(pattern))])
         folder, (killed, other) = root / f"damaged{number}", others[name]
         shutil.copytree(killed, folder)
-        pattern, damages = KINDS[kind]
         path = moments.choice(sorted((folder / "run").glob(pattern)))
         damages[each](moments, path, moments.choice(sorted((other / "run").glob(pattern))))
+        policy = policy_of(folder) if kind == "run.json" else None
         code = wait(fork(folder, ["resume=run"], leave_out(without)), seconds)
         outcome = classify(code, folder, wholes[name])
+        if policy not in (None, policies[name]) and outcome not in BAD:
+            outcome = "SILENT"
         found[kind, each, outcome] += 1
         if outcome in BAD:
             print(
@@ -422,7 +451,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--only", choices=("all", *KINDS), default="all", help="files that are damaged")
     parser.add_argument(
-        "--without-hash", choices=("manifest", "state", "segment", "config", "metrics"), help="is not looked at"
+        "--without-hash", choices=("manifest", "state", "segment", "config", "run", "metrics"), help="is not looked at"
     )
     parser.add_argument("--compile", action="store_true", help="the runs that are killed")
     parser.add_argument("--seconds", type=float, default=120, help="after which a process hangs")

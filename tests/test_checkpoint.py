@@ -469,7 +469,7 @@ def test_a_file_of_the_same_name_that_an_interrupted_save_has_left_is_replaced(t
 
 def seal(path, manifest):
     """A manifest with a hash that fits, whatever it says."""
-    path.write_text(json.dumps({**manifest, "sha256": checkpoint._seal(manifest)}))
+    path.write_text(json.dumps({**manifest, "sha256": checkpoint.seal(manifest)}))
 
 
 class Malicious:

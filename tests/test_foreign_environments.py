@@ -654,6 +654,7 @@ def test_an_environment_that_cannot_be_closed_is_refused():
 def test_statistics_that_a_wrapper_keeps_are_said(wrapper):
     (note,) = check_env(named(Cart), wrappers=[f"gymnasium.wrappers.{wrapper.__name__}"])
     assert note.startswith(f"warning: {wrapper.__name__} around {NAME} keeps running statistics: ")
+    assert ("normalize_observations=true has one set for all" in note) == (wrapper is NormalizeObservation)
 
 
 # Environments of one's own.
@@ -823,13 +824,14 @@ LIBRARIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of theirs
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_library_of_tasks_is_trained_and_resumed_bit_for_bit(library, job, monkeypatch, capsys):
     """Over the end of an episode: of 1,000 steps in dm_control, of 500 in Meta-World."""
     pytest.importorskip(library)
     env, option = LIBRARIES[library]
-    frames = ["total_frames=1100", "checkpoint.interval=300", "eval.interval=1000", "eval.episodes=1", "utd_ratio=0.1"]
+    frames = ["total_frames=2000", "checkpoint.interval=300", "eval.interval=1000", "eval.episodes=1", "utd_ratio=0.1"]
     options = [f"env={env}", option, *frames, "init_random_frames=100"]
     whole, progress = job(*options, folder="whole"), Reporter.progress
 
@@ -839,7 +841,7 @@ def test_a_library_of_tasks_is_trained_and_resumed_bit_for_bit(library, job, mon
         progress(self, frames, *rest)
 
     monkeypatch.setattr(Reporter, "progress", stop)
-    with pytest.raises(RuntimeError, match="killed"):
+    with pytest.raises(SystemExit):  # said, as a job does
         job(*options, folder="halves")
     monkeypatch.setattr(Reporter, "progress", progress)
     capsys.readouterr()
@@ -850,7 +852,7 @@ def test_a_library_of_tasks_is_trained_and_resumed_bit_for_bit(library, job, mon
     assert rows[0] == rows[1]
     assert {"train/episode_return", "eval/return"} <= {name for _, name, _ in rows[0]}
     different = differing(result(whole / "checkpoints"), result(halves / "checkpoints"))
-    assert set(different) <= {"/log"}, "but for the bytes of the log, whose seconds have another number of digits"
+    assert [name for name in different if not name.startswith("/log/")] == []  # whose seconds may have another number of digits
 
 
 def untimed_records(path):

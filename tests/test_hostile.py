@@ -22,7 +22,8 @@ def test_no_damage_and_no_kill_makes_a_difference_in_silence():
 
 
 @pytest.mark.parametrize(
-    ("hash_", "kind"), [("metrics", "metrics.csv"), ("config", "config.yaml"), ("state", "state"), ("segment", "segment")]
+    ("hash_", "kind"),
+    [("metrics", "metrics.csv"), ("config", "config.yaml"), ("run", "run.json"), ("state", "state"), ("segment", "segment")],
 )
 def test_a_hash_that_is_left_out_is_missed(hash_, kind):
     code, text = hostile("--damages", "60", "--kills", "0", "--only", kind, "--without-hash", hash_)

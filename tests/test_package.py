@@ -43,7 +43,8 @@ FOLDERS = {
         "units": {"indexed"},
         "redrawn": {"indexed"},
         "dropout": {"indexed"},
-        "__init__": {"convolutions", "indexed", "masked", "ensembles", "units", "redrawn", "dropout"},
+        "normalization": set(),
+        "__init__": {"convolutions", "indexed", "masked", "ensembles", "units", "redrawn", "dropout", "normalization"},
     },
     "envs": {"maze": set(), "minatar": set(), "__init__": {"maze", "minatar"}},
     "objectives": {
@@ -109,7 +110,7 @@ TRAINING = {
     "grid": {"loop.streams", "options", "options.checks", "policy"},
     "build": {"grid", "loop.streams", "options", "options.rows", "policy"},
     "device": set(),
-    "policy": {"device", "record.checkpoint", "record.folder"},
+    "policy": {"device", "record.checkpoint", "record.files", "record.folder"},
     "command_line": {"loop.environments", "loop.stopping", "options", "options.checks", "record.folder", "record.terminal"},
     "run": {
         *("build", "command_line", "policy", "options", "options.checks", "options.memory"),
@@ -204,7 +205,7 @@ def test_public_names_exist_and_are_documented():
 
 
 # Whoever adds a feature also removes what it made superfluous; these are where the rooms stand, and they must not grow unseen.
-MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 7_410, 4_660
+MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 7_560, 4_800
 
 
 def test_files_functions_and_rooms_keep_within_their_budgets():

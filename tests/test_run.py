@@ -168,7 +168,7 @@ def test_a_run_that_starts_anew_keeps_what_it_had_logged(tmp_path, capsys):
         with pytest.raises(RuntimeError, match="no display"):
             train(Run({"resume": str(tmp_path / "run")} if before else options(tmp_path, log_interval=40)), broken)
         before.append((tmp_path / "run" / "metrics.csv").read_bytes())
-        (tmp_path / "run" / "run.json").write_text(json.dumps({**info(tmp_path), "status": "running"}))  # kill -9
+        folder_module.RunFolder.open(tmp_path / "run").write_info(status="running")  # kill -9
     assert train(Run({"resume": str(tmp_path / "run")})) == "finished"
     assert [(tmp_path / "run" / name).read_bytes() for name in ("metrics.csv.old", "metrics.csv.old1")] == before
     assert "what metrics.csv had is in metrics.csv.old1" in capsys.readouterr().err
@@ -179,7 +179,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_results(cha
     train(Run(options(tmp_path, checkpoint={"interval": 30})))
     before = (tmp_path / "run" / "metrics.csv").read_bytes()
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    (tmp_path / "run" / "run.json").write_text(json.dumps({**info(tmp_path), **change}))
+    folder_module.RunFolder.open(tmp_path / "run").write_info(**change)
     with pytest.raises(ValueError, match=r"can't be resumed: .* has no checkpoint in it, .*: put its checkpoints back, or"):
         Run({"resume": str(tmp_path / "run")}, ["total_frames=90"])
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
@@ -318,6 +318,40 @@ def test_what_else_is_not_as_it_was_is_said_whatever_the_user_does_with_warnings
         r"goes on from frame 60",
     ):
         assert re.search(rf"^{line}", printed, re.MULTILINE), line
+
+
+def broken(frames):
+    raise RuntimeError("no display")
+
+
+def stopped_before_a_checkpoint(tmp_path, **changed):
+    with pytest.raises(RuntimeError, match="no display"):
+        train(Run(options(tmp_path, **changed)), broken)
+    return tmp_path / "run" / "config.yaml"
+
+
+def test_options_are_bound_before_the_first_checkpoint_too(tmp_path, capsys):
+    path = stopped_before_a_checkpoint(tmp_path, env_kwargs={"width": 64})
+    content = path.read_text()
+    path.write_text(content.replace("tau: 0.005", "tau: 0.05").replace("width: 64", "width: 65"))
+    with pytest.raises(
+        ValueError, match=r"is not what the run was started with: env_kwargs was .*; optim\.tau was 0\.005, now 0\.05"
+    ):
+        Run({"resume": str(tmp_path / "run")})
+    path.write_text(content.replace("interval: 40", "interval: 20"))
+    assert train(Run({"resume": str(tmp_path / "run")}), lambda frames: {}) == "finished"
+    said = "no checkpoint yet: starts from the beginning, with other options than before: eval.interval was 40, now 20"
+    assert said in capsys.readouterr().err
+    assert info(tmp_path)["options"]["eval.interval"] == 20
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    """Its run.json has neither hash nor options, and its checkpoint lacks the options that are newer."""
+    path = stopped_before_a_checkpoint(tmp_path).with_name("run.json")
+    old = {name: value for name, value in info(tmp_path).items() if name not in ("sha256", "options")}
+    path.write_text(json.dumps(old))
+    assert train(Run({"resume": str(tmp_path / "run")})) == "finished"
+    assert {"sha256", "options"} <= info(tmp_path).keys()
 
 
 @pytest.mark.parametrize("damage", ["edited", "cut", "a folder", "a pipe"])

@@ -1,5 +1,6 @@
 """The folder of a run: made once, found again, and its run.json always whole."""
 
+import json
 import os
 import subprocess
 import sys
@@ -211,3 +212,21 @@ def test_a_package_installed_inside_a_checkout_has_no_commit(checkout):
 def test_there_is_no_commit_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert git_commit() is None
+
+
+@pytest.mark.parametrize("field", ["status", "spaces", "saved"])
+def test_a_run_json_that_was_edited_is_refused_unless_its_user_vouches_for_it(field, tmp_path):
+    folder = RunFolder.create(tmp_path / "run", lambda _: {"options": {"env_kwargs": {1: 2}, "folder": Path("x")}})
+    folder.write_info(spaces={"low": [-1.0], "high": [float("inf")]}, saved=3)
+    assert RunFolder.open(folder.path).info["spaces"] == {"low": [-1.0], "high": [float("inf")]}
+    info = json.loads((folder.path / "run.json").read_text())
+    edits = {"status": "finished", "spaces": {"low": [-1.0], "high": [2.0]}, "saved": 4}
+    edited = {**info, field: edits[field]}
+    (folder.path / "run.json").write_text(json.dumps(edited))
+    with pytest.raises(
+        ValueError, match=r"no run folder: its run\.json can't be read \(it is not what the run wrote: put it back"
+    ):
+        RunFolder.open(folder.path)
+    del edited["sha256"]  # as the runs of earlier versions
+    (folder.path / "run.json").write_text(json.dumps(edited))
+    assert RunFolder.open(folder.path).info[field] == edits[field]

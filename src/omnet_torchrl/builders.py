@@ -18,7 +18,7 @@ from torchrl.data import Composite, TensorSpec
 from torchrl.modules import MLP
 
 from omnet_torchrl.deterministic import SubnetDeterministicActor, SubnetQValueActor
-from omnet_torchrl.layers import MaskedMLP
+from omnet_torchrl.layers import IndexedMLP, MaskedMLP, RunningNormalization
 from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator
 from omnet_torchrl.specs import check_action_spec, check_discrete_spec
 
@@ -34,6 +34,7 @@ def make_actor(
     device: torch.device | str | None = None,
     num_cells: Sequence[int] = (256, 256),
     layer_norm: bool = True,
+    normalize: RunningNormalization | None = None,
     observation_key: NestedKey = "observation",
     action_key: NestedKey = "action",
     subnet_key: NestedKey = "subnet",
@@ -53,6 +54,7 @@ def make_actor(
             sparsity 0.5, or 2 separate ones without masks. ``RedrawnMLP`` takes no number.
         num_cells (sequence of int): hidden units of each layer.
         layer_norm (bool): Linear, LayerNorm, ReLU instead of Linear, ReLU.
+        normalize (RunningNormalization or None): of the observation, first; give actor and critic the same one.
         observation_key, action_key, subnet_key (NestedKey): the keys read and written.
         **kwargs: others of ``network_class``: ``mask_bias``, ``init_fn``, ``activation_class``, ``dropout``, ...
 
@@ -66,11 +68,10 @@ def make_actor(
         >>> make_actor(env.observation_spec, env.action_spec, num_subnets=8, sparsity=[0.0, 0.5, 0.5]).num_subnets
         8
     """
-    spec = check_action_spec(action_spec)
+    spec, observation = check_action_spec(action_spec), _observation(observation_spec, observation_key)
     options = {"num_subnets": num_subnets, "sparsity": sparsity, "generator": generator, "device": device}
-    observation = _observation(observation_spec, observation_key)
     sizes = (observation.shape[-1], 2 * spec.shape[-1])
-    network = _paper_network(network_class, *sizes, num_cells, layer_norm, observation.dtype, options, kwargs)
+    network = _paper_network(network_class, *sizes, num_cells, layer_norm, observation, normalize, options, kwargs)
     return SubnetActor(network, spec, [observation_key, subnet_key], action_key)
 
 
@@ -85,6 +86,7 @@ def make_qvalue(
     device: torch.device | str | None = None,
     num_cells: Sequence[int] = (256, 256),
     layer_norm: bool = True,
+    normalize: RunningNormalization | None = None,
     observation_key: NestedKey = "observation",
     action_key: NestedKey = "action",
     subnet_key: NestedKey = "subnet",
@@ -104,7 +106,7 @@ def make_qvalue(
     options = {"num_subnets": num_subnets, "sparsity": sparsity, "generator": generator, "device": device}
     observation = _observation(observation_spec, observation_key)
     features = observation.shape[-1] + check_action_spec(action_spec).shape[-1]
-    network = _paper_network(network_class, features, 1, num_cells, layer_norm, observation.dtype, options, kwargs)
+    network = _paper_network(network_class, features, 1, num_cells, layer_norm, observation, normalize, options, kwargs)
     return SubnetQValueOperator(network, in_keys=[observation_key, action_key, subnet_key])
 
 
@@ -115,6 +117,7 @@ def make_deterministic_actor(
     network_class: Callable[..., nn.Module] = MaskedMLP,
     num_cells: Sequence[int] = (256, 256),
     layer_norm: bool = True,
+    normalize: RunningNormalization | None = None,
     observation_key: NestedKey = "observation",
     action_key: NestedKey = "action",
     subnet_key: NestedKey = "subnet",
@@ -129,7 +132,7 @@ def make_deterministic_actor(
     """
     spec, observation = check_action_spec(action_spec), _observation(observation_spec, observation_key)
     sizes = (observation.shape[-1], spec.shape[-1])
-    network = _paper_network(network_class, *sizes, num_cells, layer_norm, observation.dtype, kwargs, {})
+    network = _paper_network(network_class, *sizes, num_cells, layer_norm, observation, normalize, kwargs, {})
     return SubnetDeterministicActor(network, spec, [observation_key, subnet_key], action_key)
 
 
@@ -140,6 +143,7 @@ def make_qvalue_actor(
     network_class: Callable[..., nn.Module] = MaskedMLP,
     num_cells: Sequence[int] = (256, 256),
     layer_norm: bool = True,
+    normalize: RunningNormalization | None = None,
     observation_key: NestedKey = "observation",
     action_key: NestedKey = "action",
     subnet_key: NestedKey = "subnet",
@@ -154,7 +158,7 @@ def make_qvalue_actor(
     """
     spec, observation = check_discrete_spec(action_spec), _observation(observation_spec, observation_key)
     sizes = (observation.shape[-1], spec.space.n)
-    network = _paper_network(network_class, *sizes, num_cells, layer_norm, observation.dtype, kwargs, {})
+    network = _paper_network(network_class, *sizes, num_cells, layer_norm, observation, normalize, kwargs, {})
     return SubnetQValueActor(network, spec, [observation_key, subnet_key], action_key)
 
 
@@ -164,7 +168,8 @@ def _paper_network(
     out_features: int,
     num_cells: Sequence[int],
     layer_norm: bool,
-    dtype: torch.dtype,
+    observation: TensorSpec,
+    normalize: RunningNormalization | None,
     options: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> nn.Module:
@@ -178,12 +183,24 @@ def _paper_network(
     defaults = {"activation_class": nn.ReLU, "init_fn": nn.init.xavier_uniform_, **norm}
     network = network_class(in_features=in_features, out_features=out_features, num_cells=num_cells, **{**defaults, **given})
     parameter = next(network.parameters(), None)
-    if parameter is not None and parameter.dtype != dtype:
+    if parameter is not None and parameter.dtype != observation.dtype:
         raise TypeError(
-            f"the observation must be of the network's {parameter.dtype}, got {dtype}: append torchrl.envs.DoubleToFloat() to "
-            "the environment, or build the network under torch.set_default_dtype."
+            f"the observation must be of the network's {parameter.dtype}, got {observation.dtype}: append "
+            "torchrl.envs.DoubleToFloat() to the environment, or build the network under torch.set_default_dtype."
         )
+    if normalize is not None:
+        _begin_with(normalize, network, observation.shape[-1])
     return network
+
+
+def _begin_with(normalize: RunningNormalization, network: nn.Module, num_features: int) -> None:
+    """Make ``normalize``, which other networks may begin with too, the first layer of ``network``."""
+    if not isinstance(normalize, RunningNormalization) or not isinstance(network, IndexedMLP):
+        got = f"{type(normalize).__name__} for a {type(network).__name__}"
+        raise TypeError(f"normalize must be a RunningNormalization, and the network one of this package, got {got}.")
+    if normalize.num_features != num_features:
+        raise ValueError(f"normalize must be of the observation's {num_features} features, got {normalize.num_features}.")
+    network.insert(0, normalize.to(next(network.parameters()).device))
 
 
 def _check_keywords(network_class: Callable[..., nn.Module], given: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ class OMNetSACLoss(TDLoss, SACLoss):
         ``dropout_seed``. Other kinds of dropout (of channels, alpha) draw from torch's global generator, with a warning.
 
     .. note:: Masks are live: whoever writes the masks of a network in place changes the next call. The target network has the
-        online network's masks, always: its leaves that are not floating point are read from the online parameters.
+        online network's masks, always: its buffers are read from the online parameters.
 
     Examples:
         >>> from torchrl.envs import GymEnv

@@ -17,7 +17,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule
 from tensordict.utils import expand_as_right, unravel_key
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
 from omnet_torchrl.layers.dropout import SEED
@@ -91,9 +91,9 @@ class SubnetLoss(LossModule):
         keep_freed_memory()
         params = {name: getattr(self, name) for name in (f"{network}_params" for network in self._networks)}
         self._seeded = any(key[-1] == SEED for each in params.values() for key in each.keys(True, True))
-        # What of a network is no number of its own: masks and units. A target network has those of the online one.
+        # What of a network is not trained: masks, units, running statistics. A target network has those of the online one.
         self._shared_keys = {
-            name: [key for key, value in each.items(True, True) if not value.is_floating_point()]
+            name: [key for key, value in each.items(True, True) if not isinstance(value, nn.Parameter)]
             for name, each in params.items()
         }
         # The value estimator is made now rather than at first use, so that nothing is registered while tracing, and nothing
@@ -189,7 +189,7 @@ class SubnetLoss(LossModule):
         """
         if delayed is not None and len(delayed) != num_updates:
             raise ValueError(f"delayed must have num_updates={num_updates} elements, got {len(delayed)}.")
-        parameter = next(leaf for leaf in self._params(self._critic).values(True, True) if leaf.is_floating_point())
+        parameter = next(self._params(self._critic).parameters())
         device, lead = parameter.device, () if num_updates is None else (num_updates,)
         source = {"generator": generator, "device": device}
         draws = {}

@@ -11,7 +11,7 @@ from torchrl.data import TensorSpec
 
 from omnet_torchrl.builders import make_qvalue
 from omnet_torchrl.deterministic import AnyActor, SubnetQValueActor
-from omnet_torchrl.layers import EnsembleMLP, MaskedMLP, RedrawnMLP, UnitMaskedMLP
+from omnet_torchrl.layers import EnsembleMLP, MaskedMLP, RedrawnMLP, RunningNormalization, UnitMaskedMLP
 from omnet_torchrl.masks import each_sparsity, kept_units
 from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.modules import SubnetQValueOperator
@@ -46,7 +46,8 @@ def build(
         device (torch.device or str): of everything built.
     """
     kind, optimiser = row(config.algorithm).loss, LazyAdam if config.optim.lazy else Adam
-    actor: AnyActor = make_policy(config, observation_spec, action_spec, device)
+    normalize = normalization(config, observation_spec)
+    actor: AnyActor = make_policy(config, observation_spec, action_spec, device, normalize)
     qvalue: Any = actor
     loss: SubnetLoss
     if isinstance(actor, SubnetQValueActor):
@@ -54,7 +55,8 @@ def build(
         loss = OMNetDQNLoss(actor, **loss_options(config, action_spec))
         networks = [list(actor.parameters())]
     else:
-        qvalue = make_qvalue(observation_spec, action_spec, **network_options(config, "critic"), device=device)
+        options: dict[str, Any] = {**network_options(config, "critic"), "normalize": normalize, "device": device}
+        qvalue = make_qvalue(observation_spec, action_spec, **options)
         loss = (OMNetSACLoss if kind == "sac" else OMNetTD3Loss)(actor, qvalue, **loss_options(config, action_spec))
         networks = [list(qvalue.parameters()), [*actor.parameters(), *([loss.log_alpha] if kind == "sac" else [])]]
     loss.make_value_estimator(gamma=config.loss.gamma)
@@ -62,16 +64,28 @@ def build(
     return Algorithm(actor, qvalue, loss, Update(loss, optims, **update_options(config)))
 
 
-def make_policy(config: TrainConfig, observation_spec: TensorSpec, action_spec: TensorSpec, device: Any = "cpu") -> AnyActor:
+def make_policy(
+    config: TrainConfig,
+    observation_spec: TensorSpec,
+    action_spec: TensorSpec,
+    device: Any = "cpu",
+    normalize: RunningNormalization | None = None,
+) -> AnyActor:
     """The policy of a run, whatever the row: of a DQN, its network."""
-    options = policy_options(config)
+    options = policy_options(config) | ({} if normalize is None else {"normalize": normalize})
     return MAKE[options.pop("loss")](observation_spec, action_spec, **options, device=device)
 
 
 def policy_options(config: TrainConfig) -> dict[str, Any]:
     """The row's loss, and the arguments of its policy."""
     kind = row(config.algorithm).loss
-    return {"loss": kind, **(grid_options(config) if kind == "dqn" else network_options(config, "actor"))}
+    options = grid_options(config) if kind == "dqn" else network_options(config, "actor")
+    return {"loss": kind, **options, **({"normalize": True} if config.normalize_observations else {})}
+
+
+def normalization(config: TrainConfig, observation_spec: TensorSpec) -> RunningNormalization | None:
+    """What actor and critic begin with, the same for both; ``None`` where observations are read as they are."""
+    return RunningNormalization(observation_spec["observation"].shape[-1]) if config.normalize_observations else None
 
 
 def update_options(config: TrainConfig) -> dict[str, Any]:
@@ -192,6 +206,8 @@ def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator 
         "frames": f"{config.total_frames:,}, of them {config.init_random_frames:,} random; {config.num_envs} environment(s)",
         "updates": f"{config.utd_ratio:g} per frame{every}, batch {config.optim.batch_size}",
     }
+    if config.normalize_observations:
+        lines["observations"] = "normalised by running mean and variance"
     return lines | ({"training FLOPs": _flops(config, actor)} if row(config.algorithm).loss == "sac" else {})
 
 

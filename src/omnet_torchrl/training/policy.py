@@ -18,10 +18,11 @@ from torchrl.data import Binary, Bounded, Categorical, OneHot, TensorSpec, Unbou
 from omnet_torchrl.builders import make_actor, make_deterministic_actor
 from omnet_torchrl.deterministic import SubnetQValueActor
 from omnet_torchrl.grids import make_grid_qvalue_actor
-from omnet_torchrl.layers import EnsembleMLP, MaskedMLP, RedrawnMLP, UnitMaskedMLP
+from omnet_torchrl.layers import EnsembleMLP, MaskedMLP, RedrawnMLP, RunningNormalization, UnitMaskedMLP
 from omnet_torchrl.specs import check_action_spec, check_discrete_spec
 from omnet_torchrl.training.device import resolve_device
 from omnet_torchrl.training.record.checkpoint import Checkpointer, check_shapes
+from omnet_torchrl.training.record.files import one_line
 from omnet_torchrl.training.record.folder import RunFolder
 
 MAKE: dict[str, Any] = {"sac": make_actor, "td3": make_deterministic_actor, "dqn": make_grid_qvalue_actor}
@@ -60,11 +61,16 @@ def load_policy(folder: str | Path, subnet: int | None = None, *, device: torch.
     if loaded is None:
         advice = "a run writes one at its end and, where checkpoint.interval is not 0, every so many frames"
         raise ValueError(f"{run.path} has no checkpoint yet (status: {run.info['status']}): {advice}.")
-    state, (make, specs, options) = loaded[0], _networks(run)
+    state = loaded[0]
     # What is drawn here is replaced: nobody's random numbers move, and nobody is warned of its masks.
     with torch.random.fork_rng([where] if where.type == "cuda" else []), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        actor = make(*specs, **options, device=where)
+        try:
+            make, specs, options = _networks(run.info)
+            actor = make(*specs, **options, device=where)
+        except Exception as error:  # whatever an edited file leads to
+            advice = f"was it edited, or has the run not begun ({type(error).__name__}: {one_line(error)})?"
+            raise ValueError(f"{run.path}/run.json must say what the actor is made of: {advice}") from error
     check_shapes(state.get("policy", {}), actor.state_dict())
     actor.load_state_dict(state["policy"])
     policy = actor if subnet is None else actor.extract(subnet)
@@ -102,12 +108,12 @@ def _as_trained(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor,
     return tuple(each.to(dtype) if each.is_floating_point() else each for each in inputs)
 
 
-def _networks(run: RunFolder) -> tuple[Any, tuple[TensorSpec, TensorSpec], dict[str, Any]]:
+def _networks(info: Mapping[str, Any]) -> tuple[Any, tuple[TensorSpec, TensorSpec], dict[str, Any]]:
     """What makes the actor, the environment's specs, and the actor's arguments, as the run wrote them down."""
-    kept, options = run.info.get("spaces"), run.info.get("actor")
-    if not kept or not options or options.get("loss") not in MAKE or options.get("network_class") not in NETWORKS:
-        raise ValueError(f"{run.path}/run.json must say what the actor is made of: was it edited, or has the run not begun?")
-    given = {name: value for name, value in options.items() if name != "loss"}
+    kept, options = info["spaces"], info["actor"]
+    given = {name: value for name, value in options.items() if name not in ("loss", "normalize")}
+    if options.get("normalize"):
+        given["normalize"] = RunningNormalization(kept["observation"])
     return MAKE[options["loss"]], _specs(kept), {**given, "network_class": NETWORKS[options["network_class"]]}
 
 

@@ -34,7 +34,7 @@ from omnet_torchrl.training.loop.environments import check_env, env_options, ins
 from omnet_torchrl.training.loop.stopping import RunError, exit_code, handled
 from omnet_torchrl.training.loop.trainer import Trainer
 from omnet_torchrl.training.options import TrainConfig, differences, load_config, resolve_device, save_config, to_config
-from omnet_torchrl.training.options.checks import listed
+from omnet_torchrl.training.options.checks import bound, changes, listed
 from omnet_torchrl.training.options.memory import check_memory
 from omnet_torchrl.training.policy import describe_policy
 from omnet_torchrl.training.record.checkpoint import Checkpointer
@@ -83,7 +83,7 @@ class Run:
             self.config = _resumed(self.folder, overrides, self.config if auto else None)
         self.config.resume = None
         check_logger(self.config.logger)
-        notes = check_env(self.config.env, **env_options(self.config))
+        notes = check_env(self.config.env, normalized=self.config.normalize_observations, **env_options(self.config))
         self.device = resolve_device(self.config.device)
         if not self.resumed:
             self.folder = RunFolder.create(self.config.folder, self._save_config, exist_ok=auto)
@@ -100,9 +100,11 @@ class Run:
         self._signals, self._signal = contextlib.ExitStack(), 0
         self._script, self._sweep, self._begun = False, sweep, False
 
-    def _save_config(self, folder: RunFolder) -> None:
+    def _save_config(self, folder: RunFolder) -> dict[str, Any]:
+        """Write ``config.yaml``; what ``run.json`` gets of it, so that nobody edits it unseen."""
         self.config.folder = str(folder.path)
         save_config(self.config, folder.config_path)
+        return {"options": bound(self.config)}
 
     @classmethod
     def start(cls, config: DictConfig) -> Run:
@@ -168,6 +170,7 @@ class Run:
 
     def _begin(self, trainer: Trainer) -> None:
         config, env = self.config, trainer.collector.env
+        fields: dict[str, Any] = {"env": config.env, "seed": config.seed, "device": _device_name(self.device), "error": None}
         if self.resumed:
             try:
                 with self.reporter.warnings(), warnings.catch_warnings():
@@ -175,12 +178,14 @@ class Run:
                     found = trainer.resume()
             except ValueError as error:
                 sys.exit(f"error: {self.folder.path} can't be resumed: {one_line(error)}")
-            self._save_config(self.folder)
+            kept = self.folder.info.get("options")
+            fields |= self._save_config(self.folder)
+            changed = changes(kept, config) if kept and not found else {}
+            others = f", with other options than before: {listed(changed)}" if changed else ""
             self.reporter.say(
-                f"goes on from frame {trainer.frames:,}" if found else "no checkpoint yet: starts from the beginning"
+                f"goes on from frame {trainer.frames:,}" if found else f"no checkpoint yet: starts from the beginning{others}"
             )
         check_memory(config, self.device, env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1])
-        fields = {"env": config.env, "seed": config.seed, "device": _device_name(self.device), "error": None}
         policy = describe_policy(policy_options(config), env.observation_spec, env.action_spec)
         self.folder.begin_session(trainer.frames, **fields, **policy)
         self.reporter.begin(config.logger, asdict(config), trainer.frames, **asdict(config.wandb))
@@ -287,12 +292,11 @@ def _check_files(folder: RunFolder, stored: TrainConfig) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the trainer says what is passed over
             state, _ = checkpointer.load(replay=False) or ({}, [])
-        edited = differences(state.get("options", {}), stored)
-        if edited:
-            advice = "put the file back, or these options in it"
-            raise ValueError(f"{folder.config_path} is not what the checkpoint was saved with: {listed(edited)}: {advice}.")
+        _check_edited(folder, state.get("options", {}), stored, "the checkpoint was saved")
         return
     info, reached = folder.info, 0
+    if info.get("options"):
+        _check_edited(folder, info["options"], stored, "the run was started")
     with contextlib.suppress(ValueError):
         reached = max(max(frames) for frames, _ in read_metrics(folder.metrics_path).values())
     saved = info.get("saved") is not None or any(session["frames"] for session in info["sessions"])
@@ -301,6 +305,13 @@ def _check_files(folder: RunFolder, stored: TrainConfig) -> None:
             f"{folder.path} can't be resumed: its run (status: {info['status']}) has no checkpoint in it, and would start from "
             "frame 0: put its checkpoints back, or start another run."
         )
+
+
+def _check_edited(folder: RunFolder, kept: Mapping[str, Any], stored: TrainConfig, what: str) -> None:
+    edited = differences(kept, stored)
+    if edited:
+        advice = "put the file back, or these options in it"
+        raise ValueError(f"{folder.config_path} is not what {what} with: {listed(edited)}: {advice}.")
 
 
 def _relative(path: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torchrl.envs.libs.utils  # noqa: F401, whose failed import of gym would keep what is on the stack when it is first needed
-from gymnasium.wrappers import FlattenObservation, TimeLimit
+from gymnasium.wrappers import FlattenObservation, NormalizeReward, TimeLimit
 from torch import Tensor
 from torchrl.envs import Compose, DoubleToFloat, EnvBase, GymWrapper, RewardSum, StepCounter, Transform, TransformedEnv
 
@@ -45,11 +45,14 @@ def instances(config: TrainConfig) -> str:
     return f"environments that are made of {config.env}: {listed}"
 
 
-def check_env(name: str, **options: Any) -> list[str]:
+def check_env(name: str, *, normalized: bool = False, **options: Any) -> list[str]:
     """Make the environment once, reset it, make a step, and close it.
 
     Args:
         name (str): the option ``env``.
+
+    Keyword Args:
+        normalized (bool): the networks normalise observations, and no wrapper may. Defaults to ``False``.
         **options: of :func:`make_gymnasium`.
 
     Returns:
@@ -80,14 +83,19 @@ def check_env(name: str, **options: Any) -> list[str]:
     for what, value in {"observation": np.stack([first, observation]), "reward": np.array(reward)}.items():
         if not np.isfinite(value).all():
             raise ValueError(f"the {what} of env must be finite, got {value.tolist()} in the first step of {name!r}: mend it.")
-    return _notes(name, env, repeats=np.array_equal(first, again))
+    return _notes(name, env, normalized, repeats=np.array_equal(first, again))
 
 
-def _notes(name: str, env: gymnasium.Env, repeats: bool) -> list[str]:
+def _notes(name: str, env: gymnasium.Env, normalized: bool, repeats: bool) -> list[str]:
     notes = []
     while isinstance(env, gymnasium.Wrapper):
         if any(type(each).__name__ == "RunningMeanStd" for each in vars(env).values()):
             apart = "each environment of training and of evaluation has its own, and no checkpoint keeps them"
+            if not isinstance(env, NormalizeReward):
+                if normalized:
+                    advice = "leave out the one or the other"
+                    raise ValueError(f"normalize_observations must be false with {type(env).__name__} around {name}: {advice}.")
+                apart += "; normalize_observations=true has one set for all, and keeps it"
             notes.append(f"warning: {type(env).__name__} around {name} keeps running statistics: {apart}")
         env = env.env
     if not notes and not repeats:

@@ -13,12 +13,9 @@ from torchrl.collectors import Collector
 from omnet_torchrl.training.loop.border import ReplayError
 from omnet_torchrl.training.loop.environments import recorders
 from omnet_torchrl.training.options import TrainConfig
-from omnet_torchrl.training.options.checks import differences, leaves, listed
+from omnet_torchrl.training.options.checks import bound, changes, differences, listed
 from omnet_torchrl.training.record.folder import conditions
 from omnet_torchrl.updates import Update
-
-# Options that no number depends on, or of which the conditions of a checkpoint tell more.
-UNBOUND = ("folder", "resume", "progress", "device", "compile", "num_threads")
 
 
 def collection_state(collector: Collector) -> dict[str, Any]:
@@ -52,8 +49,7 @@ def load_collection(collector: Collector, state: dict[str, Any]) -> None:
 
 def setting(config: TrainConfig, update: Update) -> dict[str, dict[str, Any]]:
     """What the numbers depend on beside the state: options, versions and flags."""
-    options = {name: value for name, value in leaves(config).items() if name not in UNBOUND}
-    return {"options": options, "conditions": conditions(update.device, update.compiled)}
+    return {"options": bound(config), "conditions": conditions(update.device, update.compiled)}
 
 
 def compare(state: dict[str, Any], config: TrainConfig, update: Update, say: Callable[[str], object]) -> None:
@@ -61,9 +57,10 @@ def compare(state: dict[str, Any], config: TrainConfig, update: Update, say: Cal
     fixed = differences(state["options"], config)
     if fixed:
         raise ValueError(f"the checkpoint is of a run with other options: {listed(fixed)}.")
-    for kind, now in setting(config, update).items():
-        changed = {name: (state[kind].get(name), value) for name, value in now.items() if state[kind].get(name) != value}
-        if changed and kind == "options":
-            say(f"goes on with other options than the checkpoint's: {listed(changed)}")
-        elif changed:
-            warnings.warn(f"the run goes on, inexactly: {listed(changed)}.", stacklevel=2)
+    changed = changes(state["options"], config)
+    if changed:
+        say(f"goes on with other options than the checkpoint's: {listed(changed)}")
+    now = setting(config, update)["conditions"].items()
+    others = {name: (state["conditions"].get(name), value) for name, value in now if state["conditions"].get(name) != value}
+    if others:
+        warnings.warn(f"the run goes on, inexactly: {listed(others)}.", stacklevel=2)

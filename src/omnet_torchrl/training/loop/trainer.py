@@ -20,6 +20,7 @@ from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.data import PrioritizedSampler, ReplayBuffer
 
+from omnet_torchrl.layers import RunningNormalization
 from omnet_torchrl.metrics import subnet_disagreement
 from omnet_torchrl.training.loop.exploration import Exploring
 from omnet_torchrl.training.loop.resumption import collection_state, compare, load_collection, setting
@@ -74,6 +75,7 @@ class Trainer:
         self._log_due = False  # the interval of the log has passed, and no update since
         self._random = Streams(config.seed, update.device, buffer.storage.device)
         buffer.set_rng(self._random.replay)
+        self._normalizations = [each for each in collector.policy.modules() if isinstance(each, RunningNormalization)]
         self._batch = TensorDict()  # the newest that an update read
 
     def resume(self) -> bool:
@@ -211,6 +213,8 @@ class Trainer:
                 data = next(collected)
             for key in ("action", ("next", "observation"), ("next", "reward")):
                 check_finite(key, data.get(key), f"at frame {self.frames + data.numel()}")
+            for each in self._normalizations:
+                each.update(data.get("observation"))
             self._keys = self._keys or self._kept(data)
             self.buffer.extend(data.select(*self._keys).reshape(-1))
             self.frames += data.numel()

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ MAY_CHANGE = (
     *("total_frames", "eval", "checkpoint", "logger", "wandb", "log_interval", "progress"),
     *("device", "compile", "num_threads", "stop_when_diverged", "folder", "resume"),
 )
+# Options that no number depends on, or of which the conditions of a checkpoint tell more.
+UNBOUND = ("folder", "resume", "progress", "device", "compile", "num_threads")
 
 # The ends as in mathematics; no range of floats holds nan or infinity. None is always inside. What is counted ends where no
 # run would: an environment is made for each of num_envs and of the episodes of an evaluation.
@@ -143,12 +147,27 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
 def differences(a: TrainConfig | Mapping[str, Any], b: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """What keeps config ``b`` from resuming a run of ``a``: dotted name to both values; see ``MAY_CHANGE``.
 
-    ``a`` may also be the :func:`leaves` that a checkpoint keeps.
+    ``a`` may also be what :func:`bound` has given.
     """
-    first, second = leaves(a) if isinstance(a, TrainConfig) else a, leaves(b)
-    fixed = [name for name in second if name.split(".")[0] not in MAY_CHANGE]
-    fixed += ["total_frames"] if b.total_frames < first.get("total_frames", 0) else []
-    return {name: (first.get(name), second[name]) for name in fixed if first.get(name) != second[name]}
+    first = leaves(a) if isinstance(a, TrainConfig) else a
+    fixed = {name: pair for name, pair in changes(first, b).items() if name.split(".")[0] not in MAY_CHANGE}
+    before = first.get("total_frames", 0)
+    return fixed | ({"total_frames": (before, b.total_frames)} if b.total_frames < before else {})
+
+
+def bound(config: TrainConfig) -> dict[str, Any]:
+    """The options that numbers depend on, by their dotted names, as a run keeps them."""
+    return {name: value for name, value in leaves(config).items() if name not in UNBOUND}
+
+
+def changes(kept: Mapping[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """The options of ``config`` that differ from those of :func:`bound`, and both values.
+
+    Those that are newer than the run had their defaults. What JSON has kept may have other keys: numbers are strings there.
+    """
+    first, plain = {**bound(TrainConfig()), **kept}, partial(json.dumps, sort_keys=True, default=str)
+    each = {name: (first[name], value) for name, value in bound(config).items()}
+    return {name: (before, now) for name, (before, now) in each.items() if before != now and plain(before) != plain(now)}
 
 
 def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
@@ -234,6 +253,8 @@ def _check_loss(config: TrainConfig) -> None:
         raise ValueError(f"network.freeze_hidden must be false but with {needs}, got true.")
     if config.observation_offset and grid:
         raise ValueError(f"observation_offset must be 0 with env={config.env}, whose cells are booleans: leave it out.")
+    if config.normalize_observations and grid:
+        raise ValueError(f"normalize_observations must be false with env={config.env}, whose cells are booleans: leave it out.")
     if config.eval.bias_episodes and kind != "sac":
         raise ValueError(f"eval.bias_episodes must be 0 with algorithm={config.algorithm}, got {config.eval.bias_episodes}.")
 

@@ -111,6 +111,7 @@ class TrainConfig:
     flatten_observation: bool = False  # make one vector of observations that are none
     max_episode_steps: int | None = None  # steps after which an episode is truncated; None: the environment's own number
     num_envs: int = 1  # environments stepped together; a step of all is num_envs frames
+    normalize_observations: bool = False  # in the networks, by running mean and variance of all that were collected so far
     observation_offset: float = 0.0  # scale of the constant noise on the observations of an episode (section 4.4)
     seed: int = 0  # of everything random in the run
     device: str = "auto"  # cpu, cuda or cuda:1; auto: cuda where there is one

@@ -9,7 +9,6 @@ copy of the buffer is in memory. Files hold tensors, numbers and strings; nothin
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import re
@@ -23,7 +22,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 
-from omnet_torchrl.training.record.files import CheckpointError, fingerprint, one_line, read_file, replace_file
+from omnet_torchrl.training.record.files import CheckpointError, fingerprint, one_line, read_file, replace_file, seal
 
 FORMAT = 5
 MANIFEST = re.compile(r"checkpoint_(\d{9,})\.json")
@@ -67,7 +66,7 @@ class Checkpointer:
             manifest["transitions"] = [max(0, written - buffer.storage.max_size), written]
             manifest["replay"] = self._save_replay(buffer, *manifest["transitions"])
         manifest["state"] = self._write(f"state_{frames:09d}", state)
-        sealed = {**manifest, "sha256": _seal(manifest)}
+        sealed = {**manifest, "sha256": seal(manifest)}
         replace_file(self.path / f"checkpoint_{frames:09d}.json", json.dumps(sealed, indent=1).encode())
         self._segments = manifest["replay"]
         self._clean()
@@ -160,19 +159,13 @@ class Checkpointer:
                 _delete(path)
 
 
-def _seal(manifest: Mapping[str, Any]) -> str:
-    """The hash of a manifest's content, without the hash that it carries."""
-    content = {name: value for name, value in manifest.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(read_file(path))
         if manifest["format"] != FORMAT:
             advice = "go on with the version that began the run, which its run.json names"
             raise CheckpointError(f"expected checkpoint format {FORMAT}, got {manifest['format']}: {advice}.")
-        if manifest["sha256"] != _seal(manifest) or path.name != f"checkpoint_{manifest['frames']:09d}.json":
+        if manifest["sha256"] != seal(manifest) or path.name != f"checkpoint_{manifest['frames']:09d}.json":
             raise CheckpointError("it is not what was written under this name.")
     except CheckpointError:
         raise

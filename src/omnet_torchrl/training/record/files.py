@@ -6,6 +6,7 @@ import contextlib
 import csv
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,12 @@ class WriteError(OSError):
 def fingerprint(content: bytes | memoryview) -> dict[str, Any]:
     """What tells a content from every other one: its ``size`` in bytes, and its ``sha256``."""
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def seal(content: Mapping[str, Any]) -> str:
+    """The hash of the content of a JSON file, without the ``sha256`` that it carries."""
+    others = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def read_file(path: Path, expected: Mapping[str, Any] | None = None) -> bytes:

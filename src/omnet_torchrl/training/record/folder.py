@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from importlib import metadata
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from omnet_torchrl.training.record.files import CheckpointError, one_line, read_file, replace_file
+from omnet_torchrl.training.record.files import CheckpointError, one_line, read_file, replace_file, seal
 
 try:
     import resource
@@ -28,7 +28,7 @@ except ImportError:  # Windows
 # What is read of run.json, and its types.
 FIELDS = {
     **{"status": str, "sessions": list, "process": str | None, "saved": int | None, "spaces": dict | None},
-    **{"env": str | None, "wandb_id": str | None},
+    **{"env": str | None, "wandb_id": str | None, "options": dict | None},
 }
 PACKAGES = ("omnet-torchrl", "torch", "tensordict", "torchrl", "gymnasium", "mujoco", "numpy")
 
@@ -97,7 +97,7 @@ class RunFolder:
     ``run.json`` says what ran and how it ended: ``status`` (running, finished, interrupted, diverged, failed), ``started``,
     ``ended``, ``command``, ``versions``, ``git_commit``, ``process`` (the last that had the folder), ``sessions`` (each start:
     when, from how many frames, when the run was resumed also with which code, and :func:`peak_memory` at its end, unless it was
-    killed) and what :meth:`write_info` adds. Made by :meth:`create` or :meth:`open`.
+    killed), ``sha256`` of all that, and what :meth:`write_info` adds. Made by :meth:`create` or :meth:`open`.
 
     Args:
         path (str or Path): the folder.
@@ -111,11 +111,16 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, path: str | Path, before: Callable[[RunFolder], None] = lambda folder: None, *, exist_ok: bool = False
+        cls,
+        path: str | Path,
+        before: Callable[[RunFolder], Mapping[str, Any] | None] = lambda _: None,
+        *,
+        exist_ok: bool = False,
     ) -> RunFolder:
         """Make the folder of a new run: ``path`` or, if it exists already, the first free one of ``path-1, path-2, ...``.
 
-        ``before`` gets the folder while it is no run yet: what it writes is there wherever a ``run.json`` is.
+        ``before`` gets the folder while it is no run yet: what it writes is there wherever a ``run.json`` is, which gets the
+        fields that it returns.
         ``exist_ok`` takes ``path`` itself, if nothing is in it but what a run that was killed at this very point has left.
 
         Raises:
@@ -136,8 +141,8 @@ class RunFolder:
             folder.checkpoint_path.mkdir(exist_ok=exist_ok)
         except OSError as error:
             raise ValueError(f"folder must be one that can be made, got {path} ({error.strerror}): choose another.") from error
-        before(folder)
-        folder._write({"status": "running", "started": now(), "ended": None, **_code(), "sessions": []})
+        fields = before(folder) or {}
+        folder._write({"status": "running", "started": now(), "ended": None, **_code(), **fields, "sessions": []})
         return folder
 
     @classmethod
@@ -164,6 +169,8 @@ class RunFolder:
         """The content of ``run.json``; a :class:`CheckpointError` if it is not what a run writes there."""
         try:
             content = json.loads(read_file(self.path / "run.json"))
+            if content.get("sha256", seal(content)) != seal(content):  # runs of earlier versions have none
+                raise ValueError("it is not what the run wrote: put it back or, if you edited it, delete its sha256")
             wrong = [name for name, kind in FIELDS.items() if not isinstance(content.get(name), kind)]
             if wrong or not all(type(session["frames"]) is int for session in content["sessions"]):
                 raise ValueError(f"{', '.join(wrong) or 'sessions'} must be as a run writes it")
@@ -176,7 +183,8 @@ class RunFolder:
         self._write({**self.info, **fields})
 
     def _write(self, info: dict[str, Any]) -> None:
-        replace_file(self.path / "run.json", json.dumps(info, indent=2, default=str).encode())
+        plain = json.loads(json.dumps(info, default=str))
+        replace_file(self.path / "run.json", json.dumps({**plain, "sha256": seal(plain)}, indent=2).encode())
 
     def begin_session(self, frames: int = 0, **fields: Any) -> None:
         """Note that the run starts, or goes on from ``frames``, in this process; sets ``fields`` as well."""
