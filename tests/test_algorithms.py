@@ -34,7 +34,7 @@ from omnet_torchrl.masks import random_bits
 from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.training import Evaluation, Exploring, Trainer, make_env
 from omnet_torchrl.training import grid as grid_module
-from omnet_torchrl.training.build import build, network_options, training_flops
+from omnet_torchrl.training.build import build, make_topology, network_options, training_flops
 from omnet_torchrl.training.loop import evaluation as evaluation_module
 from omnet_torchrl.training.loop.environments import env_options
 from omnet_torchrl.training.loop.streams import derived_seed
@@ -65,8 +65,13 @@ EXPECTED = {
     "redq_layer_norm": (EnsembleMLP, 10, (10, 2, 10), (True, True), 20, 20, None, REDQ_ENTROPY, [0] * 4),
     "sac_20_layer_norm": (EnsembleMLP, 2, (2, 2, 2), (True, True), 20, 20, None, REDQ_ENTROPY, [0] * 4),
     "sin_sac_layer_norm": (EnsembleMLP, 1, (1, 1, 1), (True, True), 20, 20, None, REDQ_ENTROPY, [0] * 4),
+    "omnet_adaptive": (MaskedMLP, 5, (1, 2, 5), (True, True), 20, 20, None, REDQ_ENTROPY, [0] * 4),
+    **{
+        name: (EnsembleMLP, 2, (2, 2, 2), (False, False), 1, 1, None, REDQ_ENTROPY, [0] * 4)
+        for name in ("dapd", "rigl", "set", "static_erk", "sac_small")
+    },
 }
-DENSE_ACTOR = set(EXPECTED) - {"omnet", "omnet_infinity"}
+DENSE_ACTOR = set(EXPECTED) - {"omnet", "omnet_infinity", "omnet_adaptive"}  # one network, with or without a mask
 
 
 def make(name, *, cells=(16, 12), obs=5, act=2, **options):
@@ -304,6 +309,10 @@ def options_of(name, **more):
             **more,
             "network": {**SMALL_DQN["network"], **channels, **more.get("network", {})},
         }
+    if "topology" in ROWS[name].options:  # masks that change each ten frames, and are frozen by none of the rules
+        own = {"interval": 10, "recent_frames": 20} if ROWS[name].options["topology"]["method"] in ("saliency", "rigl") else {}
+        own |= {"interval": 10, "end": None} if name == "set" else {}
+        more = {**more, "topology": {**own, **more.get("topology", {})}, "network": {**SMALL["network"], "sparsity": 0.5}}
     reset = {"reset_interval": 30} if ROWS[name].options.get("reset_interval") else {}
     return {**SMALL, "algorithm": name, **EVERY, **reset, **more}
 
@@ -337,7 +346,8 @@ def compose(path, options, diary):
     )
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames))
     evaluation = Evaluation(config, algorithm.actor, algorithm.loss)
-    return Trainer(collector, buffer, algorithm.update, evaluation, Checkpointer(path), diary, config)
+    topology = make_topology(config, algorithm.update)
+    return Trainer(collector, buffer, algorithm.update, evaluation, Checkpointer(path), diary, config, topology)
 
 
 def session(path, name, rows, stop=10**9, **options):
@@ -350,6 +360,7 @@ def session(path, name, rows, stop=10**9, **options):
     return trainer
 
 
+@pytest.mark.filterwarnings("ignore:.*keep no weight")
 @pytest.mark.parametrize("name", ROWS)
 def test_a_killed_run_of_a_row_goes_on_as_if_it_had_not_been(name, tmp_path):
     whole, rows, parts = tmp_path / "whole", [], []

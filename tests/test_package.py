@@ -26,7 +26,7 @@ ROOMS = {
     "offset": {"transforms"},
     "envs": set(),
     "objectives": {"layers", "specs"},
-    "updates": {"layers", "modules", "objectives", "topology"},
+    "updates": {"layers", "masks", "modules", "objectives", "topology"},
     "metrics": set(),
     "__init__": {
         *("masks", "layers", "modules", "deterministic", "builders"),
@@ -68,7 +68,8 @@ FOLDERS = {
         "replay": set(),
         "stepper": {"update"},
         "masked_networks": {"adam", "update"},
-        "mask_schedule": {"masked_networks", "update"},
+        "mask_scores": {"masked_networks", "update"},
+        "mask_schedule": {"mask_scores", "masked_networks", "update"},
         "__init__": {"acting", "adam", "mask_schedule", "replay", "update", "stepper"},
     },
 }
@@ -101,15 +102,16 @@ TRAINING = {
     "loop.rollout": {"loop.environments", "loop.stopping"},
     "loop.evaluation": {"loop.environments", "loop.rollout", "loop.streams", "options", "record.files"},
     "loop.resumption": {"loop.border", "loop.environments", "options", "options.checks", "record.folder"},
+    "loop.mask_changes": {"loop.stopping", "loop.streams", "options"},
     "loop.trainer": {
-        *("loop.exploration", "loop.resumption", "loop.stopping", "loop.streams"),
+        *("loop.exploration", "loop.mask_changes", "loop.resumption", "loop.stopping", "loop.streams"),
         *("options", "record.checkpoint", "record.files", "record.reporter"),
     },
     "grid": {"loop.streams", "options", "options.checks"},
     "build": {"grid", "loop.streams", "options", "options.rows", "policy"},
     "device": set(),
     "policy": {"device", "record.checkpoint", "record.folder"},
-    "command_line": {"loop.environments", "loop.stopping", "options", "options.checks", "record.folder"},
+    "command_line": {"loop.environments", "loop.stopping", "options", "options.checks", "record.folder", "record.terminal"},
     "run": {
         *("build", "command_line", "policy", "options", "options.checks", "options.memory"),
         *("loop.environments", "loop.stopping", "loop.trainer"),
@@ -203,7 +205,7 @@ def test_public_names_exist_and_are_documented():
 
 
 # Whoever adds a feature also removes what it made superfluous; these are where the rooms stand, and they must not grow unseen.
-MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 7_300, 4_650
+MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 7_480, 4_750
 
 
 def test_files_functions_and_rooms_keep_within_their_budgets():
