@@ -301,8 +301,8 @@ class MaskSchedule:
         if (layers or units) and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{layers} layer{'s' * (layers != 1)} and {units} units of the subnetworks keep no weight: their output is "
-                f"constant: raise density={self.density:g}, or share it out with layers='erk'.",
+                f"{layers} layer{'s' * (layers != 1)} and {units} units of the subnetworks keep no weight and are constants: "
+                f"raise density={self.density:g}, or share it out with layers='erk'.",
                 stacklevel=3,
             )
 

@@ -40,18 +40,14 @@ def loss_gradients(
     params, loss, device = update.state.get("params"), update.loss, update.device
     batch = batch.to(device)
     draws = loss.draw(batch, generator)
-    own = network.masks(update)
-    single = isinstance(k, int)
-    asked = torch.tensor([k], device=device) if single else torch.arange(len(next(iter(own.values()))), device=device)
-    if network.role == "critic":
-        draws.set("critic", asked)
-        for name in ("target", "value") if single else ():  # under one mask, these too
+    if isinstance(k, int):  # under one mask, everything
+        for name in ("critic", "target", "value") if network.role == "critic" else ("actor",):
             if name in draws.keys():
-                draws.set(name, asked.expand(draws.get(name).shape))
-    elif single:
-        draws.set(network.role, asked.squeeze(0))
+                draws.set(name, torch.full_like(draws.get(name)[:1] if name == "critic" else draws.get(name), k))
+    elif network.role == "critic":
+        draws.set("critic", torch.arange(loss.num_subnets, device=device))
     compute: Any = network.step.objective
-    replaced = {network.mask_path(path): torch.ones_like(mask) for path, mask in own.items()}
+    replaced = {network.mask_path(path): torch.ones_like(mask) for path, mask in network.masks(update).items()}
     weights = dict(network.weights(update))
     for path, mask in (masks or {}).items():
         weights[path] = weights[path] * mask
