@@ -35,14 +35,15 @@ ROOMS = {
 }
 FOLDERS = {
     "layers": {
-        "indexed": set(),
+        "sparse": set(),
+        "indexed": {"sparse"},
         "masked": {"indexed"},
         "convolutions": {"indexed", "masked"},
         "ensembles": {"indexed"},
         "units": {"indexed"},
         "redrawn": {"indexed"},
         "dropout": {"indexed"},
-        "__init__": {"convolutions", "indexed", "masked", "ensembles", "units", "redrawn", "dropout"},
+        "__init__": {"convolutions", "indexed", "masked", "ensembles", "units", "redrawn", "dropout", "sparse"},
     },
     "envs": {"maze": set(), "minatar": set(), "__init__": {"maze", "minatar"}},
     "objectives": {
@@ -205,7 +206,7 @@ def test_public_names_exist_and_are_documented():
 
 
 # Whoever adds a feature also removes what it made superfluous; these are where the rooms stand, and they must not grow unseen.
-MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 7_480, 4_750
+MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 7_510, 4_710
 
 
 def test_files_functions_and_rooms_keep_within_their_budgets():
