@@ -44,6 +44,8 @@ from omnet_torchrl.training.record.checkpoint import Checkpointer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EXAMPLE = {"sac": EXAMPLES / "omnet_sac.py", "td3": EXAMPLES / "omnet_td3.py", "dqn": EXAMPLES / "minatar_dqn.py"}
+EXAMPLE["dapd"] = EXAMPLES / "dapd_sac.py"  # a row with a script of its own, which has its paper's options
+DAPD = {"loss": {"alpha_init": 0.1}, "optim": {"batch_size": 8, "lr": 1e-3, "target_update_interval": 2}}
 TASKS = ["Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
 REDQ_ENTROPY, HALF = [-1, -3, -4, -2], [-1.5, -3, -4, -8.5]
 
@@ -445,18 +447,20 @@ def test_a_killed_run_in_the_maze_goes_on_and_its_subnetworks_ways_are_kept(tmp_
     assert all(torch.equal(ways[0][0][updates], ways[1][0][updates]) for updates in (6, 20))
 
 
-@pytest.mark.parametrize("name", ["omnet", "droq", "omnet_td3", "omnet_dqn"])
+@pytest.mark.filterwarnings("ignore:.*keep no weight")
+@pytest.mark.parametrize("name", ["omnet", "droq", "omnet_td3", "omnet_dqn", "dapd"])
 def test_the_example_and_the_row_are_equal_numbers(name, tmp_path):
-    """Of a whole run: the same networks, draws, losses and moments."""
-    trainer = compose(tmp_path / "row", options_of(name), Stopping([], 10**9))
+    """Of a whole run: the same networks, masks, draws, losses and moments."""
+    options = options_of(name, **(DAPD if name == "dapd" else {}))
+    trainer = compose(tmp_path / "row", options, Stopping([], 10**9))
     trainer.run()
 
     def flat(options, prefix=""):
         for key, value in options.items():
             yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}={value}"]
 
-    arguments = [argument.replace(" ", "").replace("None", "null") for argument in flat(options_of(name))]
-    command = [sys.executable, str(EXAMPLE[ROWS[name].loss]), *arguments, f"folder={tmp_path}/example"]
+    arguments = [argument.replace(" ", "").replace("None", "null") for argument in flat(options)]
+    command = [sys.executable, str(EXAMPLE.get(name, EXAMPLE[ROWS[name].loss])), *arguments, f"folder={tmp_path}/example"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     states = [Checkpointer(folder).load()[0] for folder in (tmp_path / "row", tmp_path / "example" / "checkpoints")]
