@@ -61,21 +61,8 @@ def learning_curve(source: RunFolder | str | Path, path: str | Path | None = Non
     figure.suptitle(_title(metrics_path.parent) if title is None else title, fontsize=12)
     grid = figure.add_gridspec(1 + rows, 3, height_ratios=[2.2] + [1] * rows)
     _draw_returns(figure.add_subplot(grid[0, :]), metrics)
-    for i, ((label, name, colour, log), lines) in enumerate(panels):
-        axes = figure.add_subplot(grid[1 + i // 3, i % 3])
-        for line in lines:
-            frames, values = metrics[line]
-            of = line.removeprefix(name[:-1]).replace("_", " ") if len(lines) > 1 else None
-            axes.plot(frames, values, color=colour, linewidth=0.8, marker="." if len(frames) < 30 else "", label=of)
-        if len(lines) > 1:
-            axes.legend(fontsize=6, frameon=False, ncols=2)
-        axes.set_title(label, fontsize=9)
-        values = np.concatenate([metrics[line][1] for line in lines])
-        # Below a decade, a logarithmic axis has hardly a round number to show.
-        if log and values.min() > 0 and values.max() > 10 * values.min():
-            axes.set_yscale("log")
-        else:
-            axes.yaxis.set_major_locator(MaxNLocator(4))
+    for i, (panel, lines) in enumerate(panels):
+        _draw_panel(figure.add_subplot(grid[1 + i // 3, i % 3]), panel, {line: metrics[line] for line in lines})
     end = max((frames[-1] for frames, _ in metrics.values()), default=1)
     for axes in figure.axes:
         axes.set_xlim(0, end)
@@ -118,6 +105,22 @@ def _draw_returns(axes: Axes, metrics: dict[str, tuple[np.ndarray, np.ndarray]])
         axes.legend(loc="upper left", fontsize=8, frameon=False)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.set_ylabel("return of an episode, undiscounted", fontsize=9)
+
+
+def _draw_panel(axes: Axes, panel: tuple[str, str, str | None, bool], lines: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    label, name, colour, log = panel
+    for line, (frames, values) in lines.items():
+        of = line.removeprefix(name[:-1]).replace("_", " ") if len(lines) > 1 else None
+        axes.plot(frames, values, color=colour, linewidth=0.8, marker="." if len(frames) < 30 else "", label=of)
+    if len(lines) > 1:
+        axes.legend(fontsize=6, frameon=False, ncols=2)
+    axes.set_title(label, fontsize=9)
+    every = np.concatenate([values for _, values in lines.values()])
+    # Below a decade, a logarithmic axis has hardly a round number to show.
+    if log and every.min() > 0 and every.max() > 10 * every.min():
+        axes.set_yscale("log")
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(4))
 
 
 def main() -> None:
