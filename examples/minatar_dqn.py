@@ -21,7 +21,7 @@ from torchrl.data import ReplayBuffer
 from omnet_torchrl import CompiledPolicy, GatherStorage, LazyAdam, OMNetDQNLoss, SubnetPrimer, Update
 from omnet_torchrl.grids import make_grid_qvalue_actor
 from omnet_torchrl.training import Evaluation, Exploring, Run, Trainer, describe, make_env
-from omnet_torchrl.training.build import grid_options, loss_options, update_options
+from omnet_torchrl.training.build import grid_options, loss_options, make_topology, update_options
 from omnet_torchrl.training.command_line import execute
 from omnet_torchrl.training.grid import prepare_grid
 from omnet_torchrl.training.loop.environments import env_options
@@ -69,7 +69,8 @@ def train(run: Run) -> float:
     )
     buffer = ReplayBuffer(storage=GatherStorage(min(config.buffer_size, config.total_frames), device=device))
     evaluation = Evaluation(config, policy, loss, run.reporter.say)
-    trainer = Trainer(collector, buffer, update, evaluation, run.checkpointer, run.reporter, config)
+    topology = make_topology(config, update)
+    trainer = Trainer(collector, buffer, update, evaluation, run.checkpointer, run.reporter, config, topology)
     run.train(trainer, describe(config, actor, actor))
     return trainer.last.get("eval/return", float("nan"))
 

@@ -38,7 +38,7 @@ from omnet_torchrl.training import (
     describe,
     make_env,
 )
-from omnet_torchrl.training.build import loss_options, network_options, normalization, update_options
+from omnet_torchrl.training.build import loss_options, make_topology, network_options, normalization, update_options
 from omnet_torchrl.training.command_line import execute
 from omnet_torchrl.training.loop.environments import env_options
 from omnet_torchrl.training.loop.streams import derived_seed
@@ -91,15 +91,9 @@ def train(run: Run) -> float:
     )
     capacity = min(config.buffer_size, config.total_frames)
     buffer = ReplayBuffer(storage=GatherStorage(capacity, device=device))
-    trainer = Trainer(
-        collector,
-        buffer,
-        update,
-        Evaluation(config, policy, loss, run.reporter.say),
-        run.checkpointer,
-        run.reporter,
-        config,
-    )
+    evaluation = Evaluation(config, policy, loss, run.reporter.say)
+    topology = make_topology(config, update)  # of rows whose masks follow the weights, see dapd_sac.py
+    trainer = Trainer(collector, buffer, update, evaluation, run.checkpointer, run.reporter, config, topology)
     run.train(trainer, describe(config, actor, qvalue))
     return trainer.last.get("eval/return", float("nan"))
 

@@ -27,7 +27,7 @@ from omnet_torchrl import (
     make_qvalue,
 )
 from omnet_torchrl.training import Evaluation, Exploring, Run, Trainer, describe, make_env
-from omnet_torchrl.training.build import loss_options, network_options, normalization, update_options
+from omnet_torchrl.training.build import loss_options, make_topology, network_options, normalization, update_options
 from omnet_torchrl.training.command_line import execute
 from omnet_torchrl.training.loop.environments import env_options
 from omnet_torchrl.training.loop.streams import derived_seed
@@ -76,7 +76,8 @@ def train(run: Run) -> float:
     )
     buffer = ReplayBuffer(storage=GatherStorage(min(config.buffer_size, config.total_frames), device=device))
     evaluation = Evaluation(config, policy, loss, run.reporter.say)
-    trainer = Trainer(collector, buffer, update, evaluation, run.checkpointer, run.reporter, config)
+    topology = make_topology(config, update)
+    trainer = Trainer(collector, buffer, update, evaluation, run.checkpointer, run.reporter, config, topology)
     run.train(trainer, describe(config, actor, qvalue))
     return trainer.last.get("eval/return", float("nan"))
 

@@ -35,7 +35,7 @@ from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.structures import l1_structure
 from omnet_torchrl.training import Evaluation, Exploring, Trainer, load_policy, make_env
 from omnet_torchrl.training import grid as grid_module
-from omnet_torchrl.training.build import build, network_options, training_flops
+from omnet_torchrl.training.build import build, make_topology, network_options, training_flops
 from omnet_torchrl.training.loop import evaluation as evaluation_module
 from omnet_torchrl.training.loop.environments import env_options
 from omnet_torchrl.training.loop.streams import derived_seed
@@ -45,6 +45,8 @@ from omnet_torchrl.training.record.checkpoint import Checkpointer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EXAMPLE = {"sac": EXAMPLES / "omnet_sac.py", "td3": EXAMPLES / "omnet_td3.py", "dqn": EXAMPLES / "minatar_dqn.py"}
+EXAMPLE["dapd"] = EXAMPLES / "dapd_sac.py"  # a row with a script of its own, which has its paper's options
+DAPD = {"loss": {"alpha_init": 0.1}, "optim": {"batch_size": 8, "lr": 1e-3, "target_update_interval": 2}}
 TASKS = ["Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
 REDQ_ENTROPY, HALF = [-1, -3, -4, -2], [-1.5, -3, -4, -8.5]
 
@@ -66,8 +68,13 @@ EXPECTED = {
     "redq_layer_norm": (EnsembleMLP, 10, (10, 2, 10), (True, True), 20, 20, None, REDQ_ENTROPY, [0] * 4),
     "sac_20_layer_norm": (EnsembleMLP, 2, (2, 2, 2), (True, True), 20, 20, None, REDQ_ENTROPY, [0] * 4),
     "sin_sac_layer_norm": (EnsembleMLP, 1, (1, 1, 1), (True, True), 20, 20, None, REDQ_ENTROPY, [0] * 4),
+    "omnet_adaptive": (MaskedMLP, 5, (1, 2, 5), (True, True), 20, 20, None, REDQ_ENTROPY, [0] * 4),
+    **{
+        name: (EnsembleMLP, 2, (2, 2, 2), (False, False), 1, 1, None, REDQ_ENTROPY, [0] * 4)
+        for name in ("dapd", "rigl", "set", "static_erk", "sac_small")
+    },
 }
-DENSE_ACTOR = set(EXPECTED) - {"omnet", "omnet_infinity"}
+DENSE_ACTOR = set(EXPECTED) - {"omnet", "omnet_infinity", "omnet_adaptive"}  # one network, with or without a mask
 
 
 def make(name, *, cells=(16, 12), obs=5, act=2, **options):
@@ -305,6 +312,10 @@ def options_of(name, **more):
             **more,
             "network": {**SMALL_DQN["network"], **channels, **more.get("network", {})},
         }
+    if "topology" in ROWS[name].options:  # masks that change each ten frames, and are frozen by none of the rules
+        own = {"interval": 10, "recent_frames": 20} if ROWS[name].options["topology"]["method"] in ("saliency", "rigl") else {}
+        own |= {"interval": 10, "end": None} if name == "set" else {}
+        more = {**more, "topology": {**own, **more.get("topology", {})}, "network": {**SMALL["network"], "sparsity": 0.5}}
     reset = {"reset_interval": 30} if ROWS[name].options.get("reset_interval") else {}
     return {**SMALL, "algorithm": name, **EVERY, **reset, **more}
 
@@ -338,7 +349,8 @@ def compose(path, options, diary):
     )
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames))
     evaluation = Evaluation(config, algorithm.actor, algorithm.loss)
-    return Trainer(collector, buffer, algorithm.update, evaluation, Checkpointer(path), diary, config)
+    topology = make_topology(config, algorithm.update)
+    return Trainer(collector, buffer, algorithm.update, evaluation, Checkpointer(path), diary, config, topology)
 
 
 def session(path, name, rows, stop=10**9, **options):
@@ -351,6 +363,7 @@ def session(path, name, rows, stop=10**9, **options):
     return trainer
 
 
+@pytest.mark.filterwarnings("ignore:.*keep no weight")
 @pytest.mark.parametrize("name", ROWS)
 def test_a_killed_run_of_a_row_goes_on_as_if_it_had_not_been(name, tmp_path):
     whole, rows, parts = tmp_path / "whole", [], []
@@ -453,18 +466,20 @@ def test_a_killed_run_in_the_maze_goes_on_and_its_subnetworks_ways_are_kept(tmp_
     assert all(torch.equal(ways[0][0][updates], ways[1][0][updates]) for updates in (6, 20))
 
 
-@pytest.mark.parametrize("name", ["omnet", "droq", "omnet_td3", "omnet_dqn"])
+@pytest.mark.filterwarnings("ignore:.*keep no weight")
+@pytest.mark.parametrize("name", ["omnet", "droq", "omnet_td3", "omnet_dqn", "dapd"])
 def test_the_example_and_the_row_are_equal_numbers(name, tmp_path):
-    """Of a whole run: the same networks, draws, losses and moments."""
-    trainer = compose(tmp_path / "row", options_of(name), Stopping([], 10**9))
+    """Of a whole run: the same networks, masks, draws, losses and moments."""
+    options = options_of(name, **(DAPD if name == "dapd" else {}))
+    trainer = compose(tmp_path / "row", options, Stopping([], 10**9))
     trainer.run()
 
     def flat(options, prefix=""):
         for key, value in options.items():
             yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}={value}"]
 
-    arguments = [argument.replace(" ", "").replace("None", "null") for argument in flat(options_of(name))]
-    command = [sys.executable, str(EXAMPLE[ROWS[name].loss]), *arguments, f"folder={tmp_path}/example"]
+    arguments = [argument.replace(" ", "").replace("None", "null") for argument in flat(options)]
+    command = [sys.executable, str(EXAMPLE.get(name, EXAMPLE[ROWS[name].loss])), *arguments, f"folder={tmp_path}/example"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     states = [Checkpointer(folder).load()[0] for folder in (tmp_path / "row", tmp_path / "example" / "checkpoints")]

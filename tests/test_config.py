@@ -247,7 +247,10 @@ def test_what_contradicts_is_refused_with_both_values(options, message):
         ({"sed": 1}, "unknown option 'sed'; did you mean 'seed'?"),
         ({"lr": 1}, "unknown option 'lr'; did you mean 'optim.lr'?"),
         ({"network": {"num_subnet": 1}}, "unknown option 'network.num_subnet'; did you mean 'network.num_subnets'?"),
-        ({"interval": 1}, "unknown option 'interval'; did you mean 'eval.interval' or 'checkpoint.interval'?"),
+        (
+            {"interval": 1},
+            "unknown option 'interval'; did you mean 'topology.interval' or 'eval.interval' or 'checkpoint.interval'?",
+        ),
     ],
 )
 def test_an_unknown_key_names_the_closest(options, message):

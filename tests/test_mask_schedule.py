@@ -1,6 +1,7 @@
 """Masks that follow the weights between updates: which are chosen, who sees them, and what happens to weights and moments."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ from torchrl.data import Bounded, Unbounded
 
 from omnet_torchrl import EnsembleMLP, MaskSchedule, OMNetSACLoss, Update, make_actor, make_qvalue
 from omnet_torchrl.topology import mask_overlap
+from omnet_torchrl.updates import compiled as compiled_module
 
 SPECS = Unbounded(5), Bounded(-1, 1, (2,))
 NUDGE = 1e-3
 NETWORK = {"num_cells": (16, 16), "layer_norm": False}
+pytestmark = pytest.mark.filterwarnings("ignore:.*units of the subnetworks keep no weight")  # of 16 units, some do
 
 
 def transitions(size=64, seed=0):
@@ -133,7 +136,7 @@ def test_exactly_as_many_weights_are_kept_after_every_change(method, layers):
         update(transitions(seed=frames))
         metrics = schedule.step(transitions(seed=frames), frames)
         counts.add(kept(masks(update)))
-        assert bool(metrics) == (method != "static")
+        assert bool(metrics) == (method != "static" or frames == 100)
     assert len(counts) == 1
     assert counts.pop() == pytest.approx(0.2 * total, abs=4)
 
@@ -146,7 +149,6 @@ def test_changes_are_due_at_intervals_of_frames_until_the_end():
 
 def test_overlap_and_density_are_those_of_the_masks():
     update, schedule = dapd(method="set", fraction=0.3)
-    before = {name: mask.clone() for network in ("actor", "qvalue") for name, mask in masks(update, network).items()}
     before = {
         f"{network}.{name}": mask.clone() for network in ("actor", "qvalue") for name, mask in masks(update, network).items()
     }
@@ -189,8 +191,9 @@ def test_target_actor_and_extracted_networks_have_the_new_masks_at_the_next_call
 
 
 @pytest.mark.parametrize("method", ["saliency", "rigl"])
-def test_compiled_and_eager_agree_and_nothing_is_compiled_again(method):
-    runs = {}
+def test_compiled_and_eager_agree_and_nothing_is_compiled_again(method, monkeypatch):
+    runs, compilations, translate = {}, [], compiled_module.translate
+    monkeypatch.setattr(compiled_module, "translate", lambda *args: compilations.append(args) or translate(*args))
     for compiled in (False, True):
         update, schedule = dapd(compile=compiled, method=method)
         generator = torch.Generator().manual_seed(3)
@@ -200,6 +203,7 @@ def test_compiled_and_eager_agree_and_nothing_is_compiled_again(method):
             schedule.step(batch, 100 * i)
         runs[compiled] = update
     assert len(runs[True]._code) == 1
+    assert len(compilations) == 2  # the critic's step and the actor's, before the masks changed
     assert kept(masks(runs[True])) == kept(masks(runs[False]))
     for name, mask in masks(runs[False]).items():
         assert (mask == masks(runs[True])[name]).float().mean() > 0.95  # a rounding error may swap two that are nearly equal
@@ -339,10 +343,14 @@ def test_an_ensemble_under_masks_is_its_networks_with_masked_weights():
 
 def test_a_layer_that_loses_every_weight_is_said_and_units_without_inputs_are_counted():
     update, schedule = dapd(density=0.01)
-    with pytest.warns(UserWarning, match=r"\d layers? of qvalue_network_params .* no weight .* raise density"):
+    with pytest.warns(UserWarning, match=r"^\d+ layers? and \d+ units of the subnetworks keep no weight .* raise density=0.01"):
         metrics = schedule.step(transitions(), 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        schedule.step(transitions(), 200)
     dead = sum(int((~mask.any(-1)).sum()) for of in ("actor", "qvalue") for mask in masks(update, of).values())
     assert metrics["masks/units_without_inputs"] == dead > 10
+    assert metrics["masks/layers_without_weights"] > 0
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------------
@@ -353,10 +361,13 @@ def test_a_layer_that_loses_every_weight_is_said_and_units_without_inputs_are_co
     [
         ({"method": "snip"}, "method must be one of 'saliency', 'rigl'"),
         ({"layers": "er"}, "layers must be one of"),
+        ({"layers": "global", "method": "set"}, "layers must be 'erk' or 'uniform' with method='set'"),
+        ({"scored_under": "mine"}, "scored_under must be one of 'dense', 'own', got 'mine'"),
+        ({"scored_by": "actor"}, "scored_by must be one of 'critic', 'both'"),
         ({"density": 0.0}, r"density must be in \(0, 1\]"),
         ({"interval": 0}, "interval and end must be at least 1"),
         ({"end": 0}, "interval and end must be at least 1"),
-        ({"grown_weights": "random"}, "'kept' or 'zero'"),
+        ({"grown_weights": "random"}, "grown_weights must be one of 'kept', 'zero'"),
     ],
 )
 def test_wrong_options(options, message):
@@ -378,3 +389,118 @@ def test_scores_that_are_not_finite():
     update.state["params", "qvalue_network_params", "module", "0", "weight"][0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="scores must be finite"):
         schedule.step(transitions(), 100)
+
+
+# Scores ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_dapds_mask_on_a_toy_regression_is_the_one_computed_in_numpy():
+    """A critic w2 relu(w1 x + b1) + b2 of the reward, with a squared error."""
+    torch.manual_seed(2)
+    network = {"num_cells": (6,), "layer_norm": False, "num_subnets": 1, "sparsity": 0.0}
+    loss = OMNetSACLoss(make_actor(*SPECS, **network), make_qvalue(*SPECS, network_class=EnsembleMLP, **network))
+    loss.make_value_estimator(gamma=0.0)  # the target is the reward
+    update = Update(loss, compile=False)
+    batch = transitions(32)
+    value = {name: tensor[0].double().numpy() for name, tensor in weights(update).items()}
+    bias = {name: update.state["params", "qvalue_network_params", *name.split(".")[:-1], "bias"][0] for name in value}
+    (first, second), (b1, b2) = value.values(), (tensor.double().numpy() for tensor in bias.values())
+    x = torch.cat([batch["observation"], batch["action"]], -1).double().numpy()
+    before = x @ first.T + b1
+    hidden = np.maximum(before, 0)
+    error = 2 * (hidden @ second.T + b2 - batch["next", "reward"].double().numpy()) / len(x)
+    gradients = [((error @ second) * (before > 0)).T @ x, error.T @ hidden]
+    scores = np.concatenate([np.abs(w * g).ravel() for w, g in zip((first, second), gradients, strict=True)])
+    expected = np.zeros(len(scores), dtype=bool)
+    expected[np.argsort(-scores, kind="stable")[: round(0.3 * len(scores))]] = True
+    MaskSchedule(update, density=0.3).step(batch, 100)
+    got = np.concatenate([mask.flatten().numpy() for mask in masks(update).values()])
+    assert (got == expected).all()
+    assert got.sum() == 14
+
+
+@pytest.mark.parametrize(("method", "begin", "end"), [("saliency", 20, 20), ("rigl", 1, None)])
+def test_a_linear_problem_keeps_the_inputs_that_are_used(method, begin, end):
+    """A reward that two of seven inputs make.
+
+    DAPD's masks come after some updates of the dense network, and are frozen: once the inputs that are used explain everything,
+    their gradient is 0, and a weight that sleeps with another value than 0 has the larger score of the dense network.
+    """
+    torch.manual_seed(0)
+    network = {"layer_norm": False, "num_subnets": 1, "sparsity": 0.0}
+    loss = OMNetSACLoss(make_actor(*SPECS, num_cells=(8,), **network), make_qvalue(*SPECS, num_cells=(), **network))
+    loss.make_value_estimator(gamma=0.0)
+    update = Update(loss, lr=3e-2, compile=False)
+    schedule = MaskSchedule(update, density=2 / 7, method=method, interval=10, end=end)
+    for i in range(1, 201):
+        batch = transitions(64, seed=i)
+        batch["next", "reward"] = 2 * batch["observation"][:, 1:2] - 2 * batch["action"][:, :1]
+        update(batch)
+        if i >= begin:
+            schedule.step(batch, i)
+    (mask,) = masks(update).values()
+    assert mask.flatten().nonzero().flatten().tolist() == [1, 5]
+
+
+def test_scores_under_a_subnetworks_own_masks_differ_and_those_of_the_dense_network_do_not():
+    batch = transitions()
+    for under, equal in (("own", False), ("dense", True)):
+        update, schedule = omnet(scored_under=under, layers="uniform")
+        overlap = schedule.step(batch, 100)["masks/overlap_subnets"]
+        first, second = (torch.cat([mask[k].flatten() for mask in masks(update).values()]) for k in (0, 1))
+        assert torch.equal(first, second) == equal
+        assert (overlap == pytest.approx(1)) == equal
+
+
+def test_the_score_of_a_subnetworks_own_masks_is_its_gradient_times_the_weight():
+    update, schedule = omnet(scored_under="own")
+    batch, draws = transitions(), recorded_draws(update.loss)
+    network = next(each for each in schedule._networks if each.role == "critic")
+    chosen = {path: mask[1].clone() for path, mask in network.masks(update).items()}
+    found = schedule._gradients(network, 1, chosen, batch, 100)
+    assert draws[-1]["critic"].tolist() == [1]
+    assert set(draws[-1]["target"].tolist()) == {1}
+    loss, _ = update.loss.qvalue_loss(batch, draws=draws[-1])
+    own = torch.autograd.grad(loss, [update.loss.qvalue_network_params.get(path[1:]) for path in network.paths])
+    for gradient, (path, value) in zip(own, found.items(), strict=True):
+        torch.testing.assert_close(gradient, value * chosen[path])
+
+
+def test_the_actors_loss_scores_the_critic_too_if_asked():
+    """As the released code, whose gradient of the actor's loss stays in the critic's."""
+    batch = transitions()
+    update, own = dapd()
+    _, both = dapd(scored_by="both")
+    draws = recorded_draws(update.loss)
+    network = own._networks[1]
+    critic = own._gradients(network, slice(None), None, batch, 100)
+    both.update = update
+    summed = both._gradients(network, slice(None), None, batch, 100)
+    action = update.loss.actor_loss(batch, draws=draws[-1])[1]["action"]
+    value = update.loss.value(batch, action, torch.arange(2)).mean()
+    actors = torch.autograd.grad(-value, [update.loss.qvalue_network_params.get(path[1:]) for path in network.paths])
+    for gradient, (path, total) in zip(actors, summed.items(), strict=True):
+        torch.testing.assert_close(total, critic[path] + gradient)
+
+
+def test_a_batch_is_asked_for_only_where_masks_are_scored():
+    asked = []
+
+    def batch():
+        asked.append(None)
+        return transitions()
+
+    for method, expected in (("saliency", 1), ("rigl", 1), ("set", 0), ("static", 0)):
+        asked.clear()
+        _, schedule = dapd(method=method)
+        for frames in (100, 150):
+            schedule.step(batch, frames)
+        assert len(asked) == expected, method
+
+
+def test_no_freeze_rule_counts_before_the_end_of_the_warm_up():
+    _, schedule = dapd(freeze_overlap=0.1, freeze_return=0.0, warm_up_frames=300)
+    for frames in (100, 200):
+        assert schedule.step(transitions(), frames, evaluation=1.0)
+    assert schedule.step(transitions(), 300, evaluation=1.0) == {}
+    assert schedule.frozen_at == 300

@@ -26,7 +26,7 @@ ROOMS = {
     "offset": {"transforms"},
     "envs": set(),
     "objectives": {"layers", "specs"},
-    "updates": {"layers", "modules", "objectives", "topology"},
+    "updates": {"layers", "masks", "modules", "objectives", "topology"},
     "metrics": set(),
     "doctor": {"updates"},
     "__init__": {
@@ -36,7 +36,8 @@ ROOMS = {
 }
 FOLDERS = {
     "layers": {
-        "indexed": set(),
+        "sparse": set(),
+        "indexed": {"sparse"},
         "masked": {"indexed"},
         "convolutions": {"indexed", "masked"},
         "ensembles": {"indexed"},
@@ -44,7 +45,9 @@ FOLDERS = {
         "redrawn": {"indexed"},
         "dropout": {"indexed"},
         "normalization": set(),
-        "__init__": {"convolutions", "indexed", "masked", "ensembles", "units", "redrawn", "dropout", "normalization"},
+        "__init__": {
+            *("convolutions", "indexed", "masked", "ensembles", "units", "redrawn", "dropout", "normalization", "sparse"),
+        },
     },
     "envs": {"maze": set(), "minatar": set(), "__init__": {"maze", "minatar"}},
     "objectives": {
@@ -70,7 +73,8 @@ FOLDERS = {
         "replay": set(),
         "stepper": {"update"},
         "masked_networks": {"adam", "update"},
-        "mask_schedule": {"masked_networks", "update"},
+        "mask_scores": {"masked_networks", "update"},
+        "mask_schedule": {"mask_scores", "masked_networks", "update"},
         "__init__": {"acting", "adam", "mask_schedule", "replay", "update", "stepper"},
     },
 }
@@ -103,8 +107,9 @@ TRAINING = {
     "loop.rollout": {"loop.environments", "loop.stopping"},
     "loop.evaluation": {"loop.environments", "loop.rollout", "loop.streams", "options", "record.files"},
     "loop.resumption": {"loop.border", "loop.environments", "options", "options.checks", "record.folder"},
+    "loop.mask_changes": {"loop.stopping", "loop.streams", "options"},
     "loop.trainer": {
-        *("loop.exploration", "loop.resumption", "loop.stopping", "loop.streams"),
+        *("loop.exploration", "loop.mask_changes", "loop.resumption", "loop.stopping", "loop.streams"),
         *("options", "record.checkpoint", "record.files", "record.reporter"),
     },
     "grid": {"loop.streams", "options", "options.checks", "policy"},
@@ -205,7 +210,7 @@ def test_public_names_exist_and_are_documented():
 
 
 # Whoever adds a feature also removes what it made superfluous; these are where the rooms stand, and they must not grow unseen.
-MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 7_560, 4_800
+MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 7_900, 5_000
 
 
 def test_files_functions_and_rooms_keep_within_their_budgets():

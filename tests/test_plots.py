@@ -98,3 +98,15 @@ def test_the_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         plots.main()
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_masks_that_change_have_their_overlap_and_the_density_of_each_layer(tmp_path, monkeypatch):
+    figures, names = [], ("overlap", "density_actor_0", "density_critic_0")
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure) or path)
+    records = [f"{f},1.0,masks/{name},{v}" for f, v in ((100, 0.5), (200, 0.02)) for name in names]
+    (tmp_path / "metrics.csv").write_text("\n".join(["frames,seconds,name,value", *records]) + "\n")
+    learning_curve(tmp_path)
+    overlap, densities = (axes for axes in figures[0].axes if axes.get_title())
+    assert overlap.get_title() == "overlap of the masks with those before"
+    assert [line.get_label() for line in densities.lines] == ["actor 0", "critic 0"]
+    assert densities.get_yscale() == "log"

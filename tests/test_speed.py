@@ -1,6 +1,7 @@
 """The benchmarks of benchmarks/speed: their reference is the update, number for number, and what they time runs."""
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import profiling
 import pytest
 import report
 import run as speed_run
+import sparsity
 import torch
 from components import ROWS, TASKS, bare_batch, bare_update, make_update, transitions
 from protocol import Worker
@@ -308,3 +310,14 @@ def test_a_profile_tells_matrix_products_from_kernels_and_the_rest():
     parts = profiling.shares("omnet", "tiny", blocks=2)
     assert list(parts) == ["matrix products", "kernels in between", "calls and the rest"]
     assert min(parts.values()) > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*keep no weight")
+def test_the_cost_of_masks_and_what_a_sparse_actor_saves_are_two_tables(capsys):
+    sparsity.main(["--quick", "--no-compile", "--widths", "16"])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    deployed, changes = ([[cell.strip() for cell in row] for row in rows if len(row) == count] for count in (11, 5))
+    assert [row[1:3] for row in deployed[1:]] == [[d, b] for d in (deployed[1][1], deployed[3][1]) for b in ("1", "256")]
+    assert all(re.fullmatch(r"[\d.]+ times (faster|\*\*slower\*\*)", row[-1]) for row in deployed[1:])
+    assert [row[0] for row in changes[1:]] == ["saliency", "rigl", "set"]
+    assert all(row[-1].split(", ")[0] == row[-1].split(", ")[1] for row in changes[1:])  # nothing is compiled again

@@ -192,6 +192,27 @@ def _structures() -> tuple[Variant, ...]:
 
 _QUICK_START = (("utd_ratio", 8), ("policy_update_delay", 4), ("init_random_frames", 1_000), ("eval.interval", 1_000))
 
+# SAC as DAPD's authors ran it. What they report of HalfCheetah-v2 at 1M frames, read off their poster: dense 8.5K; at 95 %
+# DAPD 9.0K, RigL 4.1K. No point of theirs within 300,000 frames is known.
+_DAPD = (("optim.lr", 1e-3), ("loss.alpha_init", 0.1), ("optim.target_update_interval", 2))
+_NO_FREEZE = (("topology.end", None), ("topology.freeze_overlap", None), ("topology.warm_up_frames", 0))
+_SPARSE = ("rigl", "set", "static_erk", "sac_small", "sac")
+_DAPD_QUICK = (("utd_ratio", 4), ("policy_update_delay", 2), ("init_random_frames", 1_000), ("eval.interval", 1_000))
+
+
+def _dapd(*options: tuple[str, Any], **own: tuple[tuple[str, Any], ...]) -> tuple[Variant, ...]:
+    """DAPD and its comparisons under the same options; ``own`` are those of a row alone."""
+    names = ("dapd", *_SPARSE)
+    return tuple(Variant(name, ROWS[name].label, name, (*_DAPD, *options, *own.get(name, ()))) for name in names)
+
+
+_EACH_250 = (("topology.interval", 250),)
+_QUICK_MASKS = {
+    "dapd": (*_EACH_250, ("topology.warm_up_frames", 2_000), ("topology.end", 3_000), ("topology.average_decay", 0.5)),
+    "rigl": (*_EACH_250, ("topology.end", 5_000)),
+    "set": _EACH_250,
+}
+
 EXPERIMENTS = {
     "fig2a": Experiment("Return of the methods", _FIG2A),
     "fig2b": Experiment("Return of the methods with a single critic", _FIG2B),
@@ -253,6 +274,40 @@ EXPERIMENTS = {
         ),
         tasks=("InvertedDoublePendulum-v4",),
         seeds=3,
+        frames=5_000,
+    ),
+    "dapd": Experiment(
+        "95 % sparse: masks that follow the weights, and masks that stay",
+        (
+            *_dapd(),
+            Variant("dapd-no_freeze", "DAPD, never frozen", "dapd", (*_DAPD, *_NO_FREEZE)),
+            Variant("dapd-average_decay-0.9", "DAPD, scores averaged", "dapd", (*_DAPD, ("topology.average_decay", 0.9))),
+        ),
+        tasks=("HalfCheetah-v4",),
+        seeds=3,
+    ),
+    "dapd_quick": Experiment(
+        "95 % sparse, as in DAPD's quick start",
+        _dapd(*_DAPD_QUICK, **_QUICK_MASKS),
+        tasks=("InvertedDoublePendulum-v4",),
+        seeds=3,
+        frames=6_000,
+    ),
+    "adaptive": Experiment(
+        "Fixed masks, or masks that follow their own scores?",
+        _rows("omnet", "omnet_adaptive"),
+        tasks=("Hopper-v4",),
+        seeds=3,
+        frames=30_000,
+    ),
+    "adaptive_quick": Experiment(
+        "Fixed masks, or masks that follow their own scores, as in the quick start",
+        (
+            Variant("omnet", "OMNet", "omnet", _QUICK_START),
+            Variant("omnet_adaptive", ROWS["omnet_adaptive"].label, "omnet_adaptive", (*_QUICK_START, *_EACH_250)),
+        ),
+        tasks=("InvertedDoublePendulum-v4",),
+        seeds=5,
         frames=5_000,
     ),
     "controls": Experiment(

@@ -34,6 +34,7 @@ from omnet_torchrl.training.options import ROWS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OWN_FIGURES = ("fig3", "fig5", "fig6", "fig7", "fig8")  # without the value bias
+MASKS = {"overlap": "overlap with the masks before", "overlap_subnets": "overlap of the subnets' masks"}  # of those that change
 OVERESTIMATING = ("sin_sac", "sin_droq", "sac_20")  # figure 4a
 
 
@@ -127,6 +128,10 @@ def draw(name: str, experiment: Experiment, runs: dict, end: int, folder: Path, 
         counted = all(task in SIZES and ROWS[variant.algorithm].loss == "sac" for task in tasks for variant in variants)
         axes = ("frames", "hours", "flops") if counted else ("frames", "hours")
         drawn = [figures.curves(path, title, variants, tasks, runs, end, axes=axes, references=references)]
+    for metric, label in MASKS.items():
+        if any(f"masks/{metric}" in record.metrics for of_row in runs.values() for each in of_row.values() for record in each):
+            options = {"axes": ("frames",), "metric": f"masks/{metric}", "label": label}
+            drawn.append(figures.curves(folder / f"{name}_{metric}.png", title, variants, tasks, runs, end, **options))
     if with_bias(name, runs):
         options = {"axes": ("frames",), "metric": "bias/mean", "label": "value bias", "symlog": 100}
         drawn.append(
@@ -160,7 +165,7 @@ def section(part: Part, found: dict[Path, Record], output: Path, references: dic
     if references:
         lines += ["", tables.references(references, experiment.tasks, end)]
     lines += ["", tables.aggregate(experiment.variants, runs, end)]
-    if experiment.variants[0].name == "omnet":
+    if experiment.variants[0].name in ("omnet", "dapd"):
         lines += ["", tables.differences(experiment.variants, experiment.tasks, runs, end)]
     if name == "fig6":
         lines += ["", maze_pictures.coverage(experiment.variants, runs)]

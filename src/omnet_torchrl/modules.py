@@ -21,7 +21,7 @@ from torchrl.data import Bounded, Categorical, Composite, TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
 
-from omnet_torchrl.layers import IndexedMLP, apply_masks, as_index, check_subnet
+from omnet_torchrl.layers import IndexedMLP, apply_masks, as_index, check_subnet, sparsified
 from omnet_torchrl.masks import check_module_masks
 from omnet_torchrl.specs import check_action_spec
 from omnet_torchrl.transforms import SubnetPrimer
@@ -71,10 +71,10 @@ class SubnetQValueOperator(ValueOperator):
         """Write the output of the subnetwork that the index names."""
         return call_indexed(super().forward, self.num_subnets, self.in_keys, tensordict, *args, **kwargs)
 
-    def extract(self, subnet: int) -> ValueOperator:
-        """Return subnetwork ``subnet`` as a plain :class:`~torchrl.modules.ValueOperator` that reads no index."""
+    def extract(self, subnet: int, *, sparse: bool = False) -> ValueOperator:
+        """Return subnetwork ``subnet`` as a plain :class:`~torchrl.modules.ValueOperator`; see :class:`SubnetActor`."""
         plain = ValueOperator(self.module.extract(subnet), in_keys=self.in_keys[:-1], out_keys=self.out_keys)
-        return plain.train(self.training)
+        return (sparsified(plain) if sparse else plain).train(self.training)
 
 
 class SubnetPolicy:
@@ -165,12 +165,17 @@ class SubnetActor(SubnetPolicy, ProbabilisticActor):
             tensordict = module(tensordict)
         return tensordict
 
-    def extract(self, subnet: int) -> ProbabilisticActor:
-        """Return subnetwork ``subnet`` as a plain :class:`~torchrl.modules.ProbabilisticActor` that reads no index."""
+    def extract(self, subnet: int, *, sparse: bool = False) -> ProbabilisticActor:
+        """Return subnetwork ``subnet`` as a plain :class:`~torchrl.modules.ProbabilisticActor` that reads no index.
+
+        With ``sparse=True`` its linear layers are :class:`~omnet_torchrl.layers.sparse.SparseLinear`; see there whether that is
+        faster.
+        """
         head, distribution = self.module[0], self.module[-1]
         spec = self.spec[self.action_key]
         plain = _SquashedGaussian(head.network.extract(subnet), head.in_keys[:-1], head.action_dim)
-        return _init_actor(ProbabilisticActor, plain, spec, distribution.out_keys[0]).train(self.training)
+        actor = _init_actor(ProbabilisticActor, plain, spec, distribution.out_keys[0])
+        return (sparsified(actor) if sparse else actor).train(self.training)
 
 
 class SubnetModule(nn.Module):

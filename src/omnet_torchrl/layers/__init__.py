@@ -1,7 +1,8 @@
 """Layers that are N layers, and multi-layer perceptrons that are N of them, behind one index.
 
 :mod:`~omnet_torchrl.layers.indexed` has the index's contract. Each other file has one way to be N networks, but for
-:mod:`~omnet_torchrl.layers.dropout`, whose noise is data, and :mod:`~omnet_torchrl.layers.normalization`, for observations.
+:mod:`~omnet_torchrl.layers.dropout`, whose noise is data, :mod:`~omnet_torchrl.layers.normalization`, for observations, and
+:mod:`~omnet_torchrl.layers.sparse`, for one that is deployed.
 """
 
 from omnet_torchrl.layers.convolutions import IndexedSequential, MaskedConv2d
@@ -11,4 +12,5 @@ from omnet_torchrl.layers.indexed import IndexedMLP, as_index, check_subnet, ind
 from omnet_torchrl.layers.masked import MaskedLinear, MaskedMLP, apply_masks
 from omnet_torchrl.layers.normalization import RunningNormalization
 from omnet_torchrl.layers.redrawn import RedrawnLinear, RedrawnMLP
+from omnet_torchrl.layers.sparse import SparseLinear, sparsified
 from omnet_torchrl.layers.units import UnitLayerNorm, UnitLinear, UnitMaskedMLP

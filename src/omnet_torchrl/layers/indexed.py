@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrl.modules import MLP
 
+from omnet_torchrl.layers.sparse import sparsified
+
 InitFn = Callable[[Tensor], Any]
 SelectFn = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
@@ -197,10 +199,12 @@ class IndexedMLP(MLP):
             hidden = layer(hidden, subnet) if isinstance(layer, IndexedLayer) else layer(hidden)
         return hidden.unflatten(-1, tuple(self.out_features)) if self._reshape_out else hidden
 
-    def extract(self, subnet: int) -> MLP:
+    def extract(self, subnet: int, *, sparse: bool = False) -> MLP:
         """Return subnetwork ``subnet`` as a plain :class:`torchrl.modules.MLP` without an index, with parameters of its own.
 
-        Its outputs equal this network's for the index ``subnet``. Later updates do not reach it: extract it again.
+        Its outputs equal this network's for the index ``subnet``. Later updates do not reach it: extract it again. With
+        ``sparse=True`` its linear layers are :class:`~omnet_torchrl.layers.sparse.SparseLinear`, which keep the weights of the
+        mask alone; see there where that is faster.
         """
         check_subnet(subnet, self.num_subnets)
         plain = MLP(self.in_features, self.out_features, depth=0, device="meta")
@@ -208,7 +212,7 @@ class IndexedMLP(MLP):
         plain.extend(layer.extract(subnet) if isinstance(layer, IndexedLayer) else copy.deepcopy(layer) for layer in self)
         *plain.num_cells, _ = (layer.out_features for layer in plain if isinstance(layer, nn.Linear))
         plain.depth = self.depth
-        return plain.train(self.training)
+        return (sparsified(plain) if sparse else plain).train(self.training)
 
 
 def initialise(weight: Tensor, bias: Tensor | None, init_fn: InitFn | None) -> None:

@@ -19,10 +19,10 @@ from omnet_torchrl.objectives import OMNetDQNLoss, OMNetSACLoss, OMNetTD3Loss, S
 from omnet_torchrl.specs import check_action_spec
 from omnet_torchrl.training.grid import prepare_grid
 from omnet_torchrl.training.loop.streams import derived_seed
-from omnet_torchrl.training.options import NetworkConfig, TrainConfig, row
+from omnet_torchrl.training.options import NetworkConfig, TopologyConfig, TrainConfig, row
 from omnet_torchrl.training.options.rows import dropout, network_sparsity, target_entropy
 from omnet_torchrl.training.policy import MAKE
-from omnet_torchrl.updates import LazyAdam, Update
+from omnet_torchrl.updates import LazyAdam, MaskSchedule, Update
 
 
 @dataclass
@@ -94,6 +94,18 @@ def update_options(config: TrainConfig) -> dict[str, Any]:
     return {"tau": config.optim.tau, "target_update_interval": config.optim.target_update_interval, **options}
 
 
+def topology_options(config: TrainConfig) -> dict[str, Any]:
+    """The keyword arguments of :class:`~omnet_torchrl.MaskSchedule`."""
+    options = {name: value for name, value in vars(config.topology).items() if name != "recent_frames"}
+    density = round(1 - float(config.network.sparsity), 12)
+    return {**options, "density": density, "seed": derived_seed(config.seed, "topology")}
+
+
+def make_topology(config: TrainConfig, update: Update) -> MaskSchedule | None:
+    """The schedule that changes the masks of a run's networks; ``None`` where they stay."""
+    return MaskSchedule(update, **topology_options(config)) if config.topology.method else None
+
+
 def grid_options(config: TrainConfig) -> dict[str, Any]:
     """The arguments of :func:`~omnet_torchrl.grids.make_grid_qvalue_actor`."""
     return {"channels": config.network.channels, **network_options(config, "critic")}
@@ -138,6 +150,8 @@ def network_options(config: TrainConfig, role: str) -> dict[str, Any]:
     if role == "critic" and dropout(config):
         common["dropout"] = dropout(config)
     if getattr(network, role) != "masked":
+        if config.topology.method and getattr(network, role) != "dense":
+            common["sparsity"] = 0.0  # masks that keep everything, for the schedule to change
         return {**common, "network_class": EnsembleMLP, "num_subnets": network.num_subnets if role == "critic" else 1}
     # Masks of their own for actor and critic, the same on every device.
     generator = derived_seed(config.seed, "masks", role)
@@ -198,11 +212,14 @@ def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator 
         subnets += "" if actor is qvalue else " and the actor" if network.actor == "masked" else "; a dense actor"
     else:
         subnets = f"{network.num_subnets} separate critics" + ", one actor" * (actor is not qvalue)
+    changes = ", ".join(f"{k} {v}" for k, v in vars(config.topology).items() if v != getattr(TopologyConfig(), k))
+    masks = {"masks": f"{1 - network.sparsity:.0%} of the weights, {changes}"} if changes else {}
     every = f", actor every {config.policy_update_delay}" if actor is not qvalue else ""
     lines = {
         "algorithm": row(config.algorithm).label,
         **sizes,
         "subnets": subnets,
+        **masks,
         "frames": f"{config.total_frames:,}, of them {config.init_random_frames:,} random; {config.num_envs} environment(s)",
         "updates": f"{config.utd_ratio:g} per frame{every}, batch {config.optim.batch_size}",
     }

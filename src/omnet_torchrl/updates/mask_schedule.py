@@ -9,30 +9,35 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
-from torch.func import grad
 
+from omnet_torchrl.objectives import OMNetSACLoss
 from omnet_torchrl.topology import (
     cosine_decay,
     drop_and_grow,
     erdos_renyi_densities,
     global_top_k,
     layer_top_k,
-    mask_overlap,
     moving_average,
     saliency,
     uniform_densities,
 )
-from omnet_torchrl.updates.masked_networks import MaskedNetwork, Path, masked_networks
+from omnet_torchrl.updates.mask_scores import loss_gradients
+from omnet_torchrl.updates.masked_networks import MaskedNetwork, Path, mask_statistics, masked_networks
 from omnet_torchrl.updates.update import Update
 
-METHODS = ("saliency", "rigl", "set", "static")
-LAYERS = ("global", "erk", "uniform")
+CHOICES = {
+    "method": ("saliency", "rigl", "set", "static"),
+    "layers": ("global", "erk", "uniform"),
+    "scored_under": ("dense", "own"),
+    "scored_by": ("critic", "both"),
+    "grown_weights": ("kept", "zero"),
+}
 
 
 class MaskSchedule:
@@ -61,12 +66,17 @@ class MaskSchedule:
         layers (str): ``"global"``: one ranking of all layers (DAPD's); or how many weights each layer keeps: ``"erk"`` (the
             Erdos-Renyi-Kernel rule) or ``"uniform"``. ``None`` (default): ``"global"`` with saliency, else ``"erk"``.
         interval (int): frames between two changes. Defaults to 1,000.
+        warm_up_frames (int): no freeze rule counts before this frame. Defaults to 0.
         end (int or None): no change after this frame; where RigL's and SET's share has decayed to 0. ``None``: no end, and no
             decay. Defaults to ``None``.
         fraction (float): share of the weights that RigL and SET replace at first. Defaults to 0.5.
         average_decay (float): of the moving average of the scores of saliency, in [0, 1). Defaults to 0, the newest alone.
         freeze_overlap (float or None): masks stay from the change on that leaves this overlap (Jaccard) with those before.
         freeze_return (float or None): masks stay from the evaluation on that is above this return (DAPD's threshold).
+        scored_under (str): the network that saliency scores: without masks (``"dense"``, default; DAPD's), where N masks over
+            one weight tensor become one, or under the masks that it has (``"own"``).
+        scored_by (str): whose loss scores the critic: its own (``"critic"``, default), or the sum of its own and the actor's
+            (``"both"``, as DAPD's released code).
         grown_weights (str): a weight that comes has the value that it had (``"kept"``, default; DAPD's) or 0 (``"zero"``,
             RigL's).
         reset_moments (bool): set Adam's moments of weights in no mask to 0, so that they do not move. Defaults to ``True``.
@@ -99,28 +109,35 @@ class MaskSchedule:
         method: str = "saliency",
         layers: str | None = None,
         interval: int = 1_000,
+        warm_up_frames: int = 0,
         end: int | None = None,
         fraction: float = 0.5,
         average_decay: float = 0.0,
         freeze_overlap: float | None = None,
         freeze_return: float | None = None,
+        scored_under: str = "dense",
+        scored_by: str = "critic",
         grown_weights: str = "kept",
         reset_moments: bool = True,
         seed: int = 0,
     ):
         layers = layers or ("global" if method == "saliency" else "erk")
-        for name, value, known in (("method", method, METHODS), ("layers", layers, LAYERS)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
-        if grown_weights not in ("kept", "zero"):
-            raise ValueError(f"grown_weights must be 'kept' or 'zero', got {grown_weights!r}.")
+        given = {"method": method, "layers": layers, "scored_under": scored_under, "scored_by": scored_by}
+        for name, value in {**given, "grown_weights": grown_weights}.items():
+            if value not in CHOICES[name]:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, CHOICES[name]))}, got {value!r}.")
+        if layers == "global" and method != "saliency":
+            raise ValueError(f"layers must be 'erk' or 'uniform' with method={method!r}, whose layers keep their densities.")
+        if scored_by == "both" and not isinstance(update.loss, OMNetSACLoss):
+            raise ValueError(f"scored_by must be 'critic' but with OMNetSACLoss, got 'both' with {type(update.loss).__name__}.")
         if not 0 < density <= 1:
             raise ValueError(f"density must be in (0, 1], got {density}.")
         if interval < 1 or (end is not None and end < 1):
             raise ValueError(f"interval and end must be at least 1, got {interval} and {end}.")
         self.update, self.density, self.method, self.layers = update, density, method, layers
         self.interval, self.end, self.fraction, self.average_decay = interval, end, fraction, average_decay
-        self.freeze_overlap, self.freeze_return = freeze_overlap, freeze_return
+        self.warm_up_frames, self.freeze_overlap, self.freeze_return = warm_up_frames, freeze_overlap, freeze_return
+        self.scored_under, self.scored_by, self._warned = scored_under, scored_by, False
         self.grown_weights, self.reset_moments, self.seed = grown_weights, reset_moments, seed
         self.frozen_at: int | None = None
         self._last: int | None = None  # the frame of the newest change
@@ -129,53 +146,63 @@ class MaskSchedule:
         if method != "saliency":
             self._begin()
 
+    def due(self, frames: int) -> bool:
+        """Whether :meth:`step` changes the masks at this frame, unless a freeze rule is met before."""
+        last = self._last
+        passed = last is None or (self.method != "static" and frames // self.interval > last // self.interval)
+        return passed and self.frozen_at is None and frames <= (self.end or frames)
+
     @torch.no_grad()
-    def step(self, batch: TensorDictBase, frames: int, *, evaluation: float | None = None) -> dict[str, float]:
+    def step(
+        self, batch: TensorDictBase | Callable[[], TensorDictBase], frames: int, *, evaluation: float | None = None
+    ) -> dict[str, float]:
         """Change the masks, if ``interval`` frames have passed since the last change and they are not frozen.
 
         Args:
-            batch (TensorDictBase): ``(B,)`` transitions, or ``(U, B)``, of which the last are taken; only read by saliency and
-                RigL.
+            batch (TensorDictBase or callable): ``(B,)`` transitions, or ``(U, B)``, of which the last are taken; or what
+                returns them, called where they are needed. Only saliency and RigL read them.
             frames (int): collected so far.
 
         Keyword Args:
             evaluation (float or None): the newest mean return, for ``freeze_return``.
 
         Returns:
-            dict: empty where nothing was due; else, over all masked layers, ``masks/overlap``, of the masks with those before,
-            ``masks/density``, and ``masks/units_without_inputs``, how many units of a subnetwork are constants. A layer that
-            keeps no weight at all is a warning.
+            dict: empty where nothing was due; else, over all masked layers, ``masks/overlap`` with the masks before, where
+            there were some, and what :func:`~omnet_torchrl.updates.masked_networks.mask_statistics` counts. The first layer or
+            unit that keeps no weight at all is a warning. Static masks are counted once.
+
+        Raises:
+            ValueError: a score is not finite.
         """
         if evaluation is not None and self.freeze_return is not None and evaluation > self.freeze_return:
             self._freeze(frames)
-        passed = self._last is None or frames // self.interval > self._last // self.interval
-        if self.method == "static" or self.frozen_at is not None or not passed or frames > (self.end or frames):
+        if not self.due(frames):
             return {}
         first, self._last = self._last is None, frames
-        batch = batch[-1] if batch.ndim == 2 else batch
+        if self.method in ("saliency", "rigl"):
+            batch = batch if isinstance(batch, TensorDictBase) else batch()
+            batch = batch[-1] if batch.ndim == 2 else batch
         # All networks are scored before the masks of any of them change.
         changed = [self._changed(network, network.masks(self.update), batch, frames) for network in self._networks]
-        before, after = dict[str, Tensor](), dict[str, Tensor]()
+        before = [{path: mask.clone() for path, mask in each.masks(self.update).items()} for each in self._networks]
         for network, new in zip(self._networks, changed, strict=True):
-            old = network.masks(self.update)
-            before |= {".".join(path): mask.clone() for path, mask in old.items()}
-            after |= {".".join(path): mask for path, mask in new.items()}
-            self._write(network, old, new)
-        overlap = mask_overlap(before, after)
-        if self.freeze_overlap is not None and not first and overlap >= self.freeze_overlap:
+            self._write(network, network.masks(self.update), new)
+        metrics = mask_statistics(self._networks, before, changed)
+        if first and self.method == "saliency":
+            del metrics["masks/overlap"]
+        elif self.freeze_overlap is not None and metrics["masks/overlap"] >= self.freeze_overlap and not first:
             self._freeze(frames)
-        kept, total = (sum(int(each(mask)) for mask in after.values()) for each in (torch.sum, torch.numel))
-        dead = sum(int((~mask.any(-1)).sum()) for mask in after.values())
-        return {"masks/overlap": overlap, "masks/density": kept / total, "masks/units_without_inputs": float(dead)}
+        self._warn(metrics)
+        return metrics
 
     def _changed(self, network: MaskedNetwork, old: Mapping[Path, Tensor], batch: Any, frames: int) -> dict[Path, Tensor]:
         """The new masks of a network."""
         new = {path: mask.clone() for path, mask in old.items()}
-        for k in network.rankings:
+        for k in network.rankings if self.method != "static" else ():
             masks = {path: mask[k] for path, mask in old.items()}
             weights = network.weights(self.update)
             if self.method == "saliency":
-                chosen = self._most_salient(network, k, weights, batch, frames)
+                chosen = self._most_salient(network, k, weights, masks if self.scored_under == "own" else None, batch, frames)
             else:
                 grow = None
                 if self.method == "rigl":
@@ -186,22 +213,29 @@ class MaskSchedule:
         return new
 
     def _most_salient(
-        self, network: MaskedNetwork, k: Any, weights: Mapping[Path, Tensor], batch: Any, frames: int
+        self,
+        network: MaskedNetwork,
+        k: Any,
+        weights: Mapping[Path, Tensor],
+        masks: Mapping[Path, Tensor] | None,
+        batch: Any,
+        frames: int,
     ) -> dict[Path, Tensor]:
-        gradients = self._gradients(network, k, None, batch, frames)
+        gradients = self._gradients(network, k, masks, batch, frames)
         names = {".".join(path): path for path in weights}
         scores = saliency(*({".".join(path): value for path, value in each.items()} for each in (weights, gradients)))
         place = f"{network.group}/{k if isinstance(k, int) else 'all'}"
         scores = self._average[place] = moving_average(self._average.get(place), scores, self.average_decay)
         if self.layers == "global":
-            masks = global_top_k(scores, self.density)
+            chosen = global_top_k(scores, self.density)
         else:  # each of several separate networks by itself
-            separate, densities = not isinstance(k, int), self._densities(scores)
+            separate = not isinstance(k, int)
+            densities = self._densities({name: score[0] if separate else score for name, score in scores.items()})
             count = len(next(iter(scores.values()))) if separate else 1
             each = [{name: score[i] if separate else score for name, score in scores.items()} for i in range(count)]
             parts = [layer_top_k(own, densities) for own in each]
-            masks = {name: torch.stack([part[name] for part in parts]) if separate else parts[0][name] for name in scores}
-        return {names[name]: mask for name, mask in masks.items()}
+            chosen = {name: torch.stack([part[name] for part in parts]) if separate else parts[0][name] for name in scores}
+        return {names[name]: mask for name, mask in chosen.items()}
 
     def _replaced(
         self,
@@ -215,7 +249,7 @@ class MaskSchedule:
         fraction = cosine_decay(frames, self.end, self.fraction) if self.end else self.fraction
         changed = {}
         for path, mask in masks.items():
-            layers = mask if mask.ndim == 3 else mask.unsqueeze(0)
+            layers = mask.unsqueeze(0) if isinstance(k, int) else mask
             parts = []
             for i, layer in enumerate(layers):
                 keep = weights[path].view(layers.shape)[i].abs()
@@ -228,43 +262,11 @@ class MaskSchedule:
     def _gradients(
         self, network: MaskedNetwork, k: Any, masks: Mapping[Path, Tensor] | None, batch: Any, frames: int
     ) -> dict[Path, Tensor]:
-        """The loss's gradient with respect to the weights as they enter the network, those outside the masks too.
+        generator = torch.Generator(self.update.device).manual_seed(_seed(self.seed, frames, network.group))
+        return loss_gradients(self.update, network, k, masks, batch, generator, actors_too=self.scored_by == "both")
 
-        With ``masks``, at the masked network; without, at the dense one. The target network is masked as the online one.
-        """
-        update, device = self.update, self.update.device
-        params, loss = update.state.get("params"), update.loss
-        generator = torch.Generator(device).manual_seed(_seed(self.seed, frames, network.group))
-        batch = batch.to(device)
-        draws = loss.draw(batch, generator)
-        count = next(iter(network.masks(update).values())).shape[0]
-        asked = torch.tensor([k], device=device) if isinstance(k, int) else torch.arange(count, device=device)
-        if network.draw == "critic":
-            draws.set("critic", asked)
-            if isinstance(k, int):  # under one mask, the target too
-                draws.set("target", asked.expand(draws.get("target").shape))
-        elif isinstance(k, int):
-            draws.set(network.draw, asked.squeeze(0))
-        compute = network.step.objective
-        assert compute is not None  # of a step that trains a network
-        ones = {path: torch.ones_like(mask) for path, mask in network.masks(update).items()}
-        replaced = {network.mask_path(path): one for path, one in ones.items()}
-        weights = dict(network.weights(update))
-        for path, mask in (masks or {}).items():
-            weights[path] = weights[path] * mask
-            target = (f"target_{path[0]}", *path[1:])
-            if target in params.keys(True, True):
-                replaced[target] = params.get(target) * mask
-
-        def objective(weights: dict[Path, Tensor]) -> Tensor:
-            return compute(batch, draws, params.copy().update(TensorDict({**replaced, **weights})))[0]
-
-        return grad(objective)(weights)
-
-    def _densities(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
-        rule = erdos_renyi_densities if self.layers == "erk" else uniform_densities
-        layers = {name: score[0] if score.ndim == 3 else score for name, score in scores.items()}
-        return rule(layers, self.density)
+    def _densities(self, layers: Mapping[str, Tensor]) -> dict[str, float]:
+        return (erdos_renyi_densities if self.layers == "erk" else uniform_densities)(layers, self.density)
 
     @torch.no_grad()
     def _begin(self) -> None:
@@ -272,7 +274,7 @@ class MaskSchedule:
         generator = torch.Generator().manual_seed(self.seed)
         for network in self._networks:
             old = network.masks(self.update)
-            densities = self._densities({".".join(path): mask for path, mask in old.items()})
+            densities = self._densities({".".join(path): mask[0] for path, mask in old.items()})
             new = {}
             for path, mask in old.items():
                 layers = []
@@ -284,15 +286,7 @@ class MaskSchedule:
 
     def _write(self, network: MaskedNetwork, old: Mapping[Path, Tensor], new: Mapping[Path, Tensor]) -> None:
         """Put new masks in the place of the old ones, and do to weights and moments what the options say."""
-        weights = network.weights(self.update)
-        moments = network.moments(self.update)
-        empty = [".".join(path[1:-1]) for path, mask in new.items() if not mask.flatten(1).any(1).all()]
-        if empty:
-            warnings.warn(
-                f"{len(empty)} layer{'s' * (len(empty) > 1)} of {network.group} ({', '.join(empty)}) keep no weight of a "
-                f"subnetwork, whose output is constant: raise density={self.density}, or share it out with layers='erk'.",
-                stacklevel=3,
-            )
+        weights, moments = network.weights(self.update), network.moments(self.update)
         for path, mask in new.items():
             shared = weights[path].ndim < mask.ndim  # one weight under several masks sleeps where none has it
             was, now = (each.any(0) if shared else each for each in (old[path], mask))
@@ -302,8 +296,18 @@ class MaskSchedule:
                 moment.masked_fill_(~now, 0.0)
             old[path].copy_(mask)
 
+    def _warn(self, metrics: Mapping[str, float]) -> None:
+        layers, units = (int(metrics[f"masks/{what}"]) for what in ("layers_without_weights", "units_without_inputs"))
+        if (layers or units) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{layers} layer{'s' * (layers != 1)} and {units} units of the subnetworks keep no weight and are constants: "
+                f"raise density={self.density:g}, or share it out with layers='erk'.",
+                stacklevel=3,
+            )
+
     def _freeze(self, frames: int) -> None:
-        if self.frozen_at is None:
+        if self.frozen_at is None and frames >= self.warm_up_frames:
             self.frozen_at = frames
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from omnet_torchrl.masks import mask_iou
+from omnet_torchrl.topology import mask_overlap
 from omnet_torchrl.updates.adam import MOMENTS
 from omnet_torchrl.updates.update import Update
 
@@ -19,7 +22,7 @@ class MaskedNetwork:
     def __init__(self, update: Update, group: str, paths: Sequence[Path]):
         self.group, self.paths = group, list(paths)
         self.step = next(step for step in update.steps.values() if group in step.trains)
-        self.draw = "actor" if "actor" in group else "critic"
+        self.role = "actor" if "actor" in group else "critic"
         masks, weights = self.masks(update), self.weights(update)
         shared = any(weights[path].ndim < masks[path].ndim for path in self.paths)
         # Which masks are chosen together: each of those over one weight by itself, or those of separate networks.
@@ -66,4 +69,42 @@ def masked_networks(update: Update) -> list[MaskedNetwork]:
         raise ValueError(
             "no network of the loss has weights with masks: build it of MaskedMLP, or of EnsembleMLP with a sparsity."
         )
-    return [MaskedNetwork(update, group, sorted(paths)) for group, paths in sorted(found.items())]
+    return [MaskedNetwork(update, group, sorted(paths, key=_place)) for group, paths in sorted(found.items())]
+
+
+def mask_statistics(
+    networks: Sequence[MaskedNetwork], before: Sequence[Mapping[Path, Tensor]], after: Sequence[Mapping[Path, Tensor]]
+) -> dict[str, float]:
+    """What is logged of a change of masks; numbers of layers and units are summed over the subnetworks.
+
+    Args:
+        networks (sequence of MaskedNetwork): all of a loss.
+        before, after (sequence of mapping): the masks of each.
+
+    Returns:
+        dict: ``masks/overlap`` (Jaccard) and ``masks/density`` over everything; ``masks/layers_without_weights`` and
+        ``masks/units_without_inputs``; ``masks/density_critic_0`` and so on, of each layer; and, where one weight tensor has N
+        masks, ``masks/overlap_subnets``, the mean overlap of two of them.
+    """
+    was, now = ({".".join(path): mask for each in masks for path, mask in each.items()} for masks in (before, after))
+    kept, total = (sum(int(each(mask)) for mask in now.values()) for each in (torch.sum, torch.numel))
+    units = [mask.flatten(2).any(-1) for mask in now.values()]  # (N, out) of each layer: whether it has an input
+    metrics = {
+        "masks/overlap": mask_overlap(was, now),
+        "masks/density": kept / total,
+        "masks/layers_without_weights": float(sum(int((~layer.any(-1)).sum()) for layer in units)),
+        "masks/units_without_inputs": float(sum(int((~layer).sum()) for layer in units)),
+    }
+    overlaps = []
+    for network, masks in zip(networks, after, strict=True):
+        for i, mask in enumerate(masks.values()):
+            metrics[f"masks/density_{network.role}_{i}"] = mask.sum().item() / mask.numel()
+        if (count := len(network.rankings)) > 1:
+            pairs = mask_iou(torch.cat([mask.flatten(1) for mask in masks.values()], 1))
+            overlaps.append((pairs.sum().item() - count) / (count * (count - 1)))
+    return metrics | ({"masks/overlap_subnets": sum(overlaps) / len(overlaps)} if overlaps else {})
+
+
+def _place(path: Path) -> list[tuple[int, str]]:
+    """Of a layer in its network: the tenth comes after the ninth."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path]

@@ -23,6 +23,7 @@ from torchrl.data import PrioritizedSampler, ReplayBuffer
 from omnet_torchrl.layers import RunningNormalization
 from omnet_torchrl.metrics import subnet_disagreement
 from omnet_torchrl.training.loop.exploration import Exploring
+from omnet_torchrl.training.loop.mask_changes import MaskChanges
 from omnet_torchrl.training.loop.resumption import collection_state, compare, load_collection, setting
 from omnet_torchrl.training.loop.stopping import AbandonedError, DivergenceError, Stop, check_finite
 from omnet_torchrl.training.loop.streams import GlobalStream, Streams, derived_seed
@@ -30,7 +31,7 @@ from omnet_torchrl.training.options import TrainConfig
 from omnet_torchrl.training.record.checkpoint import Checkpointer, check_shapes, load_replay
 from omnet_torchrl.training.record.files import CheckpointError, one_line
 from omnet_torchrl.training.record.reporter import Reporter
-from omnet_torchrl.updates import CompiledPolicy, Update
+from omnet_torchrl.updates import CompiledPolicy, MaskSchedule, Update
 
 
 class Trainer:
@@ -47,6 +48,8 @@ class Trainer:
         config (TrainConfig): the run's options, of which the schedule is read: how many frames and updates, when to log, to
             evaluate, to save and to reset (SR-SAC, "Sample-Efficient Reinforcement Learning by Breaking the Replay Ratio
             Barrier", D'Oro et al., 2023), and the seed.
+        topology (MaskSchedule or None): changes masks before the updates of a frame, if the options have a ``topology.method``.
+            ``None`` (default): masks stay.
     """
 
     def __init__(
@@ -58,11 +61,13 @@ class Trainer:
         checkpointer: Checkpointer,
         reporter: Reporter,
         config: TrainConfig,
+        topology: MaskSchedule | None = None,
     ):
         if isinstance(buffer.sampler, PrioritizedSampler):
             raise ValueError("buffer must not have a PrioritizedSampler: the trainer updates no priorities.")
         self.collector, self.buffer, self.update, self.evaluate = collector, buffer, update, evaluate
         self.checkpointer, self.reporter, self.config = checkpointer, reporter, config
+        self.masks = MaskChanges(topology, buffer, config)
         self.frames = 0
         self.elapsed = 0.0  # seconds, those before a resume included
         self.times = dict.fromkeys(("collect", "sample", "update", "log", "evaluate", "save"), 0.0)  # where they went
@@ -115,6 +120,7 @@ class Trainer:
         load_replay(self.buffer, files, state["writer"])
         self.update.load_state_dict(state["update"])
         load_collection(self.collector, state)
+        self.masks.load_state_dict(state)
         self._random.load_state_dict(state["random"], state["frames"])
         self.frames, self.update.updates, self.last = state["frames"], state["updates"], state["last"]
         self._metrics, self._log_due = dict(state["metrics"]), state["log_due"]
@@ -157,6 +163,7 @@ class Trainer:
             "update": {name: part for name, part in self.update.state_dict().items() if name != "updates"},  # it is above
             "writer": dict(self.buffer.writer.state_dict()),
             "random": self._random.state_dict(),
+            **self.masks.state_dict(),
             **collection_state(self.collector),
             **setting(self.config, self.update),
         }
@@ -172,9 +179,13 @@ class Trainer:
                     before = self.frames
                     self._reset_networks()
                     batch = self._collect(collected)
+                    with self._timed("update"):
+                        self._log(self.masks.step(self.frames, self.last.get("eval/return")))
                     metrics = self._train(before)
                     self.elapsed = time.perf_counter() - start
                     self._report(before, batch, metrics)
+                if self.finished:
+                    self.masks.say_if_never_frozen(self.last, self.reporter.say)
                 with self._timed("save"):
                     self.save()
             except DivergenceError as error:
@@ -301,6 +312,8 @@ class Trainer:
                 self._diverge(f"{', '.join(wrong)} not finite at frame {self.frames}, update {self.updates}.")
 
     def _log(self, metrics: Mapping[str, float]) -> None:
+        if not metrics:
+            return
         self.last.update(metrics)
         self.reporter.log(self.frames, self.elapsed, metrics)
 

@@ -2,7 +2,7 @@
 
 from omnet_torchrl.training.device import resolve_device
 from omnet_torchrl.training.options.checks import differences, load_config, save_config, to_config, validate
-from omnet_torchrl.training.options.options import LossConfig, NetworkConfig, OptimConfig, TrainConfig
+from omnet_torchrl.training.options.options import LossConfig, NetworkConfig, OptimConfig, TopologyConfig, TrainConfig
 from omnet_torchrl.training.options.rows import ROWS, Row, row
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "NetworkConfig",
     "OptimConfig",
     "Row",
+    "TopologyConfig",
     "TrainConfig",
     "differences",
     "load_config",

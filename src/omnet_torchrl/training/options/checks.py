@@ -23,9 +23,10 @@ from yaml import YAMLError
 
 from omnet_torchrl.training.device import resolve_device
 from omnet_torchrl.training.options.memory import check_memory
-from omnet_torchrl.training.options.options import TrainConfig
+from omnet_torchrl.training.options.options import TopologyConfig, TrainConfig
 from omnet_torchrl.training.options.rows import ROWS, network_sparsity, row
 from omnet_torchrl.training.record.files import one_line, read_file, replace_file
+from omnet_torchrl.updates.mask_schedule import CHOICES
 
 # What a resumed run may change: how long it lasts (total_frames may only grow), how it is watched and kept, and where it is
 # computed. Everything else decides which numbers it trains on, and a run of two halves would be neither of the two.
@@ -40,8 +41,9 @@ UNBOUND = ("folder", "resume", "progress", "device", "compile", "num_threads")
 # run would: an environment is made for each of num_envs and of the episodes of an evaluation.
 _RANGES = {
     "[1, 1e12]": "total_frames init_random_frames policy_update_delay buffer_size log_interval reset_interval eval.interval "
-    "optim.batch_size optim.target_update_interval exploration.epsilon_frames max_episode_steps",
-    "[0, 1e12]": "checkpoint.interval",
+    "optim.batch_size optim.target_update_interval exploration.epsilon_frames max_episode_steps topology.interval topology.end "
+    "topology.recent_frames",
+    "[0, 1e12]": "checkpoint.interval topology.warm_up_frames",
     "[1, 1e6]": "network.num_subnets network.fan_in",
     "[2, 1e6]": "checkpoint.keep",
     "[1, 4096]": "num_envs network.channels",
@@ -51,24 +53,33 @@ _RANGES = {
     "(0, 1e6]": "utd_ratio",
     "(0, inf)": "loss.alpha_init optim.lr",
     "[0, inf)": "loss.l1 observation_offset exploration.noise loss.policy_noise loss.noise_clip",
-    "[0, 1]": "loss.gamma exploration.epsilon_start exploration.epsilon_end",
-    "[0, 1)": "network.dropout",
-    "(0, 1]": "optim.tau",
-    "(-inf, inf)": "loss.target_entropy",
+    "[0, 1]": "loss.gamma exploration.epsilon_start exploration.epsilon_end topology.fraction",
+    "[0, 1)": "network.dropout topology.average_decay",
+    "(0, 1]": "optim.tau topology.freeze_overlap",
+    "(-inf, inf)": "loss.target_entropy topology.freeze_return",
 }
 MAX_LAYERS = 64
 MINATAR = "MinAtar/"  # before the name of a game
 STRUCTURES = ("random", "spatial", "predictive", "l1")
 _CHOICES = {
     "network.critic": ("masked", "separate"),
-    "network.actor": ("masked", "dense"),
+    "network.actor": ("masked", "dense", "sparse"),
     "network.masks": ("weight", "unit", "redrawn"),
+    **{f"topology.{name}": choices for name, choices in CHOICES.items()},
     "loss.value_reduction": ("mean", "min", "first"),
     "loss.target_reduction": ("min", "mean", "subnet"),
     "loss.loss_function": ("l2", "l1", "smooth_l1"),
     "precision": ("float32", "bfloat16"),
     "logger": ("csv", "tensorboard", "wandb"),
     "wandb.mode": ("offline", "online", "disabled"),
+}
+
+# Options of topology that only some methods read.
+_METHODS = {
+    **dict.fromkeys(("average_decay", "scored_under"), ("saliency",)),
+    **dict.fromkeys(("scored_by", "recent_frames"), ("saliency", "rigl")),
+    **dict.fromkeys(("fraction",), ("rigl", "set")),
+    **dict.fromkeys(("interval", "warm_up_frames", "freeze_overlap", "freeze_return", "end"), ("saliency", "rigl", "set")),
 }
 
 if not OmegaConf.has_resolver("now"):  # of ${now:...}; Hydra replaces it with its own, which does the same
@@ -119,6 +130,7 @@ def validate(config: TrainConfig) -> None:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {values[name]!r}; did you mean {closest}?")
     _check_network(typed)
     _check_loss(typed)
+    _check_topology(typed)
     _check_frames(typed)
     check_memory(typed, resolve_device(typed.device))
     for name, value in leaves(config).items():
@@ -257,6 +269,42 @@ def _check_loss(config: TrainConfig) -> None:
         raise ValueError(f"normalize_observations must be false with env={config.env}, whose cells are booleans: leave it out.")
     if config.eval.bias_episodes and kind != "sac":
         raise ValueError(f"eval.bias_episodes must be 0 with algorithm={config.algorithm}, got {config.eval.bias_episodes}.")
+
+
+def _check_topology(config: TrainConfig) -> None:
+    """What contradicts a schedule of masks, or is read by another one only."""
+    network, topology, method = config.network, config.topology, config.topology.method
+    given = {name: value for name, value in vars(topology).items() if value != getattr(TopologyConfig(), name)}
+    for name in given:
+        known = _METHODS.get(name, CHOICES["method"])
+        if method not in known:
+            needs = f"only with topology.method={' or '.join(known)}, got topology.method={method or 'null'}"
+            raise ValueError(f"topology.{name}={given[name]} is read {needs}: leave it out.")
+    if method is None:
+        if network.actor == "sparse":
+            raise ValueError(
+                "network.actor=sparse needs topology.method, which chooses its mask, got null: give one, or dense."
+            )
+        return
+    needed: dict[str, Any] = {"masks": "weight", "dense_input": False, "dense_output": False, "freeze_hidden": False}
+    for name, value in {**needed, "structure": None}.items():
+        if (got := getattr(network, name)) != value:
+            expected = f"network.{name} must be {str(value).lower() if value is not None else 'null'}"
+            raise ValueError(f"{expected} with topology.method={method}, which changes the masks of all layers, got {got}.")
+    if isinstance(network.sparsity, list):
+        reason = "topology.layers shares the weights out to layers"
+        raise ValueError(
+            f"network.sparsity must be one number with topology.method={method}: {reason}, got {network.sparsity}."
+        )
+    if topology.layers == "global" and method != "saliency":
+        raise ValueError(f"topology.layers must be erk or uniform with topology.method={method}, got global.")
+    if topology.scored_by == "both" and row(config.algorithm).loss != "sac":
+        raise ValueError(f"topology.scored_by must be critic with algorithm={config.algorithm}, which is not SAC, got both.")
+    if topology.freeze_return is not None and not config.eval.episodes:
+        raise ValueError(f"topology.freeze_return={topology.freeze_return:g} needs evaluations, got eval.episodes=0.")
+    if topology.end is not None and topology.end <= config.init_random_frames:
+        limit = f"init_random_frames={config.init_random_frames}, when masks are first chosen"
+        raise ValueError(f"topology.end must be above {limit}, got {topology.end}: raise it.")
 
 
 def _check_frames(config: TrainConfig) -> None:

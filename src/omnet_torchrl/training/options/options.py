@@ -16,7 +16,7 @@ class NetworkConfig:
 
     num_subnets: int = 5  # N, subnetworks of the critic and of the actor; with masks=redrawn, how many stand for "all N"
     critic: str = "masked"  # masked: one network under num_subnets masks; separate: num_subnets networks
-    actor: str = "masked"  # masked: as the critic; dense: one network without masks
+    actor: str = "masked"  # masked: as the critic; dense: one network without masks; sparse: one under one, see topology
     channels: int | None = None  # of a convolution of 3 x 3 before the layers, for MinAtar; None: no convolution
     structure: str | None = None  # of the first layer, for MinAtar: random, spatial, predictive or l1; None: the masks' alone
     fan_in: int | None = None  # inputs that a unit of a random or predictive structure keeps; None: 9 cells, all channels
@@ -74,6 +74,26 @@ class ExplorationConfig:
 
 
 @dataclass
+class TopologyConfig:
+    """Masks that change between updates, see :class:`~omnet_torchrl.MaskSchedule`; each keeps 1 - network.sparsity."""
+
+    method: str | None = None  # saliency (DAPD), rigl, set or static (random masks); None: masks stay as the network drew them
+    layers: str | None = None  # global (one ranking), erk or uniform; None: global with saliency, erk with the others
+    interval: int = 1_000  # frames between two changes; the first ones come with the first updates
+    warm_up_frames: int = 0  # no freeze rule counts before this frame
+    freeze_overlap: float | None = None  # masks stay from the change on whose overlap (Jaccard) reaches it; None: no such rule
+    freeze_return: float | None = None  # masks stay from the evaluation on that is above it (DAPD's rule); None: no such rule
+    end: int | None = None  # last frame of a change, where RigL's and SET's fraction has fallen to 0; None: no end, no fall
+    fraction: float = 0.5  # RigL, SET: share of the weights that is replaced at first
+    average_decay: float = 0.0  # saliency: of the moving average of scores; 0: the newest scores alone
+    scored_under: str = "dense"  # saliency: the network without masks (DAPD), or under its own masks
+    scored_by: str = "critic"  # whose loss scores the critic: the critic's, or both, its own and the actor's
+    recent_frames: int | None = 1_000  # a change is scored on a batch of so many newest transitions; None: of all
+    grown_weights: str = "kept"  # a weight that comes has the value that it had (kept) or zero
+    reset_moments: bool = True  # forget Adam's moments of weights that leave, so that they do not move
+
+
+@dataclass
 class EvalConfig:
     """Deterministic episodes in an environment of their own, which cycle through the subnetworks."""
 
@@ -128,6 +148,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

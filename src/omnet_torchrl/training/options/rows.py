@@ -89,6 +89,28 @@ def _dqn(label: str, num_subnets: int = 1, sparsity: float = 0.0, critic: str = 
     return Row(label, {"network": network, "optim": optim, "loss": {**defaults, **loss}, **numbers}, loss="dqn")
 
 
+# Masks that follow the weights, 95 % sparse (Arnob et al., 2024, and Graesser et al., 2022); sac_small has as many parameters.
+_FREEZE = {"freeze_overlap": 0.8, "warm_up_frames": 20_000, "end": 60_000}
+
+
+def _sparse(label: str, method: str, **topology: Any) -> Row:
+    """SAC with two critics and an actor under a mask each."""
+    network = {"actor": "sparse", "sparsity": 0.95}
+    masks = {"method": method, **topology}
+    return Row(label, _separate(2, network=network, topology=masks, utd_ratio=1, policy_update_delay=1))
+
+
+ROWS |= {
+    "dapd": _sparse("DAPD", "saliency", **_FREEZE),
+    "rigl": _sparse("RigL", "rigl", end=240_000, grown_weights="zero"),
+    "set": _sparse("SET", "set", fraction=0.05, grown_weights="zero"),
+    "static_erk": _sparse("static sparse SAC", "static"),
+    "sac_small": Row("small SAC", _separate(2, network={"num_cells": [52, 52]}, utd_ratio=1, policy_update_delay=1)),
+    "omnet_adaptive": Row(
+        "OMNet, adaptive masks", {"topology": {"method": "saliency", "layers": "uniform", "scored_under": "own"}}
+    ),
+}
+
 ROWS |= {
     "omnet_dqn": _dqn("OMNet-DQN", 5, 0.5, num_target_subnets=2, double_dqn=True),
     "dqn": _dqn("DQN"),

@@ -7,6 +7,7 @@ picture can be drawn in the middle of a run, in any thread, without a display.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import os
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from omnet_torchrl.training.record.folder import RunFolder
 from omnet_torchrl.training.record.metrics import read_metrics
 from omnet_torchrl.training.record.terminal import count
 
-# The small pictures: title, metric, colour, whether on a logarithmic scale. Those without values are left out.
+# The small pictures: title, metric (with a *, all that begin so), colour, whether on a logarithmic scale. Those without values
+# are left out.
 PANELS = (
     ("critic loss", "train/loss_qvalue", "tab:red", True),
     ("Q value, mean of the batch", "train/qvalue", "tab:blue", False),
@@ -27,6 +29,9 @@ PANELS = (
     ("entropy of the policy, nats", "train/entropy", "tab:green", False),
     ("disagreement of the subnets on Q", "subnets/q_std", "tab:purple", False),
     ("distance of their actions", "subnets/action_distance", "tab:brown", False),
+    ("overlap of the masks with those before", "masks/overlap", "tab:cyan", False),
+    ("overlap of the subnets' masks", "masks/overlap_subnets", "tab:pink", False),
+    ("density of each layer", "masks/density_*", None, True),
 )
 
 
@@ -50,29 +55,21 @@ def learning_curve(source: RunFolder | str | Path, path: str | Path | None = Non
         frames, values = map(np.asarray, series)
         if np.isfinite(values).any():
             metrics[name] = frames[np.isfinite(values)], values[np.isfinite(values)]
-    panels = [panel for panel in PANELS if panel[1] in metrics]
-    lines = -(-len(panels) // 3)
-    figure = Figure(figsize=(9, 4.2 + 1.9 * lines), dpi=120, layout="constrained")
+    panels = [(panel, lines) for panel in PANELS if (lines := fnmatch.filter(metrics, panel[1]))]
+    rows = -(-len(panels) // 3)
+    figure = Figure(figsize=(9, 4.2 + 1.9 * rows), dpi=120, layout="constrained")
     figure.suptitle(_title(metrics_path.parent) if title is None else title, fontsize=12)
-    grid = figure.add_gridspec(1 + lines, 3, height_ratios=[2.2] + [1] * lines)
+    grid = figure.add_gridspec(1 + rows, 3, height_ratios=[2.2] + [1] * rows)
     _draw_returns(figure.add_subplot(grid[0, :]), metrics)
-    for i, (label, name, colour, log) in enumerate(panels):
-        axes = figure.add_subplot(grid[1 + i // 3, i % 3])
-        frames, values = metrics[name]
-        axes.plot(frames, values, color=colour, linewidth=0.8, marker="." if len(frames) < 30 else "")
-        axes.set_title(label, fontsize=9)
-        # Below a decade, a logarithmic axis has hardly a round number to show.
-        if log and values.min() > 0 and values.max() > 10 * values.min():
-            axes.set_yscale("log")
-        else:
-            axes.yaxis.set_major_locator(MaxNLocator(4))
+    for i, (panel, lines) in enumerate(panels):
+        _draw_panel(figure.add_subplot(grid[1 + i // 3, i % 3]), panel, {line: metrics[line] for line in lines})
     end = max((frames[-1] for frames, _ in metrics.values()), default=1)
     for axes in figure.axes:
         axes.set_xlim(0, end)
         axes.set_xlabel("frames", fontsize=9)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda frames, _: count(frames)))
-        axes.xaxis.set_major_locator(MaxNLocator(8 if axes.get_legend() else 4, steps=[1, 2, 2.5, 5, 10], integer=True))
-        axes.tick_params(labelsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(8 if axes is figure.axes[0] else 4, steps=[1, 2, 2.5, 5, 10], integer=True))
+        axes.tick_params(labelsize=8, which="both")
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     return save(figure, metrics_path.with_name("learning_curve.png") if path is None else Path(path))
@@ -108,6 +105,22 @@ def _draw_returns(axes: Axes, metrics: dict[str, tuple[np.ndarray, np.ndarray]])
         axes.legend(loc="upper left", fontsize=8, frameon=False)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.set_ylabel("return of an episode, undiscounted", fontsize=9)
+
+
+def _draw_panel(axes: Axes, panel: tuple[str, str, str | None, bool], lines: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    label, name, colour, log = panel
+    for line, (frames, values) in lines.items():
+        of = line.removeprefix(name[:-1]).replace("_", " ") if len(lines) > 1 else None
+        axes.plot(frames, values, color=colour, linewidth=0.8, marker="." if len(frames) < 30 else "", label=of)
+    if len(lines) > 1:
+        axes.legend(fontsize=6, frameon=False, ncols=2)
+    axes.set_title(label, fontsize=9)
+    every = np.concatenate([values for _, values in lines.values()])
+    # Below a decade, a logarithmic axis has hardly a round number to show.
+    if log and every.min() > 0 and every.max() > 10 * every.min():
+        axes.set_yscale("log")
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(4))
 
 
 def main() -> None:

@@ -1,0 +1,66 @@
+"""The gradients that masks are chosen by: of a loss, with respect to all weights of a network, those outside its masks too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torch.func import grad
+
+from omnet_torchrl.updates.masked_networks import MaskedNetwork, Path
+from omnet_torchrl.updates.update import Update
+
+
+def loss_gradients(
+    update: Update,
+    network: MaskedNetwork,
+    k: int | slice,
+    masks: Mapping[Path, Tensor] | None,
+    batch: TensorDictBase,
+    generator: torch.Generator,
+    *,
+    actors_too: bool = False,
+) -> dict[Path, Tensor]:
+    """The loss's gradient with respect to the weights as they enter the network.
+
+    Args:
+        update (Update): whose loss is asked; nothing of it is changed.
+        network (MaskedNetwork): the network.
+        k (int or slice): of masks over one weight tensor, which one; ``slice(None)``: all of several separate networks.
+        masks (mapping or None): the network is asked under these, and its target too. ``None``: without masks.
+        batch (TensorDictBase): ``(B,)`` transitions.
+        generator (torch.Generator): of the loss's draws.
+
+    Keyword Args:
+        actors_too (bool): add the gradient of the actor's loss with respect to the critic. Defaults to ``False``.
+    """
+    params, loss, device = update.state.get("params"), update.loss, update.device
+    batch = batch.to(device)
+    draws = loss.draw(batch, generator)
+    if isinstance(k, int):  # under one mask, everything
+        for name in ("critic", "target", "value") if network.role == "critic" else ("actor",):
+            if name in draws.keys():
+                draws.set(name, torch.full_like(draws.get(name)[:1] if name == "critic" else draws.get(name), k))
+    elif network.role == "critic":
+        draws.set("critic", torch.arange(loss.num_subnets, device=device))
+    compute: Any = network.step.objective
+    replaced = {network.mask_path(path): torch.ones_like(mask) for path, mask in network.masks(update).items()}
+    weights = dict(network.weights(update))
+    for path, mask in (masks or {}).items():
+        weights[path] = weights[path] * mask
+        target = (f"target_{path[0]}", *path[1:])
+        if target in params.keys(True, True):
+            replaced[target] = params.get(target) * mask
+
+    def objective(weights: dict[Path, Tensor]) -> Tensor:
+        given = params.copy().update(TensorDict({**replaced, **weights}))
+        total = compute(batch, draws, given)[0]
+        if actors_too and network.role == "critic":
+            action = loss.actor_loss(batch, draws=draws, params=given)[1]["action"]
+            total = total - loss.value(batch, action, draws.get("value"), params=given.get(network.group)).mean()
+        return total
+
+    return grad(objective)(weights)
