@@ -44,7 +44,10 @@ FOLDERS = {
         "dropout": {"indexed"},
         "__init__": {"convolutions", "indexed", "masked", "ensembles", "units", "redrawn", "dropout"},
     },
-    "envs": {"maze": set(), "minatar": set(), "__init__": {"maze", "minatar"}},
+    "envs": {
+        **{name: set() for name in ("maze", "minatar", "suites", "tasks")},
+        "__init__": {"maze", "minatar", "suites", "tasks"},
+    },
     "objectives": {
         "draws": set(),
         "networks": set(),

@@ -100,7 +100,7 @@ def make_half_cheetah(task: str, **kwargs: Any) -> Any:
     _check_gait(task)
     gymnasium = importlib.import_module("gymnasium")
 
-    class HalfCheetahTask(gymnasium.Wrapper):  # type: ignore[name-defined, misc]
+    class HalfCheetahTask(gymnasium.Wrapper):  # type: ignore[name-defined]
         def step(self, action: Any) -> Any:
             observation, _, terminated, truncated, info = self.env.step(action)
             height = float(self.unwrapped.data.qpos[1])  # 0 where an episode starts

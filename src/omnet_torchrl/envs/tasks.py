@@ -46,8 +46,7 @@ class TasksEnv(EnvBase):
         successful in any of its steps so far.
 
     Raises:
-        ValueError: fewer than two environments; spaces that differ, or are not vectors; as many names as environments are
-            expected.
+        ValueError: fewer than two environments, or another number of names; spaces that differ, or are not vectors.
 
     Examples:
         >>> import gymnasium
