@@ -38,12 +38,16 @@ from omnet_torchrl.training.build import build, network_options, training_flops
 from omnet_torchrl.training.loop import evaluation as evaluation_module
 from omnet_torchrl.training.loop.environments import env_options
 from omnet_torchrl.training.loop.streams import derived_seed
+from omnet_torchrl.training.loop.tasks import task_labels
 from omnet_torchrl.training.options import ROWS, LossConfig, NetworkConfig, TrainConfig, row, to_config
 from omnet_torchrl.training.options.rows import dropout, network_sparsity, target_entropy
 from omnet_torchrl.training.record.checkpoint import Checkpointer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-EXAMPLE = {"sac": EXAMPLES / "omnet_sac.py", "td3": EXAMPLES / "omnet_td3.py", "dqn": EXAMPLES / "minatar_dqn.py"}
+EXAMPLE = {
+    name: EXAMPLES / f"{script}.py"
+    for name, script in {"sac": "omnet_sac", "td3": "omnet_td3", "dqn": "minatar_dqn", "tasks": "multitask"}.items()
+}
 TASKS = ["Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
 REDQ_ENTROPY, HALF = [-1, -3, -4, -2], [-1.5, -3, -4, -8.5]
 
@@ -304,6 +308,8 @@ def options_of(name, **more):
             **more,
             "network": {**SMALL_DQN["network"], **channels, **more.get("network", {})},
         }
+    if ROWS[name].loss == "tasks":
+        more = {"env": "HalfCheetah/forward+backward", "max_episode_steps": 7, **more}
     reset = {"reset_interval": 30} if ROWS[name].options.get("reset_interval") else {}
     return {**SMALL, "algorithm": name, **EVERY, **reset, **more}
 
@@ -320,14 +326,16 @@ def compose(path, options, diary):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         algorithm = build(config, env.observation_spec, env.action_spec)
-    env.append_transform(SubnetPrimer(algorithm.actor.num_subnets, generator=config.seed))
+    tasks = len(task_labels(config.env)) or 1
+    fixed = torch.arange(tasks) if tasks > 1 else None
+    env.append_transform(SubnetPrimer(algorithm.actor.num_subnets, fixed=fixed, generator=config.seed))
     policy = algorithm.actor
-    if ROWS[config.algorithm].loss != "sac":
+    if ROWS[config.algorithm].loss in ("td3", "dqn"):
         policy = Exploring(CompiledPolicy(policy, compile=config.compile), config, env.action_spec)
     collector = Collector(
         env,
         policy,
-        frames_per_batch=config.num_envs,
+        frames_per_batch=config.num_envs * tasks,
         init_random_frames=config.init_random_frames,
         policy_device="cpu",
         env_device="cpu",
@@ -335,7 +343,7 @@ def compose(path, options, diary):
         auto_register_policy_transforms=False,
         track_traj_ids=False,
     )
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames))
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames // tasks))
     evaluation = Evaluation(config, algorithm.actor, algorithm.loss)
     return Trainer(collector, buffer, algorithm.update, evaluation, Checkpointer(path), diary, config)
 
@@ -434,7 +442,7 @@ def test_a_killed_run_in_the_maze_goes_on_and_its_subnetworks_ways_are_kept(tmp_
     assert all(torch.equal(ways[0][0][updates], ways[1][0][updates]) for updates in (6, 20))
 
 
-@pytest.mark.parametrize("name", ["omnet", "droq", "omnet_td3", "omnet_dqn"])
+@pytest.mark.parametrize("name", ["omnet", "droq", "omnet_td3", "omnet_dqn", "pathways"])
 def test_the_example_and_the_row_are_equal_numbers(name, tmp_path):
     """Of a whole run: the same networks, draws, losses and moments."""
     trainer = compose(tmp_path / "row", options_of(name), Stopping([], 10**9))

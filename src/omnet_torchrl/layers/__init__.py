@@ -10,4 +10,5 @@ from omnet_torchrl.layers.ensembles import EnsembleLayerNorm, EnsembleLinear, En
 from omnet_torchrl.layers.indexed import IndexedMLP, as_index, check_subnet, indexed_linear
 from omnet_torchrl.layers.masked import MaskedLinear, MaskedMLP, apply_masks
 from omnet_torchrl.layers.redrawn import RedrawnLinear, RedrawnMLP
+from omnet_torchrl.layers.shared import SharedMLP, SharedTaskLayerNorm, SharedTaskLinear
 from omnet_torchrl.layers.units import UnitLayerNorm, UnitLinear, UnitMaskedMLP

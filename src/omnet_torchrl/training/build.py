@@ -11,7 +11,8 @@ from torchrl.data import TensorSpec
 
 from omnet_torchrl.builders import make_qvalue
 from omnet_torchrl.deterministic import AnyActor, SubnetQValueActor
-from omnet_torchrl.layers import EnsembleMLP, MaskedMLP, RedrawnMLP, UnitMaskedMLP
+from omnet_torchrl.envs import task_names
+from omnet_torchrl.layers import EnsembleMLP, MaskedMLP, RedrawnMLP, SharedMLP, UnitMaskedMLP
 from omnet_torchrl.masks import each_sparsity, kept_units
 from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.modules import SubnetQValueOperator
@@ -55,8 +56,8 @@ def build(
         networks = [list(actor.parameters())]
     else:
         qvalue = make_qvalue(observation_spec, action_spec, **network_options(config, "critic"), device=device)
-        loss = (OMNetSACLoss if kind == "sac" else OMNetTD3Loss)(actor, qvalue, **loss_options(config, action_spec))
-        networks = [list(qvalue.parameters()), [*actor.parameters(), *([loss.log_alpha] if kind == "sac" else [])]]
+        loss = (OMNetTD3Loss if kind == "td3" else OMNetSACLoss)(actor, qvalue, **loss_options(config, action_spec))
+        networks = [list(qvalue.parameters()), [*actor.parameters(), *([] if kind == "td3" else [loss.log_alpha])]]
     loss.make_value_estimator(gamma=config.loss.gamma)
     optims = [optimiser([p for p in params if p.requires_grad], lr=config.optim.lr) for params in networks]
     return Algorithm(actor, qvalue, loss, Update(loss, optims, **update_options(config)))
@@ -123,16 +124,22 @@ def network_options(config: TrainConfig, role: str) -> dict[str, Any]:
     common = {"num_cells": network.num_cells, "layer_norm": getattr(network, f"{role}_layer_norm")}
     if role == "critic" and dropout(config):
         common["dropout"] = dropout(config)
-    if getattr(network, role) != "masked":
-        return {**common, "network_class": EnsembleMLP, "num_subnets": network.num_subnets if role == "critic" else 1}
+    kind, number = getattr(network, role), network.num_subnets
+    if role == "critic" and row(config.algorithm).loss == "tasks":
+        number *= config.loss.num_target_subnets or 1  # those of task t are the ones from t times this on
+    if kind in ("shared", "heads"):
+        shared = {"num_networks": number // network.num_subnets, "heads": kind == "heads"}
+        return {**common, "network_class": SharedMLP, "num_subnets": number, **shared}
+    if kind != "masked":
+        return {**common, "network_class": EnsembleMLP, "num_subnets": 1 if kind == "dense" else number}
     # Masks of their own for actor and critic, the same on every device.
     generator = derived_seed(config.seed, "masks", role)
     sparsity: dict[str, Any] = {**common, "sparsity": network_sparsity(network), "generator": generator}
     if network.masks == "redrawn":
         return {**sparsity, "network_class": RedrawnMLP}
     if network.masks == "unit":
-        return {**sparsity, "network_class": UnitMaskedMLP, "num_subnets": network.num_subnets}
-    masks = {"num_subnets": network.num_subnets, "mask_bias": network.mask_bias}
+        return {**sparsity, "network_class": UnitMaskedMLP, "num_subnets": number}
+    masks = {"num_subnets": number, "mask_bias": network.mask_bias}
     return {**sparsity, "network_class": MaskedMLP, **masks}
 
 
@@ -160,7 +167,8 @@ def loss_options(config: TrainConfig, action_spec: TensorSpec) -> dict[str, Any]
         noise = {name: getattr(loss, name) * half.mean().item() for name in ("policy_noise", "noise_clip")}
         return {**counts, **noise, "value_reduction": loss.value_reduction, "loss_function": loss.loss_function}
     entropy = {"target_entropy": target_entropy(config, half.numel()), "log_prob_offset": half.log().sum().item()}
-    return {**counts, "alpha_init": loss.alpha_init, **entropy}
+    which: dict[str, Any] = {"choose": "batch"} if kind == "tasks" else counts
+    return {**which, "alpha_init": loss.alpha_init, **entropy}
 
 
 def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator | SubnetQValueActor) -> dict[str, str]:
@@ -177,18 +185,28 @@ def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator 
     kept = ""
     if network.masks == "unit":
         kept = f", {' - '.join(map(str, qvalue.module.extract(0).num_cells))} hidden units"
-    if network.critic == "masked":
+    if row(config.algorithm).loss == "tasks":
+        each = f"{network.num_subnets} tasks, each with {config.loss.num_target_subnets} critics and an actor"
+        of = {
+            "masked": f"one network under {network.masks} masks of sparsity {network.sparsity}{kept}",
+            "separate": "separate networks",
+            "shared": "one dense network for all, told the task",
+            "heads": "one dense network for all, with an output layer for each",
+        }
+        subnets = f"{each}: {of[network.critic]}"
+    elif network.critic == "masked":
         number = "2^31, drawn at each call" if network.masks == "redrawn" else str(network.num_subnets)
         subnets = f"{number}, {network.masks} masks of sparsity {network.sparsity}{kept}, in the critic"
         subnets += "" if actor is qvalue else " and the actor" if network.actor == "masked" else "; a dense actor"
     else:
         subnets = f"{network.num_subnets} separate critics" + ", one actor" * (actor is not qvalue)
+    count = config.num_envs * len(task_names(config.env))
     every = f", actor every {config.policy_update_delay}" if actor is not qvalue else ""
     lines = {
         "algorithm": row(config.algorithm).label,
         **sizes,
         "subnets": subnets,
-        "frames": f"{config.total_frames:,}, of them {config.init_random_frames:,} random; {config.num_envs} environment(s)",
+        "frames": f"{config.total_frames:,}, of them {config.init_random_frames:,} random; {count} environment(s)",
         "updates": f"{config.utd_ratio:g} per frame{every}, batch {config.optim.batch_size}",
     }
     return lines | ({"training FLOPs": _flops(config, actor)} if row(config.algorithm).loss == "sac" else {})

@@ -25,6 +25,7 @@ from omnet_torchrl.training.loop.exploration import Exploring
 from omnet_torchrl.training.loop.resumption import collection_state, compare, load_collection, setting
 from omnet_torchrl.training.loop.stopping import AbandonedError, DivergenceError, Stop, check_finite
 from omnet_torchrl.training.loop.streams import GlobalStream, Streams, derived_seed
+from omnet_torchrl.training.loop.tasks import named, sampled, stored, task_labels
 from omnet_torchrl.training.options import TrainConfig
 from omnet_torchrl.training.record.checkpoint import Checkpointer, check_shapes, load_replay
 from omnet_torchrl.training.record.files import CheckpointError, one_line
@@ -62,6 +63,7 @@ class Trainer:
             raise ValueError("buffer must not have a PrioritizedSampler: the trainer updates no priorities.")
         self.collector, self.buffer, self.update, self.evaluate = collector, buffer, update, evaluate
         self.checkpointer, self.reporter, self.config = checkpointer, reporter, config
+        self.tasks = task_labels(config.env)
         self.frames = 0
         self.elapsed = 0.0  # seconds, those before a resume included
         self.times = dict.fromkeys(("collect", "sample", "update", "log", "evaluate", "save"), 0.0)  # where they went
@@ -129,8 +131,9 @@ class Trainer:
                 module.prepare(made_up)
         if hasattr(self.evaluate, "prepare"):
             self.evaluate.prepare()
-        transition = made_up.select(*self._kept(made_up)).reshape(-1)[0]
-        self.update.prepare(transition.expand(self.config.optim.batch_size))
+        rows, size = max(1, len(self.tasks)), self.config.optim.batch_size
+        batch = made_up.select(*self._kept(made_up)).reshape(-1)[:rows, None].expand(rows, size // rows)
+        self.update.prepare(batch if self.tasks else batch[0])
 
     def save(self) -> None:
         """Write a checkpoint, unless this frame has one or the run has diverged, which is found out here at the latest."""
@@ -212,7 +215,7 @@ class Trainer:
             for key in ("action", ("next", "observation"), ("next", "reward")):
                 check_finite(key, data.get(key), f"at frame {self.frames + data.numel()}")
             self._keys = self._keys or self._kept(data)
-            self.buffer.extend(data.select(*self._keys).reshape(-1))
+            self.buffer.extend(stored(data.select(*self._keys), self.tasks))
             self.frames += data.numel()
         return data
 
@@ -231,7 +234,7 @@ class Trainer:
             return {}
         size = self.config.optim.batch_size
         with self._timed("sample"):
-            batches = self.buffer.sample(count * size).to(self.update.device).reshape(count, size)
+            batches = sampled(self.buffer, count, size, self.tasks).to(self.update.device)
         with self._timed("update"):
             metrics = self.update(batches, generator=self._random.draws)
         self._batch = batches[-1]
@@ -283,18 +286,26 @@ class Trainer:
     def _log_training(self, before: int, data: TensorDictBase, metrics: dict[str, Tensor]) -> None:
         for i in data.get(("next", "done")).view(-1).nonzero().flatten().tolist():
             end = data.get("next").reshape(-1)[i]
-            self._log({"train/episode_return": end["episode_reward"].item(), "train/episode_length": end["step_count"].item()})
+            ended = {"episode_return": end["episode_reward"].item(), "episode_length": end["step_count"].item()}
+            if "success" in end.keys():
+                ended["success"] = float(end["success"])
+            self._log({f"train/{name}{suffix}": value for suffix in self._suffixes(i) for name, value in ended.items()})
         self._metrics |= metrics
         self._log_due |= self.updates > 0 and _crosses(self.config.log_interval, before, self.frames)
         if metrics and self._log_due:
             self._log_due = False
-            values = {f"train/{name}": value.item() for name, value in self._metrics.items()}
-            values |= {name: value.item() for name, value in subnet_disagreement(self.update.loss, self._batch).items()}
+            values = {f"train/{name}": value for name, value in named(self._metrics, self.tasks).items()}
+            if not self.tasks:  # whose subnetworks are to disagree
+                values |= {name: value.item() for name, value in subnet_disagreement(self.update.loss, self._batch).items()}
             rates = {"frames": self.frames / self.elapsed, "updates": self.updates / self.elapsed}
             self._log({**values, **{f"time/{name}_per_second": rate for name, rate in rates.items()}})
             wrong = [name for name, value in values.items() if not math.isfinite(value)]
             if wrong:
                 self._diverge(f"{', '.join(wrong)} not finite at frame {self.frames}, update {self.updates}.")
+
+    def _suffixes(self, place: int) -> list[str]:
+        """Of the names under which an episode of the environment at this place is logged: all tasks', and its own."""
+        return ["", *([f"_{self.tasks[place % len(self.tasks)]}"] if self.tasks else [])]
 
     def _log(self, metrics: Mapping[str, float]) -> None:
         self.last.update(metrics)

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+from omnet_torchrl.envs import task_names
 from omnet_torchrl.training.device import resolve_device
 from omnet_torchrl.training.options.memory import check_memory
 from omnet_torchrl.training.options.options import TrainConfig
@@ -56,8 +57,8 @@ MAX_LAYERS = 64
 MINATAR = "MinAtar/"  # before the name of a game
 STRUCTURES = ("random", "spatial", "predictive")
 _CHOICES = {
-    "network.critic": ("masked", "separate"),
-    "network.actor": ("masked", "dense"),
+    "network.critic": ("masked", "separate", "shared", "heads"),
+    "network.actor": ("masked", "dense", "separate", "shared", "heads"),
     "network.masks": ("weight", "unit", "redrawn"),
     "loss.value_reduction": ("mean", "min", "first"),
     "loss.target_reduction": ("min", "mean", "subnet"),
@@ -115,6 +116,7 @@ def validate(config: TrainConfig) -> None:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {values[name]!r}; did you mean {closest}?")
     _check_network(typed)
     _check_loss(typed)
+    _check_tasks(typed)
     _check_frames(typed)
     check_memory(typed, resolve_device(typed.device))
     for name, value in leaves(config).items():
@@ -231,6 +233,38 @@ def _check_loss(config: TrainConfig) -> None:
         raise ValueError(f"observation_offset must be 0 with env={config.env}, whose cells are booleans: leave it out.")
     if config.eval.bias_episodes and kind != "sac":
         raise ValueError(f"eval.bias_episodes must be 0 with algorithm={config.algorithm}, got {config.eval.bias_episodes}.")
+
+
+def _check_tasks(config: TrainConfig) -> None:
+    """What several tasks ask of the other options."""
+    network, names = config.network, task_names(config.env)
+    tasks, several = len(names), row(config.algorithm).loss == "tasks"
+    if several != (tasks > 1):
+        rows = ", ".join(name for name in ROWS if (ROWS[name].loss == "tasks") != several)
+        advice = f"use one of {rows}" if tasks > 1 else f"join two or more by '+', or use one of {rows}"
+        raise ValueError(f"env={config.env} is {tasks} task(s), which algorithm={config.algorithm} is not for: {advice}.")
+    for role in ("critic", "actor"):
+        kind = getattr(network, role)
+        if not several and (kind in ("shared", "heads") or (role, kind) == ("actor", "separate")):
+            raise ValueError(f"network.{role} must not be {kind} with algorithm={config.algorithm}: it is for several tasks.")
+    if not several:
+        return
+    if network.actor != network.critic or network.masks == "redrawn" or config.loss.num_trained_subnets is not None:
+        got = f"critic={network.critic}, actor={network.actor}, masks={network.masks}"
+        got += f", loss.num_trained_subnets={config.loss.num_trained_subnets}"
+        expected = "network.critic and network.actor must be the same, masks not redrawn, loss.num_trained_subnets null"
+        raise ValueError(f"with algorithm={config.algorithm}, {expected}, got {got}: leave them out.")
+    if network.num_subnets != tasks:
+        advice = f"set network.num_subnets={tasks}"
+        raise ValueError(f"network.num_subnets must be {tasks}, one for each task, got {network.num_subnets}: {advice}.")
+    if config.loss.num_target_subnets is None or config.num_envs != 1 or config.loss.replacement:
+        got = f"{config.loss.num_target_subnets}, num_envs={config.num_envs}, loss.replacement={config.loss.replacement}"
+        expected = "loss.num_target_subnets must be the critics of each task, num_envs 1, loss.replacement false"
+        raise ValueError(f"with several tasks, {expected}, got {got}: leave them out.")
+    for name, number in leaves(config).items():
+        if name in ("total_frames", "init_random_frames", "optim.batch_size", "buffer_size") and number % tasks:
+            above = math.ceil(number / tasks) * tasks
+            raise ValueError(f"{name} must be a multiple of the {tasks} tasks, got {number}: use {name}={above}.")
 
 
 def _check_frames(config: TrainConfig) -> None:
