@@ -42,7 +42,8 @@ FOLDERS = {
         "units": {"indexed"},
         "redrawn": {"indexed"},
         "dropout": {"indexed"},
-        "__init__": {"convolutions", "indexed", "masked", "ensembles", "units", "redrawn", "dropout"},
+        "shared": {"ensembles", "indexed"},
+        "__init__": {"convolutions", "indexed", "masked", "ensembles", "units", "redrawn", "dropout", "shared"},
     },
     "envs": {
         **{name: set() for name in ("maze", "minatar", "suites", "tasks")},
@@ -113,7 +114,7 @@ TRAINING = {
     "build": {"grid", "loop.streams", "options", "options.rows", "policy"},
     "device": set(),
     "policy": {"device", "record.checkpoint", "record.folder"},
-    "command_line": {"loop.environments", "loop.stopping", "options", "options.checks", "record.folder"},
+    "command_line": {"loop.environments", "loop.stopping", "options", "options.checks", "record.folder", "record.terminal"},
     "run": {
         *("build", "command_line", "policy", "options", "options.checks", "options.memory"),
         *("loop.environments", "loop.stopping", "loop.trainer"),
@@ -207,7 +208,7 @@ def test_public_names_exist_and_are_documented():
 
 
 # Whoever adds a feature also removes what it made superfluous; these are where the rooms stand, and they must not grow unseen.
-MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 7_300, 4_650
+MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 7_845, 4_680
 
 
 def test_files_functions_and_rooms_keep_within_their_budgets():

@@ -54,7 +54,7 @@ def task_names(name: str) -> tuple[str, ...]:
         inside = part.partition("/")[0] + "/"
         suite = inside if inside in (HALF_CHEETAH, META_WORLD) else suite if "/" not in part and ":" not in part else ""
         names.append(part if part.startswith(suite) else suite + part)
-        if not part or names.index(names[-1]) < len(names) - 1:
+        if (name and not part) or names.index(names[-1]) < len(names) - 1:
             what = f"{names[-1]!r} twice" if part else "an empty name"
             raise ValueError(f"the tasks of {name!r} must be different names between '+', got {what}.")
     return tuple(names)

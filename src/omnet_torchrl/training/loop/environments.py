@@ -280,7 +280,7 @@ def recorders(env: EnvBase) -> list[Border | EnvBase]:
         env = env.base_env
     if isinstance(env, Maze2DEnv | MinAtarEnv):
         return [env]
-    base: Any = env._env if isinstance(env, GymWrapper) else env
+    base: Any = env._env if isinstance(env, GymWrapper) else env if isinstance(env, TasksEnv) else None
     return list(getattr(base, "envs", [base]))
 
 

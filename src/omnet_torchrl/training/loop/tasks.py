@@ -32,8 +32,7 @@ def sampled(buffer: ReplayBuffer, count: int, size: int, tasks: Sequence[str]) -
     if not tasks:
         return buffer.sample(count * size).reshape(count, size)
     each = size // len(tasks)
-    steps = buffer.sample(count * each).auto_batch_size_(2)  # the storage of a resumed run has one dimension
-    return steps.reshape(count, each, len(tasks)).transpose(1, 2)
+    return buffer.sample(count * each).reshape(count, each, len(tasks)).transpose(1, 2)
 
 
 def named(metrics: Mapping[str, Tensor], tasks: Sequence[str]) -> dict[str, float]:

@@ -112,7 +112,7 @@ class Trainer:
             {"observation": state["carrier"]["observation"], **state["update"]["loss"]},
             {"observation": self.collector._carrier["observation"], **self.update.loss.state_dict()},
         )
-        load_replay(self.buffer, files, state["writer"])
+        load_replay(self.buffer, files, state["writer"], dims=self.update.loss.batch_dims)
         self.update.load_state_dict(state["update"])
         load_collection(self.collector, state)
         self._random.load_state_dict(state["random"], state["frames"])
