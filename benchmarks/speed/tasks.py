@@ -4,7 +4,7 @@
     python benchmarks/speed/tasks.py --tasks 10 --rounds 30
     python benchmarks/speed/tasks.py --env Meta-World/MT10          # collecting there: pip install "omnet-torchrl[metaworld]"
 
-A block is 20 updates of critics, actor and temperature on the same 20 x 256 transitions, which T tasks share out. Blocks take
+A block is 20 updates of critics, actor and temperature on the same 20 batches, which T tasks share out. Blocks take
 turns, round by round, in one process; a ratio is the median over rounds.
 """
 
@@ -32,10 +32,10 @@ CHEETAH = Task(17, 6, 1.0)
 BARS = {"updates": 1.15, "MT10": 8.0}
 
 
-def blocks(tasks: int, **options: object) -> dict[str, Block]:
+def blocks(tasks: int, size: int, **options: object) -> dict[str, Block]:
     """Updates on the same transitions: of one dense network with two critics, and of tasks, by name."""
-    flat = transitions(CHEETAH, UPDATES * BATCH).reshape(UPDATES, BATCH)
-    each = BATCH // tasks
+    flat = transitions(CHEETAH, UPDATES * size).reshape(UPDATES, size)
+    each = size // tasks
     rows = flat[:, : tasks * each].reshape(UPDATES, tasks, each)
     rows.set("subnet", torch.arange(tasks)[:, None].expand(UPDATES, tasks, each).contiguous())
     specs = CHEETAH.specs()
@@ -101,6 +101,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=4, help="of the updates (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=BATCH, help="transitions of an update, all tasks' (default: %(default)s)")
     parser.add_argument("--env", default="HalfCheetah/forward+backward+velocity_0.5+velocity_2", help="tasks to collect in")
     parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
     parser.add_argument("--no-compile", action="store_true", help="updates one operation after the other")
@@ -108,13 +109,17 @@ def main() -> None:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cases = {f"{name}, updates": block for name, block in blocks(args.tasks, compile=not args.no_compile).items()}
+        cases = {
+            f"{name}, updates": block for name, block in blocks(args.tasks, args.batch, compile=not args.no_compile).items()
+        }
         cases |= collecting(args.env)
         measure(cases, 2)
     start = time.perf_counter()
     found = measure(cases, args.rounds)
     machine = platform.processor() or platform.machine()
-    print(f"{args.tasks} tasks, {args.env}, torch {torch.__version__}, {torch.get_num_threads()} threads, {machine}")
+    print(
+        f"{args.tasks} tasks, batch {args.batch}, {args.env}, torch {torch.__version__}, {torch.get_num_threads()} threads, {machine}"
+    )
     for name, values in found.items():
         per = UPDATES if "updates" in name else 100
         print(

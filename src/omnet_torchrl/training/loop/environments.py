@@ -157,10 +157,7 @@ def make_env(
             for i, each in enumerate(names):
                 envs.append(_bordered(each, seed=i + (seed or 0), **options))
                 stack.callback(envs[-1].close)
-            if len(set(names)) > 1:
-                base = TasksEnv(envs, names, success=all(each.startswith(META_WORLD) for each in names))
-            else:
-                base = GymWrapper(envs[0] if num_envs is None else _vector(envs))
+            base = _together(envs, names, num_envs)
             stack.pop_all()
     offset = [ObservationOffset(observation_offset, generator=seed)] if observation_offset else []
     sums: list[Transform] = [RewardSum()] if sum_episodes else []
@@ -176,6 +173,12 @@ def make_env(
 
 def _games(name: str, num_envs: int | None, options: Mapping[str, Any]) -> MinAtarEnv:
     return MinAtarEnv(name.removeprefix(MINATAR), () if num_envs is None else num_envs, **(options.get("env_kwargs") or {}))
+
+
+def _together(envs: Sequence[Border], names: Sequence[str], num_envs: int | None) -> EnvBase:
+    if len(set(names)) > 1:
+        return TasksEnv(envs, names, success=all(each.startswith(META_WORLD) for each in names))
+    return GymWrapper(envs[0] if num_envs is None else _vector(envs))
 
 
 def _vector(envs: Sequence[Border]) -> gymnasium.vector.SyncVectorEnv:
