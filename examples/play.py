@@ -5,9 +5,10 @@
     python examples/play.py runs/Hopper-v4/omnet/seed0/... --video hopper.gif       # or .mp4: pip install "imageio[ffmpeg]"
     python examples/play.py runs/Hopper-v4/omnet/seed0/... --frames hopper          # PNG files
     python examples/play.py runs/MinAtar/breakout/omnet_dqn/seed0/... --video breakout.gif
+    python examples/play.py runs/HalfCheetah/forward+backward/... --task backward   # of several tasks, one alone
 
 Every subnetwork starts from the same states, those of the seeds ``--seed``, ``--seed`` + 1, ... Observations are off by as much
-as the run's were (``observation_offset``), something else in each episode.
+as the run's were (``observation_offset``), something else in each episode. A subnetwork that is a task's plays its task.
 """
 
 import argparse
@@ -38,12 +39,14 @@ from torchrl.envs import EnvBase, GymWrapper
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor
 
+from omnet_torchrl.envs import task_names
 from omnet_torchrl.training import load_policy
 from omnet_torchrl.training.loop.border import Border
 from omnet_torchrl.training.loop.environments import MAZE, env_options, make_env, make_gymnasium
 from omnet_torchrl.training.loop.rollout import rollout
+from omnet_torchrl.training.loop.tasks import task_labels
 from omnet_torchrl.training.options import load_config
-from omnet_torchrl.training.options.checks import MINATAR
+from omnet_torchrl.training.options.contradictions import MINATAR
 from omnet_torchrl.training.record.folder import RunFolder
 
 MAX_SUBNETS = 32  # masks that are redrawn at each call stand for 2^31
@@ -56,32 +59,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)  # one observation at a time
     run = RunFolder.open(args.run)
     config = load_config(run.config_path)
-    name, scale = config.env, config.observation_offset
-    player, draw, fps = make(name, draw=bool(args.video or args.frames), **env_options(config))
-    actor = load_policy(args.run)
+    name, scale, tasks = config.env, config.observation_offset, task_labels(config.env)
+    actor, chosen = load_policy(args.run), chosen_subnet(args, tasks)
     every = range(min(actor.num_subnets, MAX_SUBNETS))
-    policies = {k: actor.extract(k) for k in (every if args.subnet is None else [args.subnet])}
+    policies = {k: actor.extract(k) for k in (every if chosen is None else [chosen])}
+    names = [task_names(name)[k] for k in policies] if tasks else [name]
+    envs = [make(each, draw=bool(args.video or args.frames), **env_options(config)) for each in names]
 
     kind = "stochastic" if args.stochastic else "deterministic"
     off = f", observations off by up to {scale:g}" if scale else ""
     say(f"{name}, {kind} episodes of {run.path} ({run.info['status']}){off}")
-    say(f"{'subnet':>8}{'episodes':>10}{'return':>21}{'length':>10}")
+    width = max(8, *(2 + len(task) for task in tasks)) if tasks else 8
+    say(f"{'task' if tasks else 'subnet':>{width}}{'episodes':>10}{'return':>21}{'length':>10}")
     everything: list[tuple[float, int]] = []
-    with film(args, draw, fps) as show:
-        for k, policy in policies.items():
+    with film(args, envs[0][2]) as show:
+        for number, (k, policy) in enumerate(policies.items()):
             torch.manual_seed(args.seed)
-            episodes = []
+            episodes, (player, draw, _) = [], envs[number % len(envs)]
             for i in range(args.episodes):
-                watch = partial(show, f"subnet {k}") if i == 0 else lambda: None
+                watch = partial(show, tasks[k] if tasks else f"subnet {k}", draw) if i == 0 else lambda: None
                 episodes.append(play(policy, player, args.seed + i, args.stochastic, watch, scale))
-            say(row(k, episodes))
+            say(row(tasks[k] if tasks else k, episodes, width))
             everything += episodes
     if len(policies) > 1:
-        say(row("total", everything))
+        say(row("total", everything, width))
     if args.video or args.frames:
         say(f"first episode of each: {args.video or args.frames}")
-    player.close()
-    del player, draw
+    for player, *_ in envs:
+        player.close()
+    del player, draw, envs
     gc.collect()  # which alone frees it; a renderer that is freed later takes the context of the next one away
 
 
@@ -113,10 +119,20 @@ def play(
     return total, length
 
 
-def row(name: object, episodes: Sequence[tuple[float, int]]) -> str:
+def chosen_subnet(args: argparse.Namespace, tasks: Sequence[str]) -> int | None:
+    """The one that is to play; ``None``: all."""
+    if args.task is None:
+        return args.subnet
+    if args.task not in tasks:
+        known = f"one of {', '.join(tasks)}" if tasks else "left out: the run has one task"
+        raise ValueError(f"--task must be {known}, got {args.task}.")
+    return tasks.index(args.task)
+
+
+def row(name: object, episodes: Sequence[tuple[float, int]], width: int) -> str:
     returns, lengths = zip(*episodes, strict=True)
     with np.errstate(invalid="ignore"):  # of returns that are not finite
-        return f"{name:>8}{len(episodes):>10}{np.mean(returns):>11.1f} ± {np.std(returns):<7.1f}{np.mean(lengths):>10.1f}"
+        return f"{name:>{width}}{len(episodes):>10}{np.mean(returns):>11.1f} ± {np.std(returns):<7.1f}{np.mean(lengths):>10.1f}"
 
 
 def make(name: str, draw: bool, **options: object) -> tuple[EnvBase, Callable[[], np.ndarray], int]:
@@ -157,14 +173,14 @@ def make(name: str, draw: bool, **options: object) -> tuple[EnvBase, Callable[[]
 
 
 @contextmanager
-def film(args: argparse.Namespace, draw: Callable[[], np.ndarray], fps: int) -> Iterator[Callable[[str], None]]:
+def film(args: argparse.Namespace, fps: int) -> Iterator[Callable[[str, Callable[[], np.ndarray]], None]]:
     """A function to be called in each state, which draws it, with a text, into the video or the folder of frames."""
     every = math.ceil(fps / MAX_FPS)
     states: dict[str, int] = {}  # seen, of each text
     images: list[Image.Image] = []
     writer = None
 
-    def show(text: str) -> None:
+    def show(text: str, draw: Callable[[], np.ndarray]) -> None:
         number = states[text] = states.get(text, -1) + 1
         if number % every:
             return
@@ -191,13 +207,15 @@ def film(args: argparse.Namespace, draw: Callable[[], np.ndarray], fps: int) -> 
             yield show
             images[0].save(args.video, save_all=True, append_images=images[1:], duration=1000 * every / fps, loop=0)
     else:
-        yield lambda text: None
+        yield lambda text, draw: None
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of the run")
-    parser.add_argument("--subnet", type=int, help="play this subnetwork alone")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--subnet", type=int, help="play this subnetwork alone")
+    alone.add_argument("--task", help="of several tasks, play this one alone")
     parser.add_argument("--episodes", type=int, default=5, help="of each subnetwork (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the start states and the actions (default: %(default)s)")
     parser.add_argument("--stochastic", action="store_true", help="draw the actions, as in training")

@@ -39,12 +39,16 @@ from omnet_torchrl.training.build import build, make_topology, network_options, 
 from omnet_torchrl.training.loop import evaluation as evaluation_module
 from omnet_torchrl.training.loop.environments import env_options
 from omnet_torchrl.training.loop.streams import derived_seed
+from omnet_torchrl.training.loop.tasks import task_labels
 from omnet_torchrl.training.options import ROWS, LossConfig, NetworkConfig, TrainConfig, row, to_config
 from omnet_torchrl.training.options.rows import dropout, network_sparsity, target_entropy
 from omnet_torchrl.training.record.checkpoint import Checkpointer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-EXAMPLE = {"sac": EXAMPLES / "omnet_sac.py", "td3": EXAMPLES / "omnet_td3.py", "dqn": EXAMPLES / "minatar_dqn.py"}
+EXAMPLE = {
+    name: EXAMPLES / f"{script}.py"
+    for name, script in {"sac": "omnet_sac", "td3": "omnet_td3", "dqn": "minatar_dqn", "tasks": "multitask"}.items()
+}
 EXAMPLE["dapd"] = EXAMPLES / "dapd_sac.py"  # a row with a script of its own, which has its paper's options
 DAPD = {"loss": {"alpha_init": 0.1}, "optim": {"batch_size": 8, "lr": 1e-3, "target_update_interval": 2}}
 TASKS = ["Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
@@ -316,6 +320,8 @@ def options_of(name, **more):
         own = {"interval": 10, "recent_frames": 20} if ROWS[name].options["topology"]["method"] in ("saliency", "rigl") else {}
         own |= {"interval": 10, "end": None} if name == "set" else {}
         more = {**more, "topology": {**own, **more.get("topology", {})}, "network": {**SMALL["network"], "sparsity": 0.5}}
+    if ROWS[name].loss == "tasks":
+        more = {"env": "HalfCheetah/forward+backward", "max_episode_steps": 7, **more}
     reset = {"reset_interval": 30} if ROWS[name].options.get("reset_interval") else {}
     return {**SMALL, "algorithm": name, **EVERY, **reset, **more}
 
@@ -332,14 +338,16 @@ def compose(path, options, diary):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         algorithm = build(config, env.observation_spec, env.action_spec)
-    env.append_transform(SubnetPrimer(algorithm.actor.num_subnets, generator=config.seed))
+    tasks = len(task_labels(config.env)) or 1
+    fixed = torch.arange(tasks) if tasks > 1 else None
+    env.append_transform(SubnetPrimer(algorithm.actor.num_subnets, fixed=fixed, generator=config.seed))
     policy = algorithm.actor
-    if ROWS[config.algorithm].loss != "sac":
+    if ROWS[config.algorithm].loss in ("td3", "dqn"):
         policy = Exploring(CompiledPolicy(policy, compile=config.compile), config, env.action_spec)
     collector = Collector(
         env,
         policy,
-        frames_per_batch=config.num_envs,
+        frames_per_batch=config.num_envs * tasks,
         init_random_frames=config.init_random_frames,
         policy_device="cpu",
         env_device="cpu",
@@ -347,7 +355,7 @@ def compose(path, options, diary):
         auto_register_policy_transforms=False,
         track_traj_ids=False,
     )
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames))
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_frames // tasks))
     evaluation = Evaluation(config, algorithm.actor, algorithm.loss)
     topology = make_topology(config, algorithm.update)
     return Trainer(collector, buffer, algorithm.update, evaluation, Checkpointer(path), diary, config, topology)
@@ -467,7 +475,7 @@ def test_a_killed_run_in_the_maze_goes_on_and_its_subnetworks_ways_are_kept(tmp_
 
 
 @pytest.mark.filterwarnings("ignore:.*keep no weight")
-@pytest.mark.parametrize("name", ["omnet", "droq", "omnet_td3", "omnet_dqn", "dapd"])
+@pytest.mark.parametrize("name", ["omnet", "droq", "omnet_td3", "omnet_dqn", "dapd", "pathways"])
 def test_the_example_and_the_row_are_equal_numbers(name, tmp_path):
     """Of a whole run: the same networks, masks, draws, losses and moments."""
     options = options_of(name, **(DAPD if name == "dapd" else {}))

@@ -195,7 +195,7 @@ def test_a_number_in_the_place_of_a_group_is_refused():
             "network.mask_bias must be false with network.masks=redrawn, got true",
         ),
         ({"network__masks": "redrawn"}, "loss.replacement must be true with network.masks=redrawn, .*got false"),
-        ({"network__critic": "dense"}, "network.critic must be one of masked, separate, got 'dense'"),
+        ({"network__critic": "dense"}, "network.critic must be one of masked, separate, shared, heads, got 'dense'"),
         ({"network__dropout": 1.0}, r"network.dropout must be in \[0, 1\), got 1.0"),
         ({"reset_interval": 0}, r"reset_interval must be in \[1, 1e12\], got 0"),
         ({"network__num_cells": []}, r"network.num_cells must be one to 64 numbers of at least 1, got \[\]"),

@@ -45,11 +45,16 @@ FOLDERS = {
         "redrawn": {"indexed"},
         "dropout": {"indexed"},
         "normalization": set(),
+        "shared": {"ensembles", "indexed"},
         "__init__": {
-            *("convolutions", "indexed", "masked", "ensembles", "units", "redrawn", "dropout", "normalization", "sparse"),
+            *("convolutions", "indexed", "masked", "ensembles", "units", "redrawn", "dropout"),
+            *("normalization", "shared", "sparse"),
         },
     },
-    "envs": {"maze": set(), "minatar": set(), "__init__": {"maze", "minatar"}},
+    "envs": {
+        **{name: set() for name in ("maze", "minatar", "suites", "tasks")},
+        "__init__": {"maze", "minatar", "suites", "tasks"},
+    },
     "objectives": {
         "draws": set(),
         "networks": set(),
@@ -94,7 +99,10 @@ TRAINING = {
     "options.options": set(),
     "options.rows": {"options.options"},
     "options.memory": {"options.options"},
-    "options.checks": {"device", "options.memory", "options.options", "options.rows", "record.files"},
+    "options.contradictions": {"options.options", "options.rows"},
+    "options.checks": {
+        *("device", "options.contradictions", "options.memory", "options.options", "options.rows", "record.files"),
+    },
     "options.__init__": {"device", "options.options", "options.rows", "options.checks"},
     "loop.__init__": set(),
     "loop.streams": set(),
@@ -102,17 +110,18 @@ TRAINING = {
     "loop.generators": set(),
     "loop.border": {"loop.generators"},
     "loop.adapter": set(),
-    "loop.environments": {"loop.adapter", "loop.border", "loop.generators", "options", "options.checks"},
+    "loop.tasks": set(),
+    "loop.environments": {"loop.adapter", "loop.border", "loop.generators", "options", "options.contradictions"},
     "loop.exploration": {"options"},
     "loop.rollout": {"loop.environments", "loop.stopping"},
-    "loop.evaluation": {"loop.environments", "loop.rollout", "loop.streams", "options", "record.files"},
+    "loop.evaluation": {"loop.environments", "loop.rollout", "loop.streams", "loop.tasks", "options", "record.files"},
     "loop.resumption": {"loop.border", "loop.environments", "options", "options.checks", "record.folder"},
     "loop.mask_changes": {"loop.stopping", "loop.streams", "options"},
     "loop.trainer": {
-        *("loop.exploration", "loop.mask_changes", "loop.resumption", "loop.stopping", "loop.streams"),
+        *("loop.exploration", "loop.mask_changes", "loop.resumption", "loop.stopping", "loop.streams", "loop.tasks"),
         *("options", "record.checkpoint", "record.files", "record.reporter"),
     },
-    "grid": {"loop.streams", "options", "options.checks", "policy"},
+    "grid": {"loop.streams", "options", "options.contradictions", "policy"},
     "build": {"grid", "loop.streams", "options", "options.rows", "policy"},
     "device": set(),
     "policy": {"device", "record.checkpoint", "record.files", "record.folder"},
@@ -210,7 +219,7 @@ def test_public_names_exist_and_are_documented():
 
 
 # Whoever adds a feature also removes what it made superfluous; these are where the rooms stand, and they must not grow unseen.
-MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 7_900, 5_000
+MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 8_400, 5_200
 
 
 def test_files_functions_and_rooms_keep_within_their_budgets():

@@ -49,7 +49,8 @@ class Variant:
     @property
     def example(self) -> Path:
         """The script that runs it."""
-        return EXAMPLES / {"sac": "omnet_sac.py", "td3": "omnet_td3.py", "dqn": "minatar_dqn.py"}[ROWS[self.algorithm].loss]
+        scripts = {"sac": "omnet_sac.py", "td3": "omnet_td3.py", "dqn": "minatar_dqn.py", "tasks": "multitask.py"}
+        return EXAMPLES / scripts[ROWS[self.algorithm].loss]
 
     def nested(self) -> dict[str, Any]:
         """Its algorithm and options as :func:`~omnet_torchrl.training.options.to_config` takes them."""
@@ -190,6 +191,18 @@ def _structures() -> tuple[Variant, ...]:
     return tuple(variants)
 
 
+# 100,000 frames of each of four tasks. Each step of all of them is followed by one update with 64 transitions of each.
+_GAITS = ("HalfCheetah/forward+backward+velocity_0.5+velocity_2",)
+_GAIT = (
+    *(("network.num_subnets", 4), ("utd_ratio", 0.25), ("init_random_frames", 20_000), ("eval.interval", 20_000)),
+    ("eval.episodes", 5),
+)
+
+
+def _tasks(*names: str) -> tuple[Variant, ...]:
+    return tuple(Variant(name, ROWS[name].label, name, _GAIT) for name in names)
+
+
 _QUICK_START = (("utd_ratio", 8), ("policy_update_delay", 4), ("init_random_frames", 1_000), ("eval.interval", 1_000))
 
 # SAC as DAPD's authors ran it. What they report of HalfCheetah-v2 at 1M frames, read off their poster: dense 8.5K; at 95 %
@@ -265,6 +278,16 @@ EXPERIMENTS = {
         tasks=_GAMES,
         seeds=3,
         frames=500_000,
+    ),
+    "tasks": Experiment(
+        "One network for four tasks, or four networks",
+        (
+            *_tasks("pathways", "shared_tasks", "multi_head", "separate_tasks"),
+            *_sweep("pathways", "pathways, sparsity {}", (("network.sparsity", 0.75), *_GAIT)),
+        ),
+        tasks=_GAITS,
+        seeds=3,
+        frames=400_000,
     ),
     "td3_quick": Experiment(
         "OMNet-TD3 and TD3, as in the quick start",

@@ -13,7 +13,12 @@ import yaml
 from omnet_torchrl.training.options import ROWS, TrainConfig
 from omnet_torchrl.training.options import row as row_of
 
-SCRIPTS = {"sac": "examples/omnet_sac.py", "td3": "examples/omnet_td3.py", "dqn": "examples/minatar_dqn.py"}
+SCRIPTS = {
+    "sac": "examples/omnet_sac.py",
+    "td3": "examples/omnet_td3.py",
+    "dqn": "examples/minatar_dqn.py",
+    "tasks": "examples/multitask.py",
+}
 NOTES = Path(__file__).parents[1] / "reference" / "rows.yaml"
 
 

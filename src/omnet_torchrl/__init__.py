@@ -8,7 +8,7 @@ Reading order: :mod:`~omnet_torchrl.masks`, :mod:`~omnet_torchrl.structures`, :m
 
 from omnet_torchrl.builders import make_actor, make_deterministic_actor, make_qvalue, make_qvalue_actor
 from omnet_torchrl.deterministic import SubnetDeterministicActor, SubnetQValueActor
-from omnet_torchrl.envs import Maze2DEnv
+from omnet_torchrl.envs import Maze2DEnv, MinAtarEnv, TasksEnv
 from omnet_torchrl.layers import (
     EnsembleLayerNorm,
     EnsembleLinear,
@@ -21,6 +21,7 @@ from omnet_torchrl.layers import (
     RedrawnMLP,
     RunningNormalization,
     SeededDropout,
+    SharedMLP,
     UnitLayerNorm,
     UnitLinear,
     UnitMaskedMLP,
@@ -56,6 +57,7 @@ __all__ = [
     "MaskedLinear",
     "MaskedMLP",
     "Maze2DEnv",
+    "MinAtarEnv",
     "OMNetDQNLoss",
     "OMNetSACLoss",
     "OMNetTD3Loss",
@@ -64,12 +66,14 @@ __all__ = [
     "RedrawnMLP",
     "RunningNormalization",
     "SeededDropout",
+    "SharedMLP",
     "SubnetActor",
     "SubnetDeterministicActor",
     "SubnetModule",
     "SubnetPrimer",
     "SubnetQValueActor",
     "SubnetQValueOperator",
+    "TasksEnv",
     "UnitLayerNorm",
     "UnitLinear",
     "UnitMaskedMLP",

@@ -12,5 +12,6 @@ from omnet_torchrl.layers.indexed import IndexedMLP, as_index, check_subnet, ind
 from omnet_torchrl.layers.masked import MaskedLinear, MaskedMLP, apply_masks
 from omnet_torchrl.layers.normalization import RunningNormalization
 from omnet_torchrl.layers.redrawn import RedrawnLinear, RedrawnMLP
+from omnet_torchrl.layers.shared import SharedMLP, SharedTaskLayerNorm, SharedTaskLinear
 from omnet_torchrl.layers.sparse import SparseLinear, sparsified
 from omnet_torchrl.layers.units import UnitLayerNorm, UnitLinear, UnitMaskedMLP

@@ -63,7 +63,7 @@ class EnsembleLinear(IndexedLinear):
 
     def reset_parameters(self) -> None:
         """Draw the weights of each layer anew, one layer after the other."""
-        for k in range(self.num_subnets):
+        for k in range(len(self.weight)):
             initialise(self.weight[k], None if self.bias is None else self.bias[k], self.init_fn)
 
     def select(self, index: Tensor) -> tuple[Tensor, Tensor | None]:

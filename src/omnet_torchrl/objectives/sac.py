@@ -30,7 +30,7 @@ from omnet_torchrl.layers.dropout import with_seed
 from omnet_torchrl.objectives.draws import dropout_seed, rsample_with_noise
 from omnet_torchrl.objectives.networks import called_with, check_log_prob, prepare_networks, refuse_arguments
 from omnet_torchrl.objectives.subnet_loss import LossStep
-from omnet_torchrl.objectives.td_loss import REDUCTIONS, TDLoss, check_reduction
+from omnet_torchrl.objectives.td_loss import REDUCTIONS, TDLoss, check_reduction, of_tasks
 
 
 class OMNetSACLoss(TDLoss, SACLoss):
@@ -43,6 +43,7 @@ class OMNetSACLoss(TDLoss, SACLoss):
     SAC, DroQ              2 separate networks                all           2           all
     REDQ                   10 separate networks               all           2           all
     single critic          1 network                          1             1           all
+    pathways               one masked network, a mask a task  the task's    the task's  the task's
     =====================  =================================  ============  ==========  ===========
 
     Args:
@@ -59,6 +60,13 @@ class OMNetSACLoss(TDLoss, SACLoss):
         num_value_subnets (int or None): V, critics the actor is trained against. Defaults to ``None``, all.
         replacement (bool): draw the K, M and V indices independently, so that some may be equal; all (``None``) are all of
             them. A :class:`~omnet_torchrl.RedrawnMLP` needs it. Defaults to ``False``.
+        choose (str): ``"uniform"`` (default): indices are drawn. ``"batch"``: the batch's ``subnet`` is the task of each
+            transition, as :class:`~omnet_torchrl.envs.TasksEnv` and ``SubnetPrimer(T, fixed=torch.arange(T))`` write it: task t
+            has the actor's subnetwork t and, of C times as many of the critic, those from Ct to Ct + C - 1, its C critics
+            (2t and 2t + 1 of 2T). All C are trained, minimised over and averaged: leave K, M and V out. A batch is ``(T, B)``
+            with one task in each row, and its losses are the sums of the tasks'; or ``(B,)`` with any tasks, which is slower.
+            Each task has a temperature of its own, ``log_alpha (T,)``. To scale the rewards of tasks, append TorchRL's
+            ``RewardScaling(0.0, scale[:, None])`` to the environment.
         value_reduction (str): the actor ascends the ``"mean"`` (default, equation 5), the ``"min"``, as TorchRL's SAC does, or
             the ``"first"`` of V.
         loss_function (str): of the critic. Defaults to ``"l2"``, the squared error of equation 4.
@@ -83,7 +91,8 @@ class OMNetSACLoss(TDLoss, SACLoss):
         TensorDict: ``loss_qvalue``, ``loss_actor``, ``loss_alpha``, ``alpha``, ``entropy``.
 
     Raises:
-        ValueError: K, M or V outside [1, N]; of more than 2^20 subnetworks all, or several without replacement; a module that
+        ValueError: K, M or V outside [1, N], or given with ``choose="batch"``, or critics that can't be shared out to the
+            tasks; of more than 2^20 subnetworks all, or several without replacement; a module that
             reads the index without ``num_subnets``.
         TypeError: an argument of SACLoss that this loss lacks; the message says what takes its place.
 
@@ -129,6 +138,7 @@ class OMNetSACLoss(TDLoss, SACLoss):
         num_target_subnets: int | Literal["auto"] | None = "auto",
         num_value_subnets: int | None = None,
         replacement: bool = False,
+        choose: Literal["uniform", "batch"] = "uniform",
         value_reduction: Literal["mean", "min", "first"] = "mean",
         loss_function: str = "l2",
         target_entropy: float | Literal["auto"] = "auto",
@@ -142,7 +152,10 @@ class OMNetSACLoss(TDLoss, SACLoss):
         options = {"num_qvalue_nets": 0, "loss_function": loss_function, "target_entropy": target_entropy, **kwargs}
         super().__init__(actor_network, qvalue_network, **options)
         self.value_reduction, self.log_prob_offset = value_reduction, float(log_prob_offset)
-        self._init_subnets(replacement, trained=num_trained_subnets, target=num_target_subnets, value=num_value_subnets)
+        counts = {"trained": num_trained_subnets, "target": num_target_subnets, "value": num_value_subnets}
+        self._init_subnets(replacement, choose, **counts)
+        if choose == "batch":  # a temperature for each task
+            self.log_alpha.data = self.log_alpha.data.repeat(self.num_actor_subnets)
         # Registered now rather than at first use, while tracing. Where the action's spec is not known yet (a trainer may hand
         # it over), the first use makes it or says what is missing.
         with contextlib.suppress(RuntimeError):
@@ -170,13 +183,13 @@ class OMNetSACLoss(TDLoss, SACLoss):
     @dispatch
     def forward(self, tensordict: TensorDictBase, *, draws: TensorDictBase | None = None) -> TensorDictBase:
         """All three losses of a batch, with :meth:`draw`'s draws unless they are given; writes the priority."""
-        draws = self.draw(tensordict) if draws is None else draws
+        draws = self._drawn(tensordict, draws)
         loss_qvalue, qvalue_data = self.qvalue_loss(tensordict, draws=draws)
         loss_actor, actor_data = self.actor_loss(tensordict, draws=draws)
-        loss_alpha = self._reduced(self.alpha_loss(actor_data["log_prob"]), tensordict)
+        loss_alpha = self._reduced(self.alpha_loss(actor_data["log_prob"], subnet=draws.get("actor")), tensordict)
         tensordict.set(self.tensor_keys.priority, qvalue_data["td_error"])
         losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_alpha": loss_alpha}
-        scalars = {"alpha": self._alpha, "entropy": -actor_data["log_prob"].mean()}
+        scalars = {"alpha": self._alpha.mean(), "entropy": -actor_data["log_prob"].mean()}
         if self.reduction == "none":
             output = TensorDict(losses, batch_size=tensordict.batch_size)
             if self.scalar_output_mode == "non_tensor":
@@ -197,16 +210,17 @@ class OMNetSACLoss(TDLoss, SACLoss):
         Returns:
             tuple: the loss, reduced, and ``{"log_prob": (*batch,), "action": (*batch, action_dim)}``, detached.
         """
-        draws = self.draw(tensordict) if draws is None else draws
+        draws = self._drawn(tensordict, draws)
         actor_params = self._params("actor_network_params", params)
         options = {"noise": draws.get("noise", None), "seed": dropout_seed(draws, "actor"), "params": actor_params}
         action, log_prob = self.act(tensordict, draws.get("actor"), **options)
         qvalue = REDUCTIONS[self.value_reduction](self._value_of_policy(tensordict, action, draws, params))
         check_log_prob(log_prob, qvalue)
-        loss = self._temperature(params) * log_prob - qvalue
-        return self._reduced(loss, tensordict), {"log_prob": log_prob.detach(), "action": action.detach()}
+        loss = self._temperature(params, draws.get("actor")) * log_prob - qvalue
+        data = {"log_prob": log_prob.detach(), "action": action.detach()}
+        return self._reduced(loss, tensordict), data | self._logged(tensordict, loss_actor=loss, entropy=-log_prob)
 
-    def alpha_loss(self, log_prob: Tensor, *, params: TensorDictBase | None = None) -> Tensor:
+    def alpha_loss(self, log_prob: Tensor, *, params: TensorDictBase | None = None, subnet: Tensor | None = None) -> Tensor:
         r"""Temperature loss :math:`-\log\alpha\,(\log\pi + \bar H)`, not reduced.
 
         Args:
@@ -214,8 +228,11 @@ class OMNetSACLoss(TDLoss, SACLoss):
 
         Keyword Args:
             params (TensorDictBase or None): ``log_alpha`` to use instead of the loss's own.
+            subnet (Tensor or None): with ``choose="batch"``, the task of each, which has a temperature of its own.
         """
-        return -self._params("log_alpha", params) * (log_prob.detach() + self.target_entropy)
+        log_alpha = self._params("log_alpha", params)
+        log_alpha = log_alpha if self.choose == "uniform" or subnet is None else log_alpha[subnet]
+        return -log_alpha * (log_prob.detach() + self.target_entropy)
 
     def _next_value(self, following: TensorDictBase, draws: TensorDictBase, params: TensorDictBase | None) -> Tensor:
         """The soft value of the next state, with the minimum over the target subnetworks (equation 4)."""
@@ -225,7 +242,7 @@ class OMNetSACLoss(TDLoss, SACLoss):
         target_params, seed = self._target_params("qvalue_network", params), dropout_seed(draws, "target")
         value = self.value(following, action, draws.get("target"), params=target_params, seed=seed).amin(0)
         check_log_prob(log_prob, value)
-        return value - self._temperature(params) * log_prob
+        return value - self._temperature(params, draws.get("next_actor")) * log_prob
 
     qvalue_v2_loss = TDLoss.qvalue_loss  # SACLoss's name of it
 
@@ -262,20 +279,24 @@ class OMNetSACLoss(TDLoss, SACLoss):
         self, batch: TensorDictBase, draws: TensorDictBase, params: TensorDictBase
     ) -> tuple[Tensor, dict[str, Tensor]]:
         loss_actor, data = self.actor_loss(batch, draws=draws, params=params)
-        loss_alpha = self._reduced(self.alpha_loss(data["log_prob"], params=params), batch)
+        task = self._drawn(batch, draws).get("actor")
+        loss_alpha = self._reduced(self.alpha_loss(data["log_prob"], params=params, subnet=task), batch)
         outputs = {"loss_actor": loss_actor.detach(), "loss_alpha": loss_alpha.detach(), "entropy": -data["log_prob"].mean()}
-        return loss_actor + loss_alpha, outputs
+        return loss_actor + loss_alpha, outputs | of_tasks(data)
 
     def _bound_alpha(self, params: TensorDictBase) -> dict[str, Tensor]:
         log_alpha = params.get("log_alpha")
         if self.min_log_alpha is not None or self.max_log_alpha is not None:
             log_alpha.clamp_(self.min_log_alpha, self.max_log_alpha)
-        return {"alpha": log_alpha.exp()}
+        alpha = log_alpha.exp()
+        return {"alpha": alpha} if self.choose == "uniform" else {"alpha": alpha.mean(), "alpha_task": alpha}
 
-    def _temperature(self, params: TensorDictBase | None) -> Tensor:
+    def _temperature(self, params: TensorDictBase | None, subnet: Tensor) -> Tensor:
         if params is None or params.get("log_alpha", None) is None:
-            return self._alpha
-        log_alpha = params.get("log_alpha").detach()
-        if self.min_log_alpha is not None or self.max_log_alpha is not None:
-            log_alpha = log_alpha.clamp(self.min_log_alpha, self.max_log_alpha)
-        return log_alpha.exp()
+            alpha = self._alpha
+        else:
+            log_alpha = params.get("log_alpha").detach()
+            if self.min_log_alpha is not None or self.max_log_alpha is not None:
+                log_alpha = log_alpha.clamp(self.min_log_alpha, self.max_log_alpha)
+            alpha = log_alpha.exp()
+        return alpha if self.choose == "uniform" else alpha[subnet]

@@ -66,6 +66,7 @@ class SubnetLoss(LossModule):
 
     num_subnets: int
     num_actor_subnets: int
+    choose: str = "uniform"  # which subnetworks an update asks: those that are drawn, or "batch", those of the batch's tasks
     _networks: tuple[str, ...] = ("qvalue_network", "actor_network")  # the critic, and the actor where there is one
     # The draws that choose one actor subnetwork, and those that are noise of an action: always, or of delayed steps only.
     _actor_draws: tuple[str, ...] = ("next_actor", "actor")
@@ -80,11 +81,12 @@ class SubnetLoss(LossModule):
         """Everything that a step reads or changes of the loss, by the names of its attributes."""
         return {name: child for name, child in self.named_children() if isinstance(child, TensorDictParams)}
 
-    def _init_subnets(self, replacement: bool, **counts: int | str | None) -> None:
+    def _init_subnets(self, replacement: bool, choose: str = "uniform", **counts: int | str | None) -> None:
         """Read the numbers of subnetworks from the modules, and check the counts ``trained``, ``target`` and ``value``."""
         self.num_subnets, *actor = self._count_subnets()
         self.num_actor_subnets = actor[0] if actor else 0
-        self.replacement, self._counts = replacement, counts
+        self.replacement, self.choose = replacement, choose
+        self._counts = counts = counts if choose == "uniform" else self._counts_of_tasks(counts)
         for name, count in counts.items():
             number = min(2, self.num_subnets) if count == "auto" else count
             setattr(self, f"num_{name}_subnets", self._checked_count(f"num_{name}_subnets", number))
@@ -99,6 +101,27 @@ class SubnetLoss(LossModule):
         # The value estimator is made now rather than at first use, so that nothing is registered while tracing, and nothing
         # is missing from a state dict.
         self.make_value_estimator()
+        self._set_in_keys()
+
+    def _counts_of_tasks(self, counts: dict[str, int | str | None]) -> dict[str, int | str | None]:
+        """Every subnetwork of the actor is a task's, and has as many of the critic's: all of them are asked."""
+        if self.choose != "batch":
+            raise ValueError(f"choose must be 'uniform' or 'batch', got {self.choose!r}.")
+        if counts != {"trained": 1, "target": "auto", "value": None}:
+            raise ValueError("num_trained_subnets, num_target_subnets, num_value_subnets must be left out with choose='batch'.")
+        each, rest = divmod(self.num_subnets, max(1, self.num_actor_subnets))
+        if rest or not each or self.replacement:
+            raise ValueError(
+                "with choose='batch', the critic must have a multiple of the actor's subnetworks (2t and 2t + 1 are those of "
+                f"task t), drawn without replacement; got {self.num_subnets} of the critic, {self.num_actor_subnets} of the "
+                f"actor, replacement={self.replacement}."
+            )
+        return dict.fromkeys(counts, each)
+
+    @property
+    def batch_dims(self) -> int:
+        """Dimensions of the batch of an update: ``(B,)``, or ``(T, B)`` with a task in each row."""
+        return 1 if self.choose == "uniform" else 2
 
     def _count_subnets(self) -> list[int]:
         return [count_subnets(getattr(self, name), self.tensor_keys.subnet, name) for name in self._networks]
@@ -120,7 +143,8 @@ class SubnetLoss(LossModule):
         states = [key for key in self._input_keys() if key not in (keys.subnet, keys.action)]
         ends = [keys.reward, keys.done, keys.terminated]
         following = [unravel_key(("next", key)) for key in [*ends, *states]]
-        self._in_keys = list(dict.fromkeys([keys.action, *following, *states]))
+        task = [] if self.choose == "uniform" else [keys.subnet]
+        self._in_keys = list(dict.fromkeys([keys.action, *following, *states, *task]))
 
     def _input_keys(self) -> list[NestedKey]:
         """What the networks read, the actor's first."""
@@ -167,7 +191,7 @@ class SubnetLoss(LossModule):
 
         Indices are uniform, and without replacement within ``critic``, ``target`` and ``value``; with ``replacement=True`` they
         are independent, but for counts of ``None``, which are all of them. One subnetwork to choose from, or all of them, draws
-        no random number.
+        no random number. With ``choose="batch"`` no index is drawn: the batch has them.
 
         Args:
             tensordict (TensorDictBase): a batch; only the shape of its action is read.
@@ -193,11 +217,11 @@ class SubnetLoss(LossModule):
         device, lead = parameter.device, () if num_updates is None else (num_updates,)
         source = {"generator": generator, "device": device}
         draws = {}
-        for name, count in self._counts.items():
+        for name, count in self._counts.items() if self.choose == "uniform" else ():
             options = {"lead": lead, "replacement": self.replacement and count is not None, **source}
             number = getattr(self, f"num_{name}_subnets")
             draws["critic" if name == "trained" else name] = draw_indices(self.num_subnets, number, **options)
-        for name in self._actor_draws:
+        for name in self._actor_draws if self.choose == "uniform" else ():
             draws[name] = draw_indices(self.num_actor_subnets, 1, lead=lead, **source).squeeze(-1)
         if self._seeded:
             draws["dropout"] = torch.randint(2**32, (*lead, len(PASSES)), **source)
@@ -205,6 +229,20 @@ class SubnetLoss(LossModule):
         if isinstance(action, Tensor):
             draws |= self._draw_noise((*lead, *action.shape), parameter.dtype, delayed, source)
         return TensorDict(draws, batch_size=lead, device=device)
+
+    def _drawn(self, tensordict: TensorDictBase, draws: TensorDictBase | None) -> TensorDictBase:
+        """The draws, made here where there are none; with ``choose="batch"``, and the indices of the batch's tasks."""
+        draws = self.draw(tensordict) if draws is None else draws
+        if self.choose == "uniform":
+            return draws
+        task = tensordict.get(self.tensor_keys.subnet, None)
+        if task is None:
+            raise KeyError(f"the batch has no {self.tensor_keys.subnet!r}, which says the task of each transition.")
+        task = task[..., :1] if tensordict.ndim > 1 else task  # a row is of one task
+        each = torch.arange(self.num_trained_subnets, device=task.device).view(-1, *(1 for _ in task.shape))
+        critic = task * self.num_trained_subnets + each
+        chosen = {"critic": critic, "target": critic, "value": critic, **dict.fromkeys(self._actor_draws, task)}
+        return TensorDict({**chosen, **dict(draws.items())})
 
     def _draw_noise(
         self, shape: tuple[int, ...], dtype: torch.dtype, delayed: Sequence[bool] | None, source: dict[str, Any]
@@ -273,4 +311,20 @@ class SubnetLoss(LossModule):
         return target
 
     def _reduced(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """The loss of a batch; of several tasks the sum of their losses, so that none is less for the others beside it."""
+        if self.choose == "batch" and tensordict.ndim > 1 and self.reduction != "none":
+            return self._of_tasks(loss, tensordict).sum()
         return self._reduce_loss(loss, tensordict=tensordict, weights=self._maybe_get_priority_weight(tensordict))
+
+    def _of_tasks(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """The loss of each row, reduced: ``(T,)``."""
+        weights = self._maybe_get_priority_weight(tensordict)
+        rows = zip(loss, tensordict.unbind(0), [None] * len(loss) if weights is None else weights, strict=True)
+        return torch.stack([self._reduce_loss(row, tensordict=each, weights=weight) for row, each, weight in rows])
+
+    def _logged(self, tensordict: TensorDictBase, **values: Tensor) -> dict[str, Tensor]:
+        """Means of ``(*, T, B)`` for each task, to be logged under names that end in ``_task``; nothing without tasks."""
+        if self.choose == "uniform" or tensordict.ndim < 2:
+            return {}
+        count = len(tensordict)
+        return {f"{name}_task": value.detach().mean(-1).reshape(-1, count).mean(0) for name, value in values.items()}

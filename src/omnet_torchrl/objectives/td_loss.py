@@ -30,6 +30,11 @@ def check_reduction(value_reduction: str) -> None:
         raise ValueError(f"value_reduction must be one of {names}, got {value_reduction!r}.")
 
 
+def of_tasks(data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What there is for each task."""
+    return {name: value for name, value in data.items() if name.endswith("_task")}
+
+
 class TDLoss(SubnetLoss):
     """Base of the losses over subnetworks whose critics are trained on a bootstrapped target."""
 
@@ -62,16 +67,18 @@ class TDLoss(SubnetLoss):
         Returns:
             tuple: the loss, reduced, and ``{"td_error": (*batch,), "target_value": (*batch,), "pred_value": (K, *batch),
             "next_state_value": (*batch,)}``, detached. A DQN with a target for each trained subnetwork has a leading dimension
-            in the second and the last.
+            in the second and the last. Of several tasks, also the mean of each: ``td_error_task (T,)``, ``qvalue_task``,
+            ``loss_qvalue_task``.
         """
-        draws = self.draw(tensordict) if draws is None else draws
+        draws = self._drawn(tensordict, draws)
         target, next_value = self._target(tensordict, draws, params)
         pred = self._prediction(tensordict, draws, self._params(self._critic, params))
         loss = distance_loss(pred, target.expand_as(pred), loss_function=self.loss_function)
         loss = self._of_each(loss, tensordict, draws.get("critic")).sum(0)
         pred = pred.detach()
         data = {"td_error": self._error(pred - target).amax(0), "target_value": target, "pred_value": pred}
-        return self._reduced(loss, tensordict), {**data, "next_state_value": next_value}
+        tasks = self._logged(tensordict, td_error=data["td_error"], qvalue=pred, **{self._loss_key: loss})
+        return self._reduced(loss, tensordict), {**data, "next_state_value": next_value, **tasks}
 
     def compute_target(
         self, tensordict: TensorDictBase, *, draws: TensorDictBase | None = None, params: TensorDictBase | None = None
@@ -80,7 +87,7 @@ class TDLoss(SubnetLoss):
 
         Arguments as in :meth:`qvalue_loss`.
         """
-        return self._target(tensordict, self.draw(tensordict) if draws is None else draws, params)[0]
+        return self._target(tensordict, self._drawn(tensordict, draws), params)[0]
 
     @torch.no_grad()
     def _target(
@@ -121,7 +128,8 @@ class TDLoss(SubnetLoss):
         self, batch: TensorDictBase, draws: TensorDictBase, params: TensorDictBase
     ) -> tuple[Tensor, dict[str, Tensor]]:
         loss, data = self.qvalue_loss(batch, draws=draws, params=params)
-        return loss, {self._loss_key: loss.detach(), "qvalue": data["pred_value"].mean(), "td_error": data["td_error"]}
+        logged = {self._loss_key: loss.detach(), "qvalue": data["pred_value"].mean(), "td_error": data["td_error"]}
+        return loss, logged | of_tasks(data)
 
     # Asking networks --------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ from torchrl.data import TensorSpec
 
 from omnet_torchrl.builders import make_qvalue
 from omnet_torchrl.deterministic import AnyActor, SubnetQValueActor
-from omnet_torchrl.layers import EnsembleMLP, MaskedMLP, RedrawnMLP, RunningNormalization, UnitMaskedMLP
+from omnet_torchrl.envs import task_names
+from omnet_torchrl.layers import EnsembleMLP, MaskedMLP, RedrawnMLP, RunningNormalization, SharedMLP, UnitMaskedMLP
 from omnet_torchrl.masks import each_sparsity, kept_units
 from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.modules import SubnetQValueOperator
@@ -57,8 +58,8 @@ def build(
     else:
         options: dict[str, Any] = {**network_options(config, "critic"), "normalize": normalize, "device": device}
         qvalue = make_qvalue(observation_spec, action_spec, **options)
-        loss = (OMNetSACLoss if kind == "sac" else OMNetTD3Loss)(actor, qvalue, **loss_options(config, action_spec))
-        networks = [list(qvalue.parameters()), [*actor.parameters(), *([loss.log_alpha] if kind == "sac" else [])]]
+        loss = (OMNetTD3Loss if kind == "td3" else OMNetSACLoss)(actor, qvalue, **loss_options(config, action_spec))
+        networks = [list(qvalue.parameters()), [*actor.parameters(), *([] if kind == "td3" else [loss.log_alpha])]]
     loss.make_value_estimator(gamma=config.loss.gamma)
     optims = [optimiser([p for p in params if p.requires_grad], lr=config.optim.lr) for params in networks]
     return Algorithm(actor, qvalue, loss, Update(loss, optims, **update_options(config)))
@@ -149,18 +150,25 @@ def network_options(config: TrainConfig, role: str) -> dict[str, Any]:
     common = {"num_cells": network.num_cells, "layer_norm": getattr(network, f"{role}_layer_norm")}
     if role == "critic" and dropout(config):
         common["dropout"] = dropout(config)
-    if getattr(network, role) != "masked":
-        if config.topology.method and getattr(network, role) != "dense":
+    kind, number = getattr(network, role), network.num_subnets
+    if role == "critic" and row(config.algorithm).loss == "tasks":
+        number *= config.loss.num_target_subnets or 1  # those of task t are the ones from t times this on
+    if kind in ("shared", "heads"):
+        shared = {"num_networks": number // network.num_subnets, "heads": kind == "heads"}
+        return {**common, "network_class": SharedMLP, "num_subnets": number, **shared}
+    if kind != "masked":
+        if config.topology.method and kind != "dense":
             common["sparsity"] = 0.0  # masks that keep everything, for the schedule to change
-        return {**common, "network_class": EnsembleMLP, "num_subnets": network.num_subnets if role == "critic" else 1}
+        one = kind in ("dense", "sparse") or (role == "actor" and row(config.algorithm).loss != "tasks")
+        return {**common, "network_class": EnsembleMLP, "num_subnets": 1 if one else number}
     # Masks of their own for actor and critic, the same on every device.
     generator = derived_seed(config.seed, "masks", role)
     sparsity: dict[str, Any] = {**common, "sparsity": network_sparsity(network), "generator": generator}
     if network.masks == "redrawn":
         return {**sparsity, "network_class": RedrawnMLP}
     if network.masks == "unit":
-        return {**sparsity, "network_class": UnitMaskedMLP, "num_subnets": network.num_subnets}
-    masks = {"num_subnets": network.num_subnets, "mask_bias": network.mask_bias}
+        return {**sparsity, "network_class": UnitMaskedMLP, "num_subnets": number}
+    masks = {"num_subnets": number, "mask_bias": network.mask_bias}
     return {**sparsity, "network_class": MaskedMLP, **masks}
 
 
@@ -189,7 +197,8 @@ def loss_options(config: TrainConfig, action_spec: TensorSpec) -> dict[str, Any]
         noise = {name: getattr(loss, name) * half.mean().item() for name in ("policy_noise", "noise_clip")}
         return {**counts, **noise, "value_reduction": loss.value_reduction, "loss_function": loss.loss_function}
     entropy = {"target_entropy": target_entropy(config, half.numel()), "log_prob_offset": half.log().sum().item()}
-    return {**counts, "alpha_init": loss.alpha_init, **entropy}
+    which: dict[str, Any] = {"choose": "batch"} if kind == "tasks" else counts
+    return {**which, "alpha_init": loss.alpha_init, **entropy}
 
 
 def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator | SubnetQValueActor) -> dict[str, str]:
@@ -206,7 +215,16 @@ def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator 
     kept = ""
     if network.masks == "unit":
         kept = f", {' - '.join(map(str, qvalue.module.extract(0).num_cells))} hidden units"
-    if network.critic == "masked":
+    if row(config.algorithm).loss == "tasks":
+        each = f"{network.num_subnets} tasks, each with {config.loss.num_target_subnets} critics and an actor"
+        of = {
+            "masked": f"one network under {network.masks} masks of sparsity {network.sparsity}{kept}",
+            "separate": "separate networks",
+            "shared": "one dense network for all, told the task",
+            "heads": "one dense network for all, with an output layer for each",
+        }
+        subnets = f"{each}: {of[network.critic]}"
+    elif network.critic == "masked":
         number = "2^31, drawn at each call" if network.masks == "redrawn" else str(network.num_subnets)
         subnets = f"{number}, {network.masks} masks of sparsity {network.sparsity}{kept}, in the critic"
         subnets += "" if actor is qvalue else " and the actor" if network.actor == "masked" else "; a dense actor"
@@ -214,13 +232,14 @@ def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator 
         subnets = f"{network.num_subnets} separate critics" + ", one actor" * (actor is not qvalue)
     changes = ", ".join(f"{k} {v}" for k, v in vars(config.topology).items() if v != getattr(TopologyConfig(), k))
     masks = {"masks": f"{1 - network.sparsity:.0%} of the weights, {changes}"} if changes else {}
+    count = config.num_envs * len(task_names(config.env))
     every = f", actor every {config.policy_update_delay}" if actor is not qvalue else ""
     lines = {
         "algorithm": row(config.algorithm).label,
         **sizes,
         "subnets": subnets,
         **masks,
-        "frames": f"{config.total_frames:,}, of them {config.init_random_frames:,} random; {config.num_envs} environment(s)",
+        "frames": f"{config.total_frames:,}, of them {config.init_random_frames:,} random; {count} environment(s)",
         "updates": f"{config.utd_ratio:g} per frame{every}, batch {config.optim.batch_size}",
     }
     if config.normalize_observations:

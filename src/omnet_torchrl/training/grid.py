@@ -18,7 +18,7 @@ from omnet_torchrl.structures import (
 )
 from omnet_torchrl.training.loop.streams import derived_seed
 from omnet_torchrl.training.options import TrainConfig
-from omnet_torchrl.training.options.checks import MINATAR
+from omnet_torchrl.training.options.contradictions import MINATAR
 from omnet_torchrl.training.policy import load_policy
 
 GRID = 10  # rows and columns of MinAtar's games

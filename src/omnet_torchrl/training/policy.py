@@ -18,15 +18,15 @@ from torchrl.data import Binary, Bounded, Categorical, OneHot, TensorSpec, Unbou
 from omnet_torchrl.builders import make_actor, make_deterministic_actor
 from omnet_torchrl.deterministic import SubnetQValueActor
 from omnet_torchrl.grids import make_grid_qvalue_actor
-from omnet_torchrl.layers import EnsembleMLP, MaskedMLP, RedrawnMLP, RunningNormalization, UnitMaskedMLP
+from omnet_torchrl.layers import EnsembleMLP, MaskedMLP, RedrawnMLP, RunningNormalization, SharedMLP, UnitMaskedMLP
 from omnet_torchrl.specs import check_action_spec, check_discrete_spec
 from omnet_torchrl.training.device import resolve_device
 from omnet_torchrl.training.record.checkpoint import Checkpointer, check_shapes
 from omnet_torchrl.training.record.files import one_line
 from omnet_torchrl.training.record.folder import RunFolder
 
-MAKE: dict[str, Any] = {"sac": make_actor, "td3": make_deterministic_actor, "dqn": make_grid_qvalue_actor}
-NETWORKS = {each.__name__: each for each in (EnsembleMLP, MaskedMLP, RedrawnMLP, UnitMaskedMLP)}  # of an actor
+MAKE: dict[str, Any] = {"sac": make_actor, "tasks": make_actor, "td3": make_deterministic_actor, "dqn": make_grid_qvalue_actor}
+NETWORKS = {each.__name__: each for each in (EnsembleMLP, MaskedMLP, RedrawnMLP, SharedMLP, UnitMaskedMLP)}  # of an actor
 
 
 def load_policy(folder: str | Path, subnet: int | None = None, *, device: torch.device | str = "cpu") -> TensorDictModuleBase:

@@ -27,6 +27,16 @@ def check_options(loss: Any, optim: Any, lr: Any, tau: Any, precision: Any, **co
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
 
 
+def check_batch(loss: SubnetLoss, batches: Any, given: Any) -> None:
+    """Raise unless a batch has the dimensions of some updates; with tasks, one of them in each row (seen on the CPU alone)."""
+    if batches.ndim != loss.batch_dims + 1:
+        expected = "(B,) or (U, B)" if loss.batch_dims == 1 else "(T, B) or (U, T, B), a task in each row"
+        raise ValueError(f"batch must have batch size {expected}, got {tuple(given.batch_size)}.")
+    tasks = batches.get(loss.tensor_keys.subnet, None) if loss.batch_dims == 2 else None
+    if tasks is not None and tasks.device.type == "cpu" and (tasks != tasks[..., :1]).any():
+        raise ValueError(f"each row of a batch must be of one task, got {loss.tensor_keys.subnet!r} of several in a row.")
+
+
 def checked_norms(given: float | Mapping[str, float] | None, groups: Sequence[str]) -> dict[str, float]:
     """The largest norm of the gradient of each parameter group that has one; one number is for all of them."""
     norms = dict(given) if isinstance(given, Mapping) else {} if given is None else dict.fromkeys(groups, given)

@@ -64,7 +64,7 @@ def run_step(
         dtype (torch.dtype or None): of the inputs of matrix products. ``None``: the parameters' own.
 
     Returns:
-        dict: scalars; and ``priority (B,)``, where the step computes a number for each transition.
+        dict: scalars; what the step computes for each task; ``priority (B,)``, where it is for each transition.
     """
     params = state.get("params")
     trained = {key: params.get(key) for group in adam for key in group.params}
@@ -85,7 +85,7 @@ def run_step(
     _move_targets(step.targets, trained, params, tau)
     outputs = {key: value.detach() for key, value in outputs.items()}
     for key, value in list(outputs.items()):
-        if value.ndim:
+        if value.ndim and value.shape == batch.batch_size:
             outputs |= {key: value.mean(), PRIORITY: value}
     return outputs | ({} if step.after is None else step.after(params))
 

@@ -21,7 +21,7 @@ from torchrl.objectives import SoftUpdate
 
 from omnet_torchrl.objectives.subnet_loss import SubnetLoss
 from omnet_torchrl.updates.adam import adam_groups, copied
-from omnet_torchrl.updates.checks import check_options, checked_norms
+from omnet_torchrl.updates.checks import check_batch, check_options, checked_norms
 from omnet_torchrl.updates.compiled import CompiledFunction, as_bytes, preserved
 from omnet_torchrl.updates.cuda_graph import CUDAGraph
 from omnet_torchrl.updates.kernels import PRECISIONS
@@ -149,6 +149,8 @@ class Update:
     ) -> TensorDict:
         """Make an update of a batch ``(B,)``, or U updates of ``(U, B)``, one after the other.
 
+        Where the loss has ``choose="batch"``, a batch is ``(T, B)`` with a task in each row: ``(T, B)`` or ``(U, T, B)``.
+
         Args:
             batch (TensorDictBase): with ``loss.in_keys`` and what there is of ``loss.optional_in_keys`` (n-step data, priority
                 weights); other keys are not read. The priority of each transition, ``td_error``, is written to it, as the loss
@@ -161,11 +163,11 @@ class Update:
                 one.
 
         Returns:
-            TensorDict: scalars, the newest of each: losses, and what else the steps compute.
+            TensorDict: scalars, the newest of each: losses, and what else the steps compute; of several tasks, also a number
+            for each under names that end in ``_task``.
         """
-        batches = batch.unsqueeze(0) if batch.ndim == 1 else batch
-        if batches.ndim != 2:
-            raise ValueError(f"batch must have batch size (B,) or (U, B), got {tuple(batch.batch_size)}.")
+        batches = batch.unsqueeze(0) if batch.ndim == self.loss.batch_dims else batch
+        check_batch(self.loss, batches, batch)
         count = len(batches)
         numbers = range(self.updates + 1, self.updates + 1 + count)
         delayed = [number % self.policy_update_delay == 0 for number in numbers]
@@ -175,7 +177,7 @@ class Update:
                 raise KeyError(f"the batch has no {key!r}: the loss reads {self.loss.in_keys}.")
         if draws is None:
             draws = self.loss.draw(read[0], generator, num_updates=count, delayed=delayed)
-        elif batch.ndim == 1:
+        elif batch.ndim == self.loss.batch_dims:
             draws = draws.unsqueeze(0)
         outputs = self._run(schedule_of(self.steps, delayed, numbers, self.target_update_interval), read, draws)
         self.updates += count
@@ -190,10 +192,10 @@ class Update:
         So is torch's global generator. Without it, the first call compiles.
 
         Args:
-            batch (TensorDictBase): ``(B,)`` or ``(U, B)``.
+            batch (TensorDictBase): as a call takes it.
         """
         if self.compiled:
-            read = self._read(batch if batch.ndim == 1 else batch[0])
+            read = self._read(batch if batch.ndim == self.loss.batch_dims else batch[0])
             with preserved([], self.device):
                 draws = self.loss.draw(read)
             self._code_for(read.unsqueeze(0), draws.unsqueeze(0))

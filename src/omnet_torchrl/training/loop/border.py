@@ -32,7 +32,7 @@ class Border(gymnasium.Wrapper):
     """Everything that a run gives to an environment and gets from it; the outermost wrapper.
 
     It remembers the start and the actions of the current episode, so that it can be played again, and gives the environment
-    global random generators of its own. The ``info`` of resets and steps is left out: nothing reads it.
+    global random generators of its own. The ``info`` of resets and steps is left out, but for ``"success"``, which a task has.
 
     Args:
         env (gymnasium.Env): its spaces have passed :func:`check_spaces`.
@@ -77,7 +77,9 @@ class Border(gymnasium.Wrapper):
         observation, reward = self._see(parts[0]), self._number("reward", parts[1])
         terminated, truncated = self._number("terminated", parts[2]), self._number("truncated", parts[3])
         self._seen.update(np.array([reward, terminated, truncated], dtype=np.float64).tobytes())
-        return observation, float(reward), bool(terminated), bool(truncated), {}
+        success = parts[4].get("success") if isinstance(parts[4], dict) else None
+        kept = {} if success is None else {"success": self._number("success", success)}
+        return observation, float(reward), bool(terminated), bool(truncated), kept
 
     def close(self) -> None:
         """Close the environment, unless it is."""

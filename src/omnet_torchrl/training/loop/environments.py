@@ -19,13 +19,15 @@ from gymnasium.wrappers import FlattenObservation, NormalizeReward, TimeLimit
 from torch import Tensor
 from torchrl.envs import Compose, DoubleToFloat, EnvBase, GymWrapper, RewardSum, StepCounter, Transform, TransformedEnv
 
-from omnet_torchrl.envs import Maze2DEnv, MinAtarEnv
+from omnet_torchrl.envs import Maze2DEnv, MinAtarEnv, TasksEnv, make_task, task_names
+from omnet_torchrl.envs.suites import HALF_CHEETAH, META_WORLD
+from omnet_torchrl.envs.tasks import check_tasks
 from omnet_torchrl.offset import ObservationOffset
 from omnet_torchrl.training.loop.adapter import TorchRLAdapter
 from omnet_torchrl.training.loop.border import Border, check_spaces
 from omnet_torchrl.training.loop.generators import OwnGlobals
 from omnet_torchrl.training.options import TrainConfig
-from omnet_torchrl.training.options.checks import MINATAR
+from omnet_torchrl.training.options.contradictions import MINATAR
 from omnet_torchrl.transforms import EpisodePrimer
 
 MAZE = "Maze2D"  # Maze2DEnv; MinAtar/<game> is MinAtarEnv; every other name is gymnasium's or a user's own
@@ -39,7 +41,8 @@ def env_options(config: TrainConfig) -> dict[str, Any]:
 
 def instances(config: TrainConfig) -> str:
     """The line that says how many environments a run makes."""
-    counts = config.num_envs, config.eval.episodes, config.eval.bias_episodes
+    tasks = len(task_names(config.env))
+    counts = tasks * config.num_envs, tasks * config.eval.episodes, config.eval.bias_episodes
     purposes = zip(counts, ("train in", "evaluate in", "measure the bias in"), strict=True)
     listed = ", ".join(f"{count} to {purpose}" for count, purpose in purposes if count)
     return f"environments that are made of {config.env}: {listed}"
@@ -70,6 +73,15 @@ def check_env(name: str, *, normalized: bool = False, **options: Any) -> list[st
             with _blamed(name, "made"):
                 _games(name, None, options)
         return []
+    names = task_names(name)
+    envs, notes = zip(*(_checked(each, normalized, options) for each in names), strict=True)
+    if len(names) > 1:
+        check_tasks(envs, names)
+    return [note for each in notes for note in each]
+
+
+def _checked(name: str, normalized: bool, options: Mapping[str, Any]) -> tuple[Border, list[str]]:
+    """An environment that was made, stepped and closed, and what a person should know of it."""
     env = _bordered(name, **options)
     try:
         with _blamed(name, "reset"):
@@ -83,7 +95,7 @@ def check_env(name: str, *, normalized: bool = False, **options: Any) -> list[st
     for what, value in {"observation": np.stack([first, observation]), "reward": np.array(reward)}.items():
         if not np.isfinite(value).all():
             raise ValueError(f"the {what} of env must be finite, got {value.tolist()} in the first step of {name!r}: mend it.")
-    return _notes(name, env, normalized, repeats=np.array_equal(first, again))
+    return env, _notes(name, env, normalized, repeats=np.array_equal(first, again))
 
 
 def _notes(name: str, env: gymnasium.Env, normalized: bool, repeats: bool) -> list[str]:
@@ -129,7 +141,8 @@ def make_env(
     """An environment for training or evaluation.
 
     Args:
-        name (str): the option ``env``: ``Maze2D`` for :class:`~omnet_torchrl.Maze2DEnv`, or see :func:`make_gymnasium`.
+        name (str): the option ``env``: ``Maze2D`` for :class:`~omnet_torchrl.Maze2DEnv`, or see :func:`make_gymnasium`. Several
+            tasks, whose names ``+`` joins, are a :class:`~omnet_torchrl.envs.TasksEnv`, of which ``num_envs`` is a multiple.
         *transforms (Transform): appended, e.g. a :class:`~omnet_torchrl.SubnetPrimer`.
         num_envs (int or None): this many, stepped one after the other in this process, as one environment of batch size
             ``(num_envs,)``. ``None`` (default): a single one, without batch size.
@@ -145,12 +158,14 @@ def make_env(
     elif name.startswith(MINATAR):
         base = _games(name, num_envs, options)
     else:
+        names = task_names(name)
+        names *= (num_envs or len(names)) // len(names)
         with ExitStack() as stack:  # which closes those that were made where another can't be
             envs = []
-            for i in range(num_envs or 1):
-                envs.append(_bordered(name, seed=i + (seed or 0), **options))
+            for i, each in enumerate(names):
+                envs.append(_bordered(each, seed=i + (seed or 0), **options))
                 stack.callback(envs[-1].close)
-            base = GymWrapper(envs[0] if num_envs is None else _vector(envs))
+            base = _together(envs, names, num_envs)
             stack.pop_all()
     offset = [ObservationOffset(observation_offset, generator=seed)] if observation_offset else []
     sums: list[Transform] = [RewardSum()] if sum_episodes else []
@@ -168,6 +183,12 @@ def _games(name: str, num_envs: int | None, options: Mapping[str, Any]) -> MinAt
     return MinAtarEnv(name.removeprefix(MINATAR), () if num_envs is None else num_envs, **(options.get("env_kwargs") or {}))
 
 
+def _together(envs: Sequence[Border], names: Sequence[str], num_envs: int | None) -> EnvBase:
+    if len(set(names)) > 1:
+        return TasksEnv(envs, names, success=all(each.startswith(META_WORLD) for each in names))
+    return GymWrapper(envs[0] if num_envs is None else _vector(envs))
+
+
 def _vector(envs: Sequence[Border]) -> gymnasium.vector.SyncVectorEnv:
     # The only mode of gymnasium's vector environments in which TorchRL sees each environment's own last observation.
     mode = gymnasium.vector.AutoresetMode.DISABLED
@@ -175,7 +196,7 @@ def _vector(envs: Sequence[Border]) -> gymnasium.vector.SyncVectorEnv:
 
 
 def _bordered(name: str, *, seed: int = 0, **options: Any) -> Border:
-    if ":" not in name and name not in gymnasium.registry:
+    if ":" not in name and name not in gymnasium.registry and not _in_suite(name):
         closest = ", ".join(difflib.get_close_matches(name, [MAZE, *gymnasium.registry], n=3, cutoff=0))
         own = "one of your own is module:Id or module:function"
         raise ValueError(f"env must be a gymnasium id with its version, got {name!r}; the closest are {closest}; {own}.")
@@ -202,8 +223,9 @@ def make_gymnasium(
     """The gymnasium environment that the options of a run name.
 
     Args:
-        name (str): an id; ``module:Id``, whose module registers the id and is imported first; or ``module:function``, which
-            returns an environment of gymnasium or TorchRL. Modules are also looked for in the working directory.
+        name (str): an id; a task of a suite, see :func:`~omnet_torchrl.envs.make_task`; ``module:Id``, whose module registers
+            the id and is imported first; or ``module:function``, which returns an environment of gymnasium or TorchRL. Modules
+            are also looked for in the working directory.
 
     Keyword Args:
         env_kwargs (mapping or None): arguments of the constructor or function.
@@ -213,8 +235,10 @@ def make_gymnasium(
         render_mode (str or None): as in ``gymnasium.make``.
     """
     kwargs = {**(env_kwargs or {}), **({} if render_mode is None else {"render_mode": render_mode})}
-    function = _function(name)
-    if function is None and max_episode_steps is not None:
+    function = partial(make_task, name) if _in_suite(name) else _function(name)
+    if _in_suite(name) and max_episode_steps is not None:
+        kwargs["max_episode_steps"], max_episode_steps = max_episode_steps, None
+    elif function is None and max_episode_steps is not None:
         kwargs["max_episode_steps"] = -1  # gymnasium's word for none
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's tasks are the -v4 ones
@@ -231,6 +255,10 @@ def make_gymnasium(
     if flatten_observation:
         env = FlattenObservation(env)
     return env if max_episode_steps is None else TimeLimit(env, max_episode_steps)
+
+
+def _in_suite(name: str) -> bool:
+    return name.startswith((HALF_CHEETAH, META_WORLD))
 
 
 def _function(name: str) -> Callable[..., Any] | None:
@@ -263,7 +291,7 @@ def recorders(env: EnvBase) -> list[Border | EnvBase]:
         env = env.base_env
     if isinstance(env, Maze2DEnv | MinAtarEnv):
         return [env]
-    base: Any = env._env if isinstance(env, GymWrapper) else None
+    base: Any = env._env if isinstance(env, GymWrapper) else env if isinstance(env, TasksEnv) else None
     return list(getattr(base, "envs", [base]))
 
 

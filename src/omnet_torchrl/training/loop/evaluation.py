@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from omnet_torchrl.objectives import OMNetSACLoss, SubnetLoss
 from omnet_torchrl.training.loop.environments import MAZE, env_options, make_env, seed_env
 from omnet_torchrl.training.loop.rollout import rollout
 from omnet_torchrl.training.loop.streams import derived_seed
+from omnet_torchrl.training.loop.tasks import task_labels
 from omnet_torchrl.training.options import TrainConfig
 from omnet_torchrl.training.record.files import append_positions
 from omnet_torchrl.updates import CompiledPolicy
@@ -37,7 +38,8 @@ class Evaluation:
     updates as figure 7 shows.
 
     Args:
-        config (TrainConfig): its ``eval.episodes`` and ``eval.bias_episodes`` are so many environments; of 0, none is made.
+        config (TrainConfig): its ``eval.episodes`` (of each task) and ``eval.bias_episodes`` are so many environments; of 0,
+            none is made.
         policy (SubnetActor or CompiledPolicy): what is evaluated.
         loss (OMNetSACLoss): whose values are.
         say (callable): gets lines for a person. Defaults to ``print``.
@@ -53,7 +55,8 @@ class Evaluation:
         options = {"observation_offset": config.observation_offset, "sum_episodes": False, **env_options(config)}
         make = partial(make_env, config.env, **options)
         self.config, self.policy, self.loss, self.say = config, policy, loss, say
-        counts = config.eval.episodes, config.eval.bias_episodes
+        self.tasks = task_labels(config.env)
+        counts = config.eval.episodes * max(1, len(self.tasks)), config.eval.bias_episodes
         self.env, self.bias_env = (make(num_envs=count) if count else None for count in counts)
 
     def prepare(self) -> None:
@@ -67,7 +70,8 @@ class Evaluation:
         """Evaluate the policy as it is now."""
         config = self.config
         seed = derived_seed(config.seed, "evaluation", frames)
-        metrics = {} if self.env is None else evaluate(self.policy, self.env, seed=seed, say=self.say)
+        options = {"seed": seed, "say": self.say, "tasks": self.tasks}
+        metrics = {} if self.env is None else evaluate(self.policy, self.env, **options)
         policy_updates = int(max(0, frames - config.init_random_frames) * config.utd_ratio) // config.policy_update_delay
         if config.env == MAZE and policy_updates in FIGURE_7:
             positions = subnet_trajectories(_actor(self.policy))
@@ -86,7 +90,12 @@ class Evaluation:
 @torch.no_grad()
 @set_exploration_type(ExplorationType.DETERMINISTIC)
 def evaluate(
-    policy: AnyActor | CompiledPolicy, env: EnvBase, *, seed: int | None = None, say: Callable[[str], object] = print
+    policy: AnyActor | CompiledPolicy,
+    env: EnvBase,
+    *,
+    seed: int | None = None,
+    say: Callable[[str], object] = print,
+    tasks: Sequence[str] = (),
 ) -> dict[str, float]:
     """Undiscounted returns of deterministic episodes, one per environment; they cycle through the subnetworks.
 
@@ -95,9 +104,12 @@ def evaluate(
         env (EnvBase): of batch size ``(episodes,)``, see :func:`~omnet_torchrl.training.make_env`.
         seed (int or None): of the start states. ``None`` (default): the environment's random numbers go on.
         say (callable): gets a line where the episodes do not end for long. Defaults to ``print``.
+        tasks (sequence of str): names of the tasks, which the environments cycle through as well. Defaults to none.
 
     Returns:
-        dict: ``eval/return`` and ``eval/length``, means; ``eval/return_subnet_k`` of each subnetwork that played.
+        dict: ``eval/return`` and ``eval/length``, means; ``eval/return_subnet_k`` of each subnetwork that played, or
+        ``eval/return_<task>``; where the environment says it, ``eval/success``, the fraction of successful episodes, and
+        ``eval/success_<task>``.
 
     Raises:
         DivergenceError: an observation, action or reward is not finite.
@@ -107,13 +119,19 @@ def evaluate(
     actor, episodes = _actor(policy), env.batch_size.numel()
     subnet, total, length = torch.arange(episodes) % actor.num_subnets, torch.zeros(episodes), torch.zeros(episodes)
     observations = [key for key in actor.in_keys if key != actor.subnet_key]
-    act = partial(_deterministic, policy, subnet)
+    act, success = partial(_deterministic, policy, subnet), None
     for step, playing in rollout(env, act, observations=observations, name="an evaluation", say=say):
         total += step.get(("next", "reward")).view(-1).cpu() * playing
         length += playing
+        succeeded = step.get(("next", "success"), None)
+        if succeeded is not None:
+            success = torch.where(playing, succeeded.view(-1).float(), torch.zeros(()) if success is None else success)
     metrics = {"eval/return": total.mean().item(), "eval/length": length.mean().item()}
     for k in range(min(episodes, actor.num_subnets)):
-        metrics[f"eval/return_subnet_{k}"] = total[subnet == k].mean().item()
+        metrics[f"eval/return_{tasks[k] if tasks else f'subnet_{k}'}"] = total[subnet == k].mean().item()
+    if success is not None:
+        each = {f"eval/success_{task}": success[subnet == k].mean().item() for k, task in enumerate(tasks)}
+        metrics |= {"eval/success": success.mean().item(), **each}
     return metrics
 
 

@@ -27,6 +27,7 @@ from omnet_torchrl.training.loop.mask_changes import MaskChanges
 from omnet_torchrl.training.loop.resumption import collection_state, compare, load_collection, setting
 from omnet_torchrl.training.loop.stopping import AbandonedError, DivergenceError, Stop, check_finite
 from omnet_torchrl.training.loop.streams import GlobalStream, Streams, derived_seed
+from omnet_torchrl.training.loop.tasks import episodes, named, sampled, stored, task_labels
 from omnet_torchrl.training.options import TrainConfig
 from omnet_torchrl.training.record.checkpoint import Checkpointer, check_shapes, load_replay
 from omnet_torchrl.training.record.files import CheckpointError, one_line
@@ -68,6 +69,7 @@ class Trainer:
         self.collector, self.buffer, self.update, self.evaluate = collector, buffer, update, evaluate
         self.checkpointer, self.reporter, self.config = checkpointer, reporter, config
         self.masks = MaskChanges(topology, buffer, config)
+        self.tasks = task_labels(config.env)
         self.frames = 0
         self.elapsed = 0.0  # seconds, those before a resume included
         self.times = dict.fromkeys(("collect", "sample", "update", "log", "evaluate", "save"), 0.0)  # where they went
@@ -117,7 +119,7 @@ class Trainer:
             {"observation": state["carrier"]["observation"], **state["update"]["loss"]},
             {"observation": self.collector._carrier["observation"], **self.update.loss.state_dict()},
         )
-        load_replay(self.buffer, files, state["writer"])
+        load_replay(self.buffer, files, state["writer"], dims=self.update.loss.batch_dims)
         self.update.load_state_dict(state["update"])
         load_collection(self.collector, state)
         self.masks.load_state_dict(state)
@@ -137,8 +139,9 @@ class Trainer:
                 module.prepare(made_up)
         if hasattr(self.evaluate, "prepare"):
             self.evaluate.prepare()
-        transition = made_up.select(*self._kept(made_up)).reshape(-1)[0]
-        self.update.prepare(transition.expand(self.config.optim.batch_size))
+        rows, size = max(1, len(self.tasks)), self.config.optim.batch_size
+        batch = made_up.select(*self._kept(made_up)).reshape(-1)[:rows, None].expand(rows, size // rows)
+        self.update.prepare(batch if self.tasks else batch[0])
 
     def save(self) -> None:
         """Write a checkpoint, unless this frame has one or the run has diverged, which is found out here at the latest."""
@@ -227,7 +230,7 @@ class Trainer:
             for each in self._normalizations:
                 each.update(data.get("observation"))
             self._keys = self._keys or self._kept(data)
-            self.buffer.extend(data.select(*self._keys).reshape(-1))
+            self.buffer.extend(stored(data.select(*self._keys), self.tasks))
             self.frames += data.numel()
         return data
 
@@ -246,7 +249,7 @@ class Trainer:
             return {}
         size = self.config.optim.batch_size
         with self._timed("sample"):
-            batches = self.buffer.sample(count * size).to(self.update.device).reshape(count, size)
+            batches = sampled(self.buffer, count, size, self.tasks).to(self.update.device)
         with self._timed("update"):
             metrics = self.update(batches, generator=self._random.draws)
         self._batch = batches[-1]
@@ -296,15 +299,15 @@ class Trainer:
         self._log(metrics)
 
     def _log_training(self, before: int, data: TensorDictBase, metrics: dict[str, Tensor]) -> None:
-        for i in data.get(("next", "done")).view(-1).nonzero().flatten().tolist():
-            end = data.get("next").reshape(-1)[i]
-            self._log({"train/episode_return": end["episode_reward"].item(), "train/episode_length": end["step_count"].item()})
+        for ended in episodes(data, self.tasks):
+            self._log(ended)
         self._metrics |= metrics
         self._log_due |= self.updates > 0 and _crosses(self.config.log_interval, before, self.frames)
         if metrics and self._log_due:
             self._log_due = False
-            values = {f"train/{name}": value.item() for name, value in self._metrics.items()}
-            values |= {name: value.item() for name, value in subnet_disagreement(self.update.loss, self._batch).items()}
+            values = {f"train/{name}": value for name, value in named(self._metrics, self.tasks).items()}
+            if not self.tasks:  # whose subnetworks are to disagree
+                values |= {name: value.item() for name, value in subnet_disagreement(self.update.loss, self._batch).items()}
             rates = {"frames": self.frames / self.elapsed, "updates": self.updates / self.elapsed}
             self._log({**values, **{f"time/{name}_per_second": rate for name, rate in rates.items()}})
             wrong = [name for name, value in values.items() if not math.isfinite(value)]

@@ -15,12 +15,12 @@ class NetworkConfig:
     """The networks of critic and actor."""
 
     num_subnets: int = 5  # N, subnetworks of the critic and of the actor; with masks=redrawn, how many stand for "all N"
-    critic: str = "masked"  # masked: one network under num_subnets masks; separate: num_subnets networks
-    actor: str = "masked"  # masked: as the critic; dense: one network without masks; sparse: one under one, see topology
+    critic: str = "masked"  # masked: one network under num_subnets masks; separate: num_subnets networks; tasks: shared, heads
+    actor: str = "masked"  # masked; dense: one network; sparse: one under a mask, see topology; of tasks: as the critic
     channels: int | None = None  # of a convolution of 3 x 3 before the layers, for MinAtar; None: no convolution
     structure: str | None = None  # of the first layer, for MinAtar: random, spatial, predictive or l1; None: the masks' alone
     fan_in: int | None = None  # inputs that a unit of a random or predictive structure keeps; None: 9 cells, all channels
-    structure_run: str | None = None  # folder of the run that was trained with loss.l1, for an l1 structure
+    structure_run: str | None = None  # folder of the run with loss.l1 that an l1 structure is taken from; None: of none
     freeze_hidden: bool = False  # hidden layers keep their first weights; the output layer is trained
     masks: str = "weight"  # weight: over each by itself; unit: whole hidden units, sliced out; redrawn: anew at each call
     sparsity: Any = 0.5  # S, fraction of weights (units) masked out, in [0, 1): one number, or one per linear (hidden) layer
@@ -38,7 +38,7 @@ class LossConfig:
     """Equations 4 and 5, over SAC, TD3 or DQN: which one is the row's."""
 
     num_trained_subnets: int | None = 1  # K, critic subnetworks that an update trains; None: all
-    num_target_subnets: int | None = 2  # M, target subnetworks of which the minimum is taken; None: all
+    num_target_subnets: int | None = 2  # M, target subnetworks of which the minimum is taken; None: all; tasks: critics of each
     replacement: bool = False  # draw subnetworks with replacement
     gamma: float = 0.99  # discount per frame
     target_entropy: float | None = None  # nats, of the action in [-1, 1]; None: the row's: REDQ's for its tasks, or -dim(A)
@@ -125,13 +125,13 @@ class TrainConfig:
     """One run."""
 
     algorithm: str = "omnet"  # the row of the results table whose options these are, see rows.py
-    env: str = "Hopper-v4"  # a gymnasium id, Maze2D, MinAtar/<game>, or your own: module:Id or module:function
+    env: str = "Hopper-v4"  # a gymnasium id, Maze2D, MinAtar/<game>, or your own: module:Id or module:function; tasks: A+B+C
     env_kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of the environment: env_kwargs.frame_skip=2
     wrappers: list[str] = field(default_factory=list)  # around it, one after the other, each module.Class
     flatten_observation: bool = False  # make one vector of observations that are none
     max_episode_steps: int | None = None  # steps after which an episode is truncated; None: the environment's own number
-    num_envs: int = 1  # environments stepped together; a step of all is num_envs frames
     normalize_observations: bool = False  # in the networks, by running mean and variance of all that were collected so far
+    num_envs: int = 1  # environments stepped together; a step of all is num_envs frames; of T tasks 1, and T frames
     observation_offset: float = 0.0  # scale of the constant noise on the observations of an episode (section 4.4)
     seed: int = 0  # of everything random in the run
     device: str = "auto"  # cpu, cuda or cuda:1; auto: cuda where there is one

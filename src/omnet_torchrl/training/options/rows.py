@@ -28,7 +28,7 @@ class Row:
         options (dict): what differs from the defaults, nested as in :class:`~omnet_torchrl.training.options.TrainConfig`.
         dropout (dict): task to the value of ``network.dropout=null``.
         entropy_per_action (float or None): the target entropy is this times the action's dimensions. ``None``: REDQ's values.
-        loss (str): ``"sac"`` (default), ``"td3"`` or ``"dqn"``.
+        loss (str): ``"sac"`` (default), ``"td3"`` or ``"dqn"``; ``"tasks"``: SAC whose subnetworks are tasks.
     """
 
     label: str
@@ -119,6 +119,21 @@ ROWS |= {
     "maxmin_dqn": _dqn("Maxmin DQN", 4, critic="separate", num_target_subnets=None),
     "bootstrapped_dqn": _dqn("Bootstrapped DQN", 10, critic="separate", num_trained_subnets=None, target_reduction="subnet"),
     "omnet_bootstrapped_dqn": _dqn("Bootstrapped DQN on masks", 5, 0.5, num_trained_subnets=None, target_reduction="subnet"),
+}
+
+
+def _tasks(label: str, networks: str, sparsity: float = 0.0) -> Row:
+    """A row of several tasks, with two critics and an actor for each: what is theirs, and what is all tasks'."""
+    network = {"critic": networks, "actor": networks, "num_subnets": 2, "sparsity": sparsity}
+    loss = {"num_trained_subnets": None, "num_target_subnets": 2}
+    return Row(label, {"network": network, "loss": loss, "utd_ratio": 1, "policy_update_delay": 1}, loss="tasks")
+
+
+ROWS |= {
+    "pathways": _tasks("pathways", "masked", 0.5),
+    "shared_tasks": _tasks("one dense network", "shared"),
+    "multi_head": _tasks("multi-head", "heads"),
+    "separate_tasks": _tasks("separate networks", "separate"),
 }
 
 

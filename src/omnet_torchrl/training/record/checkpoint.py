@@ -187,11 +187,11 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def load_replay(buffer: ReplayBuffer, files: list[Path], writer: dict[str, Any]) -> None:
+def load_replay(buffer: ReplayBuffer, files: list[Path], writer: dict[str, Any], dims: int = 1) -> None:
     """Fill an empty buffer from the files of a checkpoint.
 
     Each transition goes where it would stand had it been written to this buffer, which may be larger than the one that was
-    saved: a run whose ``total_frames`` is raised.
+    saved: a run whose ``total_frames`` is raised. The storage has ``dims`` dimensions: 2 where an element is one of all tasks.
 
     Raises:
         ValueError: the buffer is larger, and what it would still hold had been overwritten.
@@ -206,7 +206,7 @@ def load_replay(buffer: ReplayBuffer, files: list[Path], writer: dict[str, Any])
                 f"the buffer's capacity must be at most {written - segment['start']}, the transitions of the checkpoint, got "
                 f"{capacity}: those before had been overwritten."
             )
-        data = TensorDict(segment["data"]).auto_batch_size_(1).unflatten_keys(".")
+        data = TensorDict(segment["data"]).auto_batch_size_(dims).unflatten_keys(".")
         stop = segment["start"] + len(data)
         index = torch.arange(segment["start"], stop)
         last = slice(max(0, len(data) - capacity), None)

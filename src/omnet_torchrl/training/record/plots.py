@@ -38,7 +38,8 @@ PANELS = (
 def learning_curve(source: RunFolder | str | Path, path: str | Path | None = None, title: str | None = None) -> Path:
     """Draw the returns against the frames, and how losses and statistics went, as a PNG.
 
-    The line is the mean return of an evaluation, the faint ones that of each subnet, the dots are training episodes.
+    The line is the mean return of an evaluation, the faint ones that of each subnet or, in their own colours, of each task, the
+    dots are training episodes.
 
     Args:
         source (RunFolder, str or Path): a run's folder or a ``metrics.csv``.
@@ -97,8 +98,14 @@ def _draw_returns(axes: Axes, metrics: dict[str, tuple[np.ndarray, np.ndarray]])
     subnets = [series for name, series in sorted(metrics.items()) if name.startswith("eval/return_subnet_")]
     for i, series in enumerate(subnets):
         axes.plot(*series, color="tab:blue", alpha=0.25, linewidth=0.9, label=None if i else "evaluation of each subnet")
+    prefix = "eval/return_"
+    for name, series in metrics.items() if not subnets else ():
+        if name.startswith(prefix):
+            axes.plot(*series, ".-", linewidth=1.2, label=name.removeprefix(prefix))
     if "eval/return" in metrics:
-        axes.plot(*metrics["eval/return"], "o-", color="tab:blue", linewidth=2, markersize=3, label="evaluation, mean")
+        axes.plot(
+            *metrics["eval/return"], "o-", color="tab:blue", zorder=1, linewidth=2, markersize=3, label="evaluation, mean"
+        )
     else:
         axes.text(0.5, 0.5, "no evaluation yet", transform=axes.transAxes, ha="center", va="center", color="0.4")
     if axes.lines:

@@ -101,7 +101,10 @@ class Terminal:
         text = f"{frames:>11,} frames   return {metrics['eval/return']:>9.1f}{spread}"
         if "eval/length" in metrics:
             text += f"   length {metrics['eval/length']:>6.1f}"
-        self.line(f"{text}   {seconds / 60:>6.1f} min")
+        prefix = "eval/return_"
+        tasks = {} if subnets else {name.removeprefix(prefix): v for name, v in metrics.items() if name.startswith(prefix)}
+        each = ", ".join(f"{task} {value:.1f}" for task, value in tasks.items())
+        self.line(f"{text}   {seconds / 60:>6.1f} min{f'   ({each})' if each else ''}")
 
     def close(self) -> None:
         """Take the progress bar away."""
