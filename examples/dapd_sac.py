@@ -31,7 +31,7 @@ from omnet_torchrl import (
     make_qvalue,
 )
 from omnet_torchrl.training import Evaluation, Run, Trainer, describe, make_env
-from omnet_torchrl.training.build import loss_options, network_options, topology_options, update_options
+from omnet_torchrl.training.build import loss_options, network_options, normalization, topology_options, update_options
 from omnet_torchrl.training.command_line import execute
 from omnet_torchrl.training.loop.environments import env_options
 from omnet_torchrl.training.loop.streams import derived_seed
@@ -51,8 +51,9 @@ def train(run: Run) -> float:
     env = make_env(config.env, num_envs=num_envs, seed=derived_seed(config.seed, "environments"), **options)
 
     # Two critics and an actor; each weight has a mask, which keeps all of them at first.
-    actor = make_actor(env.observation_spec, env.action_spec, **network_options(config, "actor"), device=device)
-    qvalue = make_qvalue(env.observation_spec, env.action_spec, **network_options(config, "critic"), device=device)
+    common = {"normalize": normalization(config, env.observation_spec), "device": device}
+    actor = make_actor(env.observation_spec, env.action_spec, **network_options(config, "actor"), **common)
+    qvalue = make_qvalue(env.observation_spec, env.action_spec, **network_options(config, "critic"), **common)
     env.append_transform(SubnetPrimer(actor.num_subnets, generator=config.seed))
 
     # SAC: both critics are trained on the minimum of both, the actor on their mean.

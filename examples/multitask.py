@@ -27,7 +27,7 @@ from omnet_torchrl import CompiledPolicy, GatherStorage, LazyAdam, OMNetSACLoss,
 from omnet_torchrl.layers import MaskedLinear
 from omnet_torchrl.masks import mask_iou
 from omnet_torchrl.training import Evaluation, Run, Trainer, describe, make_env
-from omnet_torchrl.training.build import loss_options, network_options, update_options
+from omnet_torchrl.training.build import loss_options, network_options, normalization, update_options
 from omnet_torchrl.training.command_line import execute
 from omnet_torchrl.training.loop.environments import env_options
 from omnet_torchrl.training.loop.streams import derived_seed
@@ -49,8 +49,9 @@ def train(run: Run) -> float:
     tasks = env.batch_size.numel()
 
     # One network for each of critic and actor, with a mask for each task, or two for its two critics.
-    actor = make_actor(env.observation_spec, env.action_spec, **network_options(config, "actor"), device=device)
-    qvalue = make_qvalue(env.observation_spec, env.action_spec, **network_options(config, "critic"), device=device)
+    common = {"normalize": normalization(config, env.observation_spec), "device": device}
+    actor = make_actor(env.observation_spec, env.action_spec, **network_options(config, "actor"), **common)
+    qvalue = make_qvalue(env.observation_spec, env.action_spec, **network_options(config, "critic"), **common)
 
     # The place of an environment is its task, and the task is the index of the subnetwork that plays.
     env.append_transform(SubnetPrimer(actor.num_subnets, fixed=torch.arange(tasks)))

@@ -18,7 +18,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import ReplayBuffer
 
-from omnet_torchrl import GatherStorage
+from omnet_torchrl import GatherStorage, RunningNormalization
 from omnet_torchrl.training import load_policy, make_env
 from omnet_torchrl.training.loop.environments import check_env
 from omnet_torchrl.training.loop.tasks import sampled, stored, task_labels
@@ -176,6 +176,14 @@ def test_options_that_tasks_do_not_allow_are_said(options, message):
 def test_environments_that_do_not_fit_are_said(env, message):
     with pytest.raises(ValueError, match=message):
         check_env(env)
+
+
+def test_tasks_share_the_running_statistics_of_their_observations(tmp_path):
+    run(tmp_path / "run", f"env={CHEETAHS}", "normalize_observations=true")
+    policies = [load_policy(tmp_path / "run", k) for k in range(2)]
+    statistics = [next(each for each in policy.modules() if isinstance(each, RunningNormalization)) for policy in policies]
+    assert statistics[0].count == 120
+    assert torch.equal(statistics[0].mean, statistics[1].mean)
 
 
 def test_meta_world_that_is_missing_is_said(monkeypatch):

@@ -1,4 +1,4 @@
-"""The exploration of a policy that is deterministic: TorchRL's noise around it, whose size is a function of the frame."""
+"""What is around a run's policy: TorchRL's noise for a deterministic one, and the running statistics that it begins with."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import nn
 from torchrl.data import TensorSpec
 from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import AdditiveGaussianModule, EGreedyModule
 
+from omnet_torchrl.layers import RunningNormalization
 from omnet_torchrl.training.options import TrainConfig, row
 from omnet_torchrl.updates import CompiledPolicy
 
@@ -62,3 +64,12 @@ class Exploring(TensorDictModuleBase):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The policy's."""
         return self.policy.load_state_dict(*args, **kwargs)
+
+
+def normalizations(policy: nn.Module, config: TrainConfig) -> list[RunningNormalization]:
+    """The running statistics of a policy; a ``ValueError`` unless there are some just where the options ask for them."""
+    found = [each for each in policy.modules() if isinstance(each, RunningNormalization)]
+    if bool(found) != config.normalize_observations:
+        got = f"normalize_observations={str(config.normalize_observations).lower()} and {len(found) or 'none'}"
+        raise ValueError(f"the policy must have running statistics where normalize_observations is true, got {got}.")
+    return found

@@ -20,9 +20,8 @@ from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.data import PrioritizedSampler, ReplayBuffer
 
-from omnet_torchrl.layers import RunningNormalization
 from omnet_torchrl.metrics import subnet_disagreement
-from omnet_torchrl.training.loop.exploration import Exploring
+from omnet_torchrl.training.loop.exploration import Exploring, normalizations
 from omnet_torchrl.training.loop.mask_changes import MaskChanges
 from omnet_torchrl.training.loop.resumption import collection_state, compare, load_collection, setting
 from omnet_torchrl.training.loop.stopping import AbandonedError, DivergenceError, Stop, check_finite
@@ -82,7 +81,7 @@ class Trainer:
         self._log_due = False  # the interval of the log has passed, and no update since
         self._random = Streams(config.seed, update.device, buffer.storage.device)
         buffer.set_rng(self._random.replay)
-        self._normalizations = [each for each in collector.policy.modules() if isinstance(each, RunningNormalization)]
+        self._normalizations = normalizations(collector.policy, config)
         self._batch = TensorDict()  # the newest that an update read
 
     def resume(self) -> bool:
