@@ -22,7 +22,8 @@ from omnet_torchrl.training.record.metrics import read_metrics
 
 SIZES = {
     **{"Hopper-v4": (11, 3), "Walker2d-v4": (17, 6), "Ant-v4": (27, 8), "Humanoid-v4": (376, 17)},
-    **{"InvertedDoublePendulum-v4": (11, 1), "Maze2D": (2, 2)},
+    **{"InvertedDoublePendulum-v4": (11, 1), "Maze2D": (2, 2), "HalfCheetah-v4": (17, 6)},
+    "HalfCheetah/forward+backward+velocity_0.5+velocity_2": (17, 6),
 }
 Series = tuple[np.ndarray, np.ndarray]
 

@@ -8,6 +8,7 @@ import types
 import warnings
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import bare
@@ -103,7 +104,8 @@ def omnet_block(row: str, task: Task, *, batch: int = 256, device: str = "cpu", 
     schedule = {"init_random_frames": 0, "utd_ratio": UPDATES}
     none: Any = None
     buffer = replay(task, device)
-    trainer = Trainer(none, buffer, update, none, none, none, TrainConfig(**schedule, optim=OptimConfig(batch_size=batch)))
+    nobody: Any = SimpleNamespace(policy=torch.nn.Identity())  # collects
+    trainer = Trainer(nobody, buffer, update, none, none, none, TrainConfig(**schedule, optim=OptimConfig(batch_size=batch)))
 
     def block() -> None:
         trainer.frames += 1
