@@ -353,7 +353,7 @@ def classify(code: int | None, folder: Path, expected: Mapping[str, Any]) -> str
     except (checkpoint.CheckpointError, ValueError, KeyError):  # what it saves, or its records, can't be read
         return "SILENT"
     if differing(found, expected):
-        return "said" if "warning: " in text or "goes on with other options" in text else "SILENT"
+        return "said" if "warning: " in text or "with other options" in text else "SILENT"
     return "fell back" if "passed over" in text else "equal"
 
 
