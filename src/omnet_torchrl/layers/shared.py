@@ -89,6 +89,7 @@ class SharedMLP(IndexedMLP):
         ValueError: N is no multiple of G; another normalisation.
 
     Examples:
+        >>> import torch
         >>> critics = SharedMLP(in_features=23, out_features=1, num_cells=[256, 256], num_subnets=8, num_networks=2)
         >>> task = torch.arange(4)[:, None]  # of each row of 32 transitions
         >>> critics(torch.zeros(4, 32, 23), torch.stack([2 * task, 2 * task + 1])).shape
