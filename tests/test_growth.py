@@ -49,7 +49,7 @@ def test_twenty_thousand_frames_hold_what_ten_thousand_did(train, tmp_path, monk
     with Run({**OPTIONS, "total_frames": 20_000, "folder": str(tmp_path / "run")}) as run:
         train(run)
     (memory, *others), (later, *still) = seen[10_000], seen[20_000]
-    assert still == others == seen[5_000][1:]
+    assert still == others == list(seen[5_000][1:])
     assert later - memory < 5  # 10,000 transitions of 12 numbers are 0.5 MiB; the rest is for the allocator
 
 

@@ -174,6 +174,23 @@ def test_a_run_that_starts_anew_keeps_what_it_had_logged(tmp_path, capsys):
     assert "what metrics.csv had is in metrics.csv.old1" in capsys.readouterr().err
 
 
+def test_links_to_nothing_are_seen(tmp_path):
+    options = {**OPTIONS, "folder": str(tmp_path / "run")}
+    with pytest.raises(KeyError), Run(options):  # before the first checkpoint
+        raise KeyError
+    for name in ("metrics.csv", "metrics.csv.old"):
+        (tmp_path / "run" / name).unlink(missing_ok=True)
+        (tmp_path / "run" / name).symlink_to("nowhere")
+    with Run({"resume": str(tmp_path / "run")}) as run:
+        train(run)
+    assert os.readlink(tmp_path / "run" / "metrics.csv.old1") == "nowhere"
+    assert not (tmp_path / "run" / "metrics.csv").is_symlink()
+    (tmp_path / "run" / "run.json").unlink()
+    (tmp_path / "run" / "run.json").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"run\.json"):
+        Run({**options, "resume": "auto"})
+
+
 @pytest.mark.parametrize("change", [{}, {"status": "running"}, {"status": "running", "saved": None}, {"status": "diverged"}])
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_results(change, tmp_path):
     train(Run(options(tmp_path, checkpoint={"interval": 30})))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -75,7 +76,7 @@ class Run:
         auto = resume == "auto"
         if resume is None or auto:
             self.config = to_config(config, sweep=sweep)
-            there = auto and Path(self.config.folder, "run.json").expanduser().exists()
+            there = auto and os.path.lexists(Path(self.config.folder, "run.json").expanduser())
             resume = self.config.folder if there else None
         self.resumed = resume is not None
         if resume is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,9 +28,9 @@ class Reporter:
         """Open ``metrics.csv``, unless :meth:`restore` did, and start the tracker; see :func:`make_logger`."""
         if self._csv is None:
             path = self.folder.metrics_path
-            if path.exists():
+            if os.path.lexists(path):  # a link to nothing too
                 names = (path.with_name(f"{path.name}.old{number or ''}") for number in itertools.count())
-                kept = path.rename(next(name for name in names if not name.exists()))
+                kept = path.rename(next(name for name in names if not os.path.lexists(name)))
                 self.say(f"what {path.name} had is in {kept.name}")
             self._csv = CSVLogger(path)
         self._logger = make_logger(kind, self.folder, config, frames=frames, warn=self.say, **options)
