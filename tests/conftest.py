@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import Bounded, OneHot, Unbounded
 
+import omnet_torchrl
 from omnet_torchrl import make_actor, make_deterministic_actor, make_qvalue, make_qvalue_actor
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "omnet_sac.py"
@@ -114,3 +117,18 @@ def run_script(*arguments):
                 printed.write(f"{code}\n")
                 code = 1
     return code or 0, printed.getvalue()
+
+
+def python_without(absent, folder, *arguments, **variables):
+    """Run Python in ``folder`` where no package whose name begins as one of ``absent`` can be imported."""
+    folder.mkdir()
+    (folder / "omnet_torchrl").symlink_to(Path(omnet_torchrl.__file__).parent)  # alone: it may lie beside the absent ones
+    for path in Path(torch.__file__).parents[1].iterdir():
+        name = path.name.lower()
+        if not name.startswith(tuple(absent)) and path.suffix != ".pth" and name != "omnet_torchrl":
+            (folder / path.name).symlink_to(path)
+    environment = {**os.environ, "PYTHONPATH": str(folder), **variables}
+    for name in absent:
+        found = subprocess.run([sys.executable, "-S", "-c", f"import {name}"], capture_output=True, cwd=folder, env=environment)
+        assert found.returncode, f"{name} is still there"
+    return subprocess.run([sys.executable, "-S", *arguments], capture_output=True, text=True, cwd=folder, env=environment)

@@ -1,14 +1,12 @@
 """The doctor's ten lines, where everything is there and where it is not."""
 
 import importlib.metadata
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import python_without
 
 import omnet_torchrl
 from omnet_torchrl import doctor
@@ -72,13 +70,7 @@ def test_a_compiler_that_does_not_compile_is_said(script, said, tmp_path, monkey
 def test_it_runs_where_torch_tensordict_and_torchrl_are_all_there_is(tmp_path):
     """In an environment without simulator, hydra, trackers and compiler."""
     absent = ("gymnasium", "mujoco", "hydra", "omegaconf", "tqdm", "matplotlib", "wandb", "tensorboard", "minatar", "onnx")
-    for path in Path(torch.__file__).parents[1].iterdir():
-        if not path.name.lower().startswith(absent) and path.suffix != ".pth":
-            (tmp_path / path.name).symlink_to(path)
-    environment = {**os.environ, "PATH": "/nowhere", "PYTHONPATH": f"{Path(omnet_torchrl.__file__).parents[1]}:{tmp_path}"}
-    environment.pop("CXX", None)
-    command = [sys.executable, "-S", "-m", "omnet_torchrl.doctor"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = python_without(absent, tmp_path / "bare", "-m", "omnet_torchrl.doctor", PATH="/nowhere", CXX="")
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert [line.split()[0] for line in said] == NAMES

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,10 +12,10 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from conftest import python_without
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-import omnet_torchrl
 from omnet_torchrl import SubnetActor
 from omnet_torchrl.training import evaluate, load_policy, make_env
 from omnet_torchrl.training.loop.streams import derived_seed
@@ -139,12 +138,8 @@ TRAINING = ("gymnasium", "mujoco", "hydra", "omegaconf", "yaml", "_yaml", "tqdm"
 
 def test_a_policy_needs_torch_tensordict_and_torchrl_alone(run, tmp_path):
     """In an environment that has no other package of a run."""
-    for path in Path(torch.__file__).parents[1].iterdir():
-        if not path.name.lower().startswith(TRAINING) and path.suffix != ".pth":
-            (tmp_path / path.name).symlink_to(path)
     code = f"from omnet_torchrl.training import load_policy; print(sum(map(len, load_policy({str(run)!r}, 1).parameters())))"
-    environment = {**os.environ, "PYTHONPATH": f"{Path(omnet_torchrl.__file__).parents[1]}:{tmp_path}"}
-    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment)
+    done = python_without(TRAINING, tmp_path / "bare", "-c", code)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == sum(map(len, load_policy(run, 1).parameters()))
 
