@@ -164,7 +164,18 @@ def test_a_room_of_training_imports_only_what_it_may(room):
             known = ".".join(rest[1:]) in TRAINING[room] if rest[0] == "training" else rest[0] in ROOMS
             assert known, f"{room} imports {name}"
         else:
-            allowed = ANYWHERE | {"filelock", "gymnasium", "hydra", "matplotlib", "numpy", "omegaconf", "tqdm", "wandb", "yaml"}
+            allowed = ANYWHERE | {
+                "filelock",
+                "gymnasium",
+                "hydra",
+                "matplotlib",
+                "mujoco",
+                "numpy",
+                "omegaconf",
+                "tqdm",
+                "wandb",
+                "yaml",
+            }
             assert top in allowed | sys.stdlib_module_names, f"{room} imports {name}"
 
 

@@ -6,6 +6,7 @@ import sys
 
 import matplotlib
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -27,6 +28,16 @@ def folder(tmp_path):
         log.log(frames, 1.0, {"eval/return": frames / 10, "eval/return_subnet_0": 1.0, "eval/return_subnet_1": 2.0})
     log.close()
     return folder
+
+
+def test_each_task_has_a_colour_of_its_own_and_the_mean_another(folder, figures):
+    with folder.metrics_path.open("a") as file:
+        file.write("11000,1.0,eval/return_forward,1.0\n11000,1.0,eval/return_backward,2.0\n")
+    kept = [line for line in folder.metrics_path.read_text().splitlines(True) if "subnet" not in line]
+    folder.metrics_path.write_text("".join(kept))
+    learning_curve(folder)
+    lines = {line.get_label(): to_hex(line.get_color()) for line in figures[0].axes[0].lines}
+    assert len({lines[name] for name in ("forward", "backward", "evaluation, mean")}) == 3
 
 
 def test_the_picture_shows_what_was_logged(folder, figures):

@@ -240,7 +240,7 @@ def make_gymnasium(
         kwargs["max_episode_steps"], max_episode_steps = max_episode_steps, None
     elif function is None and max_episode_steps is not None:
         kwargs["max_episode_steps"] = -1  # gymnasium's word for none
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _models():
         warnings.filterwarnings("ignore", message=".*is out of date")  # the paper's tasks are the -v4 ones
         env = gymnasium.make(name, **kwargs) if function is None else function(**kwargs)
     if isinstance(env, EnvBase):
@@ -255,6 +255,28 @@ def make_gymnasium(
     if flatten_observation:
         env = FlattenObservation(env)
     return env if max_episode_steps is None else TimeLimit(env, max_episode_steps)
+
+
+@contextmanager
+def _models() -> Iterator[None]:
+    """Within, what MuJoCo says of a model is a Python warning, once, and not two lines for each instance.
+
+    That a model uses what is deprecated is for its author, who is seldom the one that trains in it.
+    """
+    try:
+        import mujoco
+    except ImportError:
+        yield
+        return
+    said: dict[str, None] = {}
+    mujoco.set_mju_user_warning(lambda text: said.setdefault(text))
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(None)
+    for text in said:
+        if "deprecated" not in text:
+            warnings.warn(f"MuJoCo: {text}", stacklevel=2)
 
 
 def _in_suite(name: str) -> bool:

@@ -99,9 +99,9 @@ def _draw_returns(axes: Axes, metrics: dict[str, tuple[np.ndarray, np.ndarray]])
     for i, series in enumerate(subnets):
         axes.plot(*series, color="tab:blue", alpha=0.25, linewidth=0.9, label=None if i else "evaluation of each subnet")
     prefix = "eval/return_"
-    for name, series in metrics.items() if not subnets else ():
-        if name.startswith(prefix):
-            axes.plot(*series, ".-", linewidth=1.2, label=name.removeprefix(prefix))
+    tasks = [name for name in metrics if name.startswith(prefix)] if not subnets else []
+    for i, name in enumerate(tasks, 1):  # the first colour is the mean's
+        axes.plot(*metrics[name], ".-", color=f"C{i}", linewidth=1.2, label=name.removeprefix(prefix))
     if "eval/return" in metrics:
         axes.plot(
             *metrics["eval/return"], "o-", color="tab:blue", zorder=1, linewidth=2, markersize=3, label="evaluation, mean"
