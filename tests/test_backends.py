@@ -270,8 +270,12 @@ def test_an_error_of_an_environment_in_a_worker_ends_the_run(tmp_path, backend, 
 
 
 def test_a_signal_saves_the_networks_and_ends_the_workers(tmp_path, capsys):
-    stop = threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM))
-    stop.start()
+    def stop():
+        while not (tmp_path / "run" / "metrics.csv").exists() or not records(tmp_path):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
     run = train(run_options(tmp_path, total_frames=100_000, env_kwargs={"seconds": 0.01}, checkpoint={"interval": 0}))
     assert run.status == "interrupted"
     assert not multiprocessing.active_children()
