@@ -24,6 +24,7 @@ from torchrl.collectors import Collector
 
 from omnet_torchrl import SubnetPrimer
 from omnet_torchrl.training import Run, load_policy, make_collector, make_env
+from omnet_torchrl.training.loop.environments import check_env
 from omnet_torchrl.training.loop.stopping import RunError
 from omnet_torchrl.training.options import to_config
 
@@ -33,7 +34,8 @@ import omnet_sac
 import omnet_td3
 
 MANY = 2**31  # subnetworks: two episodes have hardly ever the same one
-RAY = pytest.param("ray", marks=pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray"))
+MISSING = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray")
+RAY = pytest.param("ray", marks=[MISSING, pytest.mark.slow])  # whose start takes long
 backends = pytest.mark.parametrize("backend", ["process", RAY])
 
 
@@ -282,6 +284,10 @@ def test_a_signal_saves_the_networks_and_ends_the_workers(tmp_path, capsys):
     assert info(tmp_path)["saved"] > 0
     load_policy(tmp_path / "run")
     assert "to go on" not in capsys.readouterr().err
+
+
+def test_the_environment_of_the_benchmark_is_one_that_a_run_takes():
+    assert check_env("backends:Sleeping", env_kwargs={"seconds": 0.0}) == []
 
 
 # What is refused

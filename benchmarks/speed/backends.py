@@ -1,8 +1,7 @@
-"""What workers gain where an environment is slow, and what several learners would gain: two small tables.
+"""What workers gain where an environment is slow.
 
     python benchmarks/speed/backends.py                       # an environment that sleeps for 20 ms a step: a few minutes
     python benchmarks/speed/backends.py --seconds 0.1 --workers 2 4 8 --utd-ratio 20 --backends process ray
-    python benchmarks/speed/backends.py --learners            # an update of half a batch, and two processes' sum of gradients
 
 A sleeping environment takes no processor: what else the machine does disturbs it little. Every line is a run of the main job.
 """
@@ -19,13 +18,8 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import torch
-import torch.distributed
-import torch.multiprocessing
 from gymnasium.spaces import Box
-from tensordict import TensorDict
-from torchrl.data import Bounded, Unbounded
 
-from omnet_torchrl import OMNetSACLoss, Update, make_actor, make_qvalue
 from omnet_torchrl.training.record.metrics import read_metrics
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "omnet_sac.py"
@@ -87,57 +81,6 @@ def workers_table(arguments: argparse.Namespace) -> list[str]:
     return lines
 
 
-def updates(size: int, updates: int = 20, repeats: int = 15) -> float:
-    """Milliseconds of a compiled update of a batch of Hopper's sizes; the best of several turns of 20."""
-    torch.manual_seed(0)
-    specs = Unbounded((11,)), Bounded(-1, 1, (3,))
-    update = Update(OMNetSACLoss(make_actor(*specs), make_qvalue(*specs)), lr=3e-4, policy_update_delay=20)
-    ends = {name: torch.zeros(updates, size, 1, dtype=torch.bool) for name in ("done", "terminated")}
-    following = {"observation": torch.randn(updates, size, 11), "reward": torch.randn(updates, size, 1), **ends}
-    start = {"observation": torch.randn(updates, size, 11), "action": torch.rand(updates, size, 3)}
-    batches = TensorDict({**start, "next": TensorDict(following, batch_size=[updates, size])}, batch_size=[updates, size])
-    return best(lambda: update(batches), repeats) / updates * 1e3
-
-
-def reduce(rank: int, numbers: int, answers: torch.multiprocessing.SimpleQueue) -> None:
-    """Milliseconds in which two processes have the sum of so many numbers, on one machine."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    gradients = torch.randn(numbers)
-    milliseconds = best(lambda: [torch.distributed.all_reduce(gradients) for _ in range(20)], 15) / 20 * 1e3
-    if rank == 0:
-        answers.put(milliseconds)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def best(work, repeats: int) -> float:
-    """Seconds, the least of several."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def learners_table() -> list[str]:
-    """What two learners would share out, and what they would add."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ.get("MASTER_PORT", "29511")}
-    answers = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    numbers = sum(parameter.numel() for parameter in make_qvalue(Unbounded((11,)), Bounded(-1, 1, (3,))).parameters())
-    context = torch.multiprocessing.spawn(reduce, (numbers, answers), nprocs=2, join=False)
-    exchange = answers.get()
-    context.join()
-    whole, half = updates(256), updates(128)
-    lines = ["| of one critic update | ms |", "|---|---|", f"| batch 256, one learner | {whole:.2f} |"]
-    lines += [
-        f"| batch 128, each of two | {half:.2f} |",
-        f"| the sum of {numbers:,} gradients of two processes | {exchange:.2f} |",
-    ]
-    return [*lines, "", f"Two learners: {whole / (half + exchange):.2f} times the updates of one."]
-
-
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -146,9 +89,8 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=800, help="after the random ones")
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--backends", nargs="+", default=["process"], choices=["process", "ray"])
-    parser.add_argument("--learners", action="store_true", help="the other table")
     arguments = parser.parse_args()
-    table = learners_table() if arguments.learners else workers_table(arguments)
+    table = workers_table(arguments)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch {torch.__version__}"
     print("\n".join([*table, "", machine]))
 

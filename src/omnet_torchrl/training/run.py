@@ -202,7 +202,8 @@ class Run:
         except KeyboardInterrupt:
             return "interrupted"
         except Exception as error:
-            if self._signal:  # tensordict's contexts raise a RuntimeError in the place of a KeyboardInterrupt
+            started = isinstance(error, RunError) and trainer.stopped_by  # Ctrl-C has ended workers that were not ready yet
+            if self._signal or started:  # tensordict's contexts raise a RuntimeError in the place of a KeyboardInterrupt
                 return "interrupted"
             if "InvalidCxxCompiler" not in f"{type(error).__name__}: {error}":
                 raise

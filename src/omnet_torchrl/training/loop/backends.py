@@ -196,4 +196,4 @@ def make_worker_env(config: TrainConfig, batch_size: torch.Size, num_subnets: in
 def ignore_signals() -> None:
     """In a worker: what ends a run comes to all processes of a terminal or a job, and the run ends its workers itself."""
     for number in (*ENDING, *NOTICE):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited by a simulator that an environment starts and ends
