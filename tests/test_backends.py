@@ -24,6 +24,7 @@ from torchrl.collectors import Collector
 
 from omnet_torchrl import SubnetPrimer
 from omnet_torchrl.training import Run, load_policy, make_collector, make_env
+from omnet_torchrl.training.loop.backends import Workers
 from omnet_torchrl.training.loop.environments import check_env
 from omnet_torchrl.training.loop.stopping import RunError
 from omnet_torchrl.training.options import to_config
@@ -284,6 +285,17 @@ def test_a_signal_saves_the_networks_and_ends_the_workers(tmp_path, capsys):
     assert info(tmp_path)["saved"] > 0
     load_policy(tmp_path / "run")
     assert "to go on" not in capsys.readouterr().err
+
+
+def test_ctrl_c_before_the_workers_are_there_is_no_failure(tmp_path, monkeypatch):
+    """It comes to them as well, which are not ready yet."""
+
+    def start(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RunError("the workers could not be started")
+
+    monkeypatch.setattr(Workers, "_start", start)
+    assert train(run_options(tmp_path)).status == "interrupted"
 
 
 def test_the_environment_of_the_benchmark_is_one_that_a_run_takes():
