@@ -39,7 +39,8 @@ class Trainer:
 
     Args:
         collector (Collector or Workers): gives one step of each environment at a time (``frames_per_batch`` equal to the number
-            of environments), which are of :func:`~omnet_torchrl.training.make_env`; see :func:`make_collector`.
+            of environments), which are of :func:`~omnet_torchrl.training.make_env`; see
+            :func:`~omnet_torchrl.training.make_collector`.
         buffer (ReplayBuffer): gets a generator of its own here. A :class:`~omnet_torchrl.GatherStorage` is fast on a CPU.
         update (Update): the update.
         evaluate (callable): takes the number of frames, returns metrics; an :class:`~omnet_torchrl.training.Evaluation`.
