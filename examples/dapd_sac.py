@@ -16,7 +16,6 @@ import hydra
 import torch
 from omegaconf import DictConfig
 from torch.optim import Adam
-from torchrl.collectors import Collector
 from torchrl.data import ReplayBuffer
 
 from omnet_torchrl import (
@@ -30,7 +29,7 @@ from omnet_torchrl import (
     make_actor,
     make_qvalue,
 )
-from omnet_torchrl.training import Evaluation, Run, Trainer, describe, make_env
+from omnet_torchrl.training import Evaluation, Run, Trainer, describe, make_collector, make_env
 from omnet_torchrl.training.build import loss_options, network_options, normalization, topology_options, update_options
 from omnet_torchrl.training.command_line import execute
 from omnet_torchrl.training.loop.environments import env_options
@@ -69,18 +68,7 @@ def train(run: Run) -> float:
     topology = MaskSchedule(update, **topology_options(config)) if config.topology.method else None
 
     policy = CompiledPolicy(actor, precision=config.precision, compile=config.compile)
-    collector = Collector(
-        env,
-        policy,
-        frames_per_batch=config.num_envs,
-        init_random_frames=config.init_random_frames,
-        policy_device=device,
-        env_device="cpu",
-        storing_device="cpu",
-        auto_register_policy_transforms=False,
-        track_traj_ids=False,
-        return_same_td=True,  # each frame is stored before the next one
-    )
+    collector = make_collector(config, env, policy, device)
     buffer = ReplayBuffer(storage=GatherStorage(min(config.buffer_size, config.total_frames), device=device))
     evaluation = Evaluation(config, policy, loss, run.reporter.say)
     trainer = Trainer(collector, buffer, update, evaluation, run.checkpointer, run.reporter, config, topology)

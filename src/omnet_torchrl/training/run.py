@@ -202,7 +202,8 @@ class Run:
         except KeyboardInterrupt:
             return "interrupted"
         except Exception as error:
-            if self._signal:  # tensordict's contexts raise a RuntimeError in the place of a KeyboardInterrupt
+            started = isinstance(error, RunError) and trainer.stopped_by  # Ctrl-C has ended workers that were not ready yet
+            if self._signal or started:  # tensordict's contexts raise a RuntimeError in the place of a KeyboardInterrupt
                 return "interrupted"
             if "InvalidCxxCompiler" not in f"{type(error).__name__}: {error}":
                 raise
@@ -231,7 +232,7 @@ class Run:
             self._summarise(trainer)
         if said:
             self.reporter.say(f"failed: {said}")
-        if self.status in ("interrupted", "failed"):
+        if self.status in ("interrupted", "failed") and self.config.collect.backend == "direct":
             script = shlex.join(["python", _relative(Path(sys.argv[0]).resolve())])
             self.reporter.say(f"to go on: {script} {argument('resume', _relative(self.folder.path))}")
         self.folder.unlock()
@@ -273,7 +274,9 @@ class Run:
 def _resumed(folder: RunFolder, overrides: Sequence[str], given: TrainConfig | None = None) -> TrainConfig:
     """The options of a run in ``folder``, with what the user changes for its next part, or all of them, ``given`` anew."""
     stored = load_config(folder.config_path)
-    changed = given or to_config(merge_overrides(asdict(stored), overrides, f"resume={folder.path}"))
+    changed = given or to_config(
+        merge_overrides({**asdict(stored), "resume": str(folder.path)}, overrides, f"resume={folder.path}")
+    )
     found = differences(stored, changed)
     if found:
         each = "; ".join(f"{name} is {before}, got {after}" for name, (before, after) in found.items())

@@ -42,7 +42,7 @@ def env_options(config: TrainConfig) -> dict[str, Any]:
 def instances(config: TrainConfig) -> str:
     """The line that says how many environments a run makes."""
     tasks = len(task_names(config.env))
-    counts = tasks * config.num_envs, tasks * config.eval.episodes, config.eval.bias_episodes
+    counts = tasks * config.environments, tasks * config.eval.episodes, config.eval.bias_episodes
     purposes = zip(counts, ("train in", "evaluate in", "measure the bias in"), strict=True)
     listed = ", ".join(f"{count} to {purpose}" for count, purpose in purposes if count)
     return f"environments that are made of {config.env}: {listed}"
@@ -301,10 +301,15 @@ def _import(module: str) -> Any:
 def seed_env(env: EnvBase, seed: int) -> None:
     """Seed an environment and what its transforms draw: an evaluation is then a function of its seed."""
     env.set_seed(seed)
+    for primer in primers(env):
+        primer.generator.manual_seed(seed)
+
+
+def primers(env: EnvBase) -> list[EpisodePrimer]:
+    """What draws at the resets of an environment."""
     transforms = env.transform if isinstance(env, TransformedEnv) else ()
-    for transform in transforms if isinstance(transforms, Compose) else [transforms]:
-        if isinstance(transform, EpisodePrimer):
-            transform.generator.manual_seed(seed)
+    each = transforms if isinstance(transforms, Compose) else [transforms]
+    return [transform for transform in each if isinstance(transform, EpisodePrimer)]
 
 
 def recorders(env: EnvBase) -> list[Border | EnvBase]:

@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
 
+from omnet_torchrl.training.loop.backends import Workers
 from omnet_torchrl.training.loop.border import ReplayError
 from omnet_torchrl.training.loop.environments import recorders
 from omnet_torchrl.training.options import TrainConfig
@@ -18,8 +19,10 @@ from omnet_torchrl.training.record.folder import conditions
 from omnet_torchrl.updates import Update
 
 
-def collection_state(collector: Collector) -> dict[str, Any]:
-    """The policy, the transforms, what the next step starts from, and the episodes in progress."""
+def collection_state(collector: Collector | Workers) -> dict[str, Any]:
+    """The policy, the transforms, what the next step starts from, and the episodes in progress; of workers, the policy."""
+    if isinstance(collector, Workers):
+        return {"policy": dict(collector.policy.state_dict())}
     state = collector.state_dict()
     return {
         "policy": dict(state["policy_state_dict"]),

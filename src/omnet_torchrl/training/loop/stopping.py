@@ -101,6 +101,16 @@ def handled(handler: Handler) -> Iterator[Callable[[], None]]:
         yield ended.close
 
 
+def close_all(*closes: Callable[[], object] | None, say: Callable[[str], object]) -> None:
+    """Call each that there is: none keeps the others from being closed, and an error is said."""
+    for close in closes:
+        try:
+            if close is not None:
+                close()
+        except Exception as error:
+            say(f"warning: an environment could not be closed: {error}")
+
+
 class DivergenceError(RuntimeError):
     """A number that a run computes or is given is not finite."""
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.collectors import Collector
 from torchrl.data import PrioritizedSampler, ReplayBuffer
 
 from omnet_torchrl.metrics import subnet_disagreement
+from omnet_torchrl.training.loop.backends import Workers
 from omnet_torchrl.training.loop.exploration import Exploring, normalizations
 from omnet_torchrl.training.loop.mask_changes import MaskChanges
 from omnet_torchrl.training.loop.resumption import collection_state, compare, load_collection, setting
-from omnet_torchrl.training.loop.stopping import AbandonedError, DivergenceError, Stop, check_finite
+from omnet_torchrl.training.loop.stopping import AbandonedError, DivergenceError, Stop, check_finite, close_all
 from omnet_torchrl.training.loop.streams import GlobalStream, Streams, derived_seed
 from omnet_torchrl.training.loop.tasks import episodes, named, sampled, stored, task_labels
 from omnet_torchrl.training.options import TrainConfig
@@ -38,8 +38,9 @@ class Trainer:
     """Runs a training job over components that it is given.
 
     Args:
-        collector (Collector): gives one step of each environment at a time (``frames_per_batch`` equal to the number of
-            environments), which are of :func:`~omnet_torchrl.training.make_env`.
+        collector (Collector or Workers): gives one step of each environment at a time (``frames_per_batch`` equal to the number
+            of environments), which are of :func:`~omnet_torchrl.training.make_env`; see
+            :func:`~omnet_torchrl.training.make_collector`.
         buffer (ReplayBuffer): gets a generator of its own here. A :class:`~omnet_torchrl.GatherStorage` is fast on a CPU.
         update (Update): the update.
         evaluate (callable): takes the number of frames, returns metrics; an :class:`~omnet_torchrl.training.Evaluation`.
@@ -54,7 +55,7 @@ class Trainer:
 
     def __init__(
         self,
-        collector: Collector,
+        collector: Any,
         buffer: ReplayBuffer,
         update: Update,
         evaluate: Callable[[int], Mapping[str, float]],
@@ -66,6 +67,7 @@ class Trainer:
         if isinstance(buffer.sampler, PrioritizedSampler):
             raise ValueError("buffer must not have a PrioritizedSampler: the trainer updates no priorities.")
         self.collector, self.buffer, self.update, self.evaluate = collector, buffer, update, evaluate
+        self.workers = collector if isinstance(collector, Workers) else None
         self.checkpointer, self.reporter, self.config = checkpointer, reporter, config
         self.masks = MaskChanges(topology, buffer, config)
         self.tasks = task_labels(config.env)
@@ -134,7 +136,7 @@ class Trainer:
         """Compile the update and the policy, on made-up data; so does ``evaluate``, where it has a ``prepare``."""
         made_up = self.collector.env.fake_tensordict()
         for module in self.collector.policy.modules():
-            if isinstance(module, CompiledPolicy):
+            if isinstance(module, CompiledPolicy) and self.workers is None:
                 module.prepare(made_up)
         if hasattr(self.evaluate, "prepare"):
             self.evaluate.prepare()
@@ -149,7 +151,8 @@ class Trainer:
         if not self.update.is_finite():
             self._diverge(f"the networks are not finite at frame {self.frames}, update {self.updates}.")
             return
-        self.checkpointer.save(self.frames, {**self._state(), "log": self.reporter.position()}, self.buffer)
+        buffer = self.buffer if self.workers is None else None  # no run goes on from it: the networks are what is kept
+        self.checkpointer.save(self.frames, {**self._state(), "log": self.reporter.position()}, buffer)
         self.saved = self.frames
 
     def _state(self) -> dict[str, Any]:
@@ -199,12 +202,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close the environments of training and evaluation; an error of theirs is said."""
-        for close in (self.collector.shutdown, getattr(self.evaluate, "close", None)):
-            try:
-                if close is not None:
-                    close()
-            except Exception as error:
-                self.reporter.say(f"warning: an environment could not be closed: {error}")
+        close_all(self.collector.shutdown, getattr(self.evaluate, "close", None), say=self.reporter.say)
 
     def _reset_networks(self) -> None:
         # The newest frame is evaluated and saved before: a run that goes on from its checkpoint resets as this one does.
@@ -219,7 +217,8 @@ class Trainer:
             with self._timed("update"):
                 torch.cuda.synchronize(self.update.device)
         with self._timed("collect"), self._random.exploration:
-            check_finite("observation", self.collector._carrier.get("observation"), f"at frame {self.frames}")
+            if self.workers is None:
+                check_finite("observation", self.collector._carrier.get("observation"), f"at frame {self.frames}")
             if isinstance(self.collector.policy, Exploring):
                 self.collector.policy.set_frames(self.frames)
             with self._blamed():
@@ -307,6 +306,7 @@ class Trainer:
             values = {f"train/{name}": value for name, value in named(self._metrics, self.tasks).items()}
             if not self.tasks:  # whose subnetworks are to disagree
                 values |= {name: value.item() for name, value in subnet_disagreement(self.update.loss, self._batch).items()}
+            values |= {} if self.workers is None else {"collect/policy_age": float(self.workers.policy_age)}
             rates = {"frames": self.frames / self.elapsed, "updates": self.updates / self.elapsed}
             self._log({**values, **{f"time/{name}_per_second": rate for name, rate in rates.items()}})
             wrong = [name for name, value in values.items() if not math.isfinite(value)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
 from omnet_torchrl.envs import task_names
-from omnet_torchrl.training.options.options import TopologyConfig, TrainConfig
+from omnet_torchrl.training.options.options import CollectConfig, TopologyConfig, TrainConfig
 from omnet_torchrl.training.options.rows import ROWS, network_sparsity, row
 from omnet_torchrl.updates.mask_schedule import CHOICES
 
@@ -24,7 +25,7 @@ _METHODS = {
 
 def check_contradictions(config: TrainConfig) -> None:
     """Raise a ``ValueError`` if two values contradict each other."""
-    for check in (_check_network, _check_loss, _check_topology, _check_tasks, _check_frames):
+    for check in (_check_network, _check_loss, _check_topology, _check_tasks, _check_collect, _check_frames):
         check(config)
 
 
@@ -160,18 +161,45 @@ def _check_tasks(config: TrainConfig) -> None:
             raise ValueError(f"{name} must be a multiple of the {tasks} tasks, got {number}: use {name}={above}.")
 
 
+def _check_collect(config: TrainConfig) -> None:
+    """What workers can't do, or a run without them does not read."""
+    collect = config.collect
+    given = f"collect.backend={collect.backend}"
+    if collect.backend == "direct":
+        for name in ("num_workers", "steps"):
+            if getattr(collect, name) != getattr(CollectConfig(), name):
+                got = f"collect.{name}={getattr(collect, name)}"
+                raise ValueError(f"{got} is read only with collect.backend=process or ray, got direct: leave it out.")
+        return
+    if config.resume is not None:
+        reason = "the episodes of workers can't be brought back, and no run goes on exactly"
+        raise ValueError(f"resume must be null with {given}, got {config.resume}: {reason}; start another run.")
+    if len(task_names(config.env)) > 1:
+        raise ValueError(f"collect.backend must be direct with the several tasks of env={config.env}, got {collect.backend}.")
+    if collect.backend == "ray" and find_spec("ray") is None:
+        raise ValueError(f"{given} needs a package that can't be imported: pip install 'omnet-torchrl[ray]'.")
+    frames = config.environments * collect.steps
+    if config.init_random_frames % frames:
+        above = math.ceil(config.init_random_frames / frames) * frames
+        product = f"num_envs * collect.num_workers * collect.steps = {frames}"
+        got = f"got {config.init_random_frames}: use init_random_frames={above}"
+        raise ValueError(f"init_random_frames must be a multiple of {product} with {given}, {got}.")
+
+
 def _check_frames(config: TrainConfig) -> None:
-    total, init, num_envs, batch_size = config.total_frames, config.init_random_frames, config.num_envs, config.optim.batch_size
+    total, init, batch_size = config.total_frames, config.init_random_frames, config.optim.batch_size
+    each = config.environments
+    what = "num_envs" if each == config.num_envs else "num_envs * collect.num_workers"
     for name, frames in (("total_frames", total), ("init_random_frames", init)):
-        if frames % num_envs:
-            above = math.ceil(frames / num_envs) * num_envs
-            raise ValueError(f"{name} must be a multiple of num_envs={num_envs}, got {frames}: use {name}={above}.")
+        if frames % each:
+            above = math.ceil(frames / each) * each
+            raise ValueError(f"{name} must be a multiple of {what}={each}, got {frames}: use {name}={above}.")
     if init >= total:
         raise ValueError(f"init_random_frames must be below total_frames={total}, or nothing is trained, got {init}: lower it.")
     if batch_size > init:
         reason = "the first batch would repeat transitions; lower it, or raise init_random_frames"
         raise ValueError(f"optim.batch_size must be at most init_random_frames={init}, got {batch_size}: {reason}.")
-    for name, needed in (("optim.batch_size", batch_size), ("num_envs", num_envs)):
+    for name, needed in (("optim.batch_size", batch_size), (what, each)):
         if needed > config.buffer_size:
             raise ValueError(f"buffer_size must be at least {name}={needed}, got {config.buffer_size}: raise it.")
     updates = int(config.utd_ratio * (total - init) + 1e-6)

@@ -30,7 +30,7 @@ def needed(config: TrainConfig, observation_size: int, action_size: int) -> dict
     """Bytes that a run needs at least: what needs them, with the values of its options, and how many."""
     network, size, cells = config.network, config.optim.batch_size, config.network.num_cells
     transition = 4 * (2 * observation_size + action_size + 1) + 2  # both observations, action, reward; done and terminated
-    updates = math.ceil(config.utd_ratio * config.num_envs)
+    updates = math.ceil(config.utd_ratio * config.environments)
     inputs = [observation_size + action_size, *cells]
     weights = sum(a * b for a, b in zip(inputs, [*cells, 1], strict=True))
     networks, masks = (network.num_subnets, 0) if network.critic == "separate" else (1, network.num_subnets)

@@ -94,6 +94,15 @@ class TopologyConfig:
 
 
 @dataclass
+class CollectConfig:
+    """Who steps the environments; see the guide on slow environments."""
+
+    backend: str = "direct"  # direct: this process; process: others of this machine; ray: those of a Ray cluster
+    num_workers: int = 1  # processes of process and ray, each with num_envs environments of its own
+    steps: int = 5  # process, ray: of each environment between two weights of the policy; more: less waiting, older weights
+
+
+@dataclass
 class EvalConfig:
     """Deterministic episodes in an environment of their own, which cycle through the subnetworks."""
 
@@ -131,7 +140,7 @@ class TrainConfig:
     flatten_observation: bool = False  # make one vector of observations that are none
     max_episode_steps: int | None = None  # steps after which an episode is truncated; None: the environment's own number
     normalize_observations: bool = False  # in the networks, by running mean and variance of all that were collected so far
-    num_envs: int = 1  # environments stepped together; a step of all is num_envs frames; of T tasks 1, and T frames
+    num_envs: int = 1  # environments stepped together, of each worker: that many frames a step; of T tasks 1, and T frames
     observation_offset: float = 0.0  # scale of the constant noise on the observations of an episode (section 4.4)
     seed: int = 0  # of everything random in the run
     device: str = "auto"  # cpu, cuda or cuda:1; auto: cuda where there is one
@@ -149,6 +158,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
     topology: TopologyConfig = field(default_factory=TopologyConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -158,3 +168,8 @@ class TrainConfig:
     stop_when_diverged: bool = True  # end the run at a loss that is not finite; false: where the actor is not; nothing is saved
     folder: str = "runs/${env}/${algorithm}/seed${seed}/${now:%Y-%m-%d_%H-%M-%S}"  # of the run's files
     resume: str | None = None  # folder of the run to go on with; auto: `folder`, if there is a run in it; None: a new run
+
+    @property
+    def environments(self) -> int:
+        """Environments of one step: those of all workers."""
+        return self.num_envs * self.collect.num_workers
