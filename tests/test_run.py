@@ -410,7 +410,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_can_go_on(everything, tmp_p
     assert "goes on from frame 30" in capsys.readouterr().err
 
 
-def test_a_picture_that_cannot_be_drawn_is_a_line_and_no_end(tmp_path, capsys):
+def test_a_picture_that_cannot_be_drawn_is_a_line_and_no_end(pictures, tmp_path, capsys):
     run = Run(options(tmp_path))
     run.folder.curve_path.mkdir()
     assert train(run) == "finished"

@@ -63,8 +63,8 @@ def actor_step(update, batch, draws):
 def only(update, name, batch, draws):
     if isinstance(update, Plain):
         return getattr(update, f"{name}_step")(batch, draws)
-    keys = [*update.loss.in_keys, *update.loss.optional_in_keys]
-    outputs = update._run(((name, 0),), batch.select(*keys, strict=False).unsqueeze(0), draws.unsqueeze(0))
+    # As a call reads it: in another order of keys, everything would be compiled anew.
+    outputs = update._run(((name, 0),), update._read(batch.unsqueeze(0)), draws.unsqueeze(0))
     outputs.pop("priority", None)
     return outputs
 
