@@ -15,6 +15,7 @@ from pathlib import Path
 import gymnasium
 import pytest
 import torch
+from conftest import run_script
 from test_environments import Counter
 from test_training import PENDULUM, Diary, make_trainer
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
@@ -350,9 +351,9 @@ def test_a_process_that_is_killed_goes_on_in_another(tmp_path):
     killed, whole_run = tmp_path / "killed", tmp_path / "whole"
     options = new("env=InvertedPendulum-v4", "num_envs=3", *SMALL)
     process = start(killed, *options)
-    other = start(whole_run, *options)
     assert kill_when(process, lambda: newest_frame(killed) >= 75)
-    assert other.wait() == 0, (whole_run / "output.txt").read_text()
+    code, printed = run_script(*options[:-1], f"folder={whole_run}/run")
+    assert code == 0, printed
     run(killed, *RESUME)
     assert "goes on from frame" in (killed / "output.txt").read_text()
     assert_same_runs(killed, whole_run)

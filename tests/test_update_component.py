@@ -734,6 +734,7 @@ def test_it_makes_an_adam_for_each_step_where_none_is_given():
 # A script that has only torch, tensordict and torchrl ---------------------------------------------------------------------
 
 
+@pytest.mark.slow  # the environment core of tox does it where nothing else is installed
 def test_the_script_of_the_core_runs_without_what_the_training_job_needs():
     code = (
         "import runpy, sys; sys.modules.update(dict.fromkeys(['gymnasium', 'gym', 'hydra', 'matplotlib', 'wandb'])); "
