@@ -81,7 +81,7 @@ def test_two_runs_with_one_seed_are_equal_and_with_another_are_not(tmp_path):
     for i, seed in enumerate([1, 1, 2]):
         folder = tmp_path / str(i)
         folder.mkdir()
-        run_here(folder, *PENDULUM, "total_frames=120", f"seed={seed}")
+        run_here(folder, *PENDULUM, "total_frames=90", "eval.interval=45", f"seed={seed}")
         rows.append(repeatable(folder / "run"))
     assert rows[0] == rows[1]
     assert rows[0] != rows[2]
@@ -130,12 +130,20 @@ def test_several_environments_and_a_sweep_over_seeds(tmp_path, monkeypatch):
     code, wrong = run_script("-m", *PENDULUM, "seed=0,-1")
     assert (code, list(tmp_path.iterdir())) == (1, [])
     assert re.fullmatch(r"error: seed must be .* of the sweep; none was started\)\n", wrong)
-    arguments = ["-m", *PENDULUM, "num_envs=4", "init_random_frames=52", "seed=0,1", "folder=sweep/seed${seed}"]
+    arguments = [
+        "-m",
+        *PENDULUM,
+        "num_envs=4",
+        "init_random_frames=52",
+        "total_frames=100",
+        "seed=0,1",
+        "folder=sweep/seed${seed}",
+    ]
     code, printed = run_script(*arguments)
     assert code == 0, printed
     for seed in (0, 1):
         assert info(tmp_path / "sweep" / f"seed{seed}")["seed"] == seed
-        assert info(tmp_path / "sweep" / f"seed{seed}")["updates"] == 2 * (200 - 52)
+        assert info(tmp_path / "sweep" / f"seed{seed}")["updates"] == 2 * (100 - 52)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "sweep"]
 
 
