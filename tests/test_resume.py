@@ -118,8 +118,15 @@ def wholes(tmp_path_factory):
     return {name: whole(tmp_path_factory.mktemp("whole"), **options) for name, options in CASES.items()}
 
 
-@pytest.mark.parametrize("stops", [(5,), (12, 19), (43,), (9, 17, 26, 34, 41, 50), (59,)], ids=str)
-@pytest.mark.parametrize("case", CASES)
+OFTEN, STOPS = (9, 17, 26, 34, 41, 50), [(5,), (12, 19), (43,), (59,)]
+STOPPED = [  # each case often, and one case at each kind of frame; the other pairs are slow
+    *(pytest.param(case, OFTEN, id=f"{case}-{OFTEN}") for case in CASES),
+    *(pytest.param("one environment", stops, id=f"one environment-{stops}") for stops in STOPS),
+    *(pytest.param(case, stops, id=f"{case}-{stops}", marks=pytest.mark.slow) for case in list(CASES)[1:] for stops in STOPS),
+]
+
+
+@pytest.mark.parametrize(("case", "stops"), STOPPED)
 def test_a_stopped_run_equals_one_in_one_go(case, stops, wholes, tmp_path):
     expected, expected_rows = wholes[case]
     rows = []
