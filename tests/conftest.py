@@ -1,6 +1,8 @@
 """Shared parts of the tests: seeds, a batch, small networks."""
 
 import contextlib
+import gc
+import importlib.util
 import io
 import os
 import runpy
@@ -31,6 +33,35 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """What is there as a file begins, modules above all, is left out of garbage collections.
+
+    Each run begins with one, which takes a third of a second otherwise; and workers that are forked copy less.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures():
+    """Runs of this process draw no picture, which takes most of a second; where a test is about it, ``pictures`` is used."""
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("matplotlib"):
+            from omnet_torchrl.training.record import reporter
+
+            patch.setattr(reporter, "learning_curve", lambda path: path)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Runs draw their picture."""
+    from omnet_torchrl.training.record import plots, reporter
+
+    monkeypatch.setattr(reporter, "learning_curve", plots.learning_curve)
 
 
 def specs():
@@ -104,13 +135,13 @@ def figures(monkeypatch):
     return drawn
 
 
-def run_script(*arguments):
+def run_script(*arguments, script=EXAMPLE):
     """The exit code of ``examples/omnet_sac.py`` with these arguments, in this process, and what it prints for a person."""
     printed, code = io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(sys, "argv", [str(EXAMPLE), *arguments])
+        patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
         try:
-            runpy.run_path(str(EXAMPLE), run_name="__main__")
+            runpy.run_path(str(script), run_name="__main__")
         except SystemExit as error:
             code = error.code
             if isinstance(code, str):

@@ -2,14 +2,12 @@
 
 import contextlib
 import math
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ACT, OBS, make_batch
+from conftest import ACT, OBS, make_batch, run_script
 from maze import read_trajectories
 from tensordict import TensorDict
 from test_resume import Crash, Stopping, differing, leaves, result, untimed
@@ -371,8 +369,16 @@ def session(path, name, rows, stop=10**9, **options):
     return trainer
 
 
+# Rows each of which has something that none of the others has: masks of weights, hashed ones, separate networks, dropout,
+# resets, masks that change, another loss, images, tasks with masks or heads of their own. (test_mask_changes.py has rigl.)
+KINDS = {
+    *("omnet", "omnet_infinity", "redq", "droq", "sr_sac", "omnet_adaptive", "dapd", "set"),
+    *("omnet_td3", "omnet_dqn", "bootstrapped_dqn", "pathways", "multi_head"),
+}
+
+
 @pytest.mark.filterwarnings("ignore:.*keep no weight")
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in ROWS])
 def test_a_killed_run_of_a_row_goes_on_as_if_it_had_not_been(name, tmp_path):
     whole, rows, parts = tmp_path / "whole", [], []
     session(whole, name, rows)
@@ -422,8 +428,7 @@ def test_a_structure_is_learned_by_an_l1_penalty_and_then_given_to_another_run(t
     learned = ["network.structure=l1", f"network.structure_run={tmp_path / 'l1'}", "network.fan_in=9"]
 
     def run(name, *own):
-        command = [sys.executable, EXAMPLE["dqn"], *options, "eval.episodes=0", *own, f"folder={tmp_path / name}"]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stderr
+        return run_script(*options, "eval.episodes=0", *own, f"folder={tmp_path / name}", script=EXAMPLE["dqn"])[1]
 
     for name, own in {"plain": [], "l1": ["loss.l1=0.01"], "learned": learned}.items():
         run(name, *own)
@@ -474,7 +479,7 @@ def test_a_killed_run_in_the_maze_goes_on_and_its_subnetworks_ways_are_kept(tmp_
     assert all(torch.equal(ways[0][0][updates], ways[1][0][updates]) for updates in (6, 20))
 
 
-@pytest.mark.filterwarnings("ignore:.*keep no weight")
+@pytest.mark.filterwarnings("ignore:.*keep no weight", "ignore:.*units .* lose every one")
 @pytest.mark.parametrize("name", ["omnet", "droq", "omnet_td3", "omnet_dqn", "dapd", "pathways"])
 def test_the_example_and_the_row_are_equal_numbers(name, tmp_path):
     """Of a whole run: the same networks, masks, draws, losses and moments."""
@@ -487,9 +492,9 @@ def test_the_example_and_the_row_are_equal_numbers(name, tmp_path):
             yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}={value}"]
 
     arguments = [argument.replace(" ", "").replace("None", "null") for argument in flat(options)]
-    command = [sys.executable, str(EXAMPLE.get(name, EXAMPLE[ROWS[name].loss])), *arguments, f"folder={tmp_path}/example"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    script = EXAMPLE.get(name, EXAMPLE[ROWS[name].loss])
+    code, printed = run_script(*arguments, f"folder={tmp_path}/example", script=script)
+    assert code == 0, printed
     states = [Checkpointer(folder).load()[0] for folder in (tmp_path / "row", tmp_path / "example" / "checkpoints")]
     for part in ("update", "policy", "random", "carrier"):
         row_part, example_part = (leaves(state[part]) for state in states)

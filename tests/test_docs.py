@@ -251,8 +251,9 @@ def test_every_row_has_its_equation_differences_and_command():
     assert set(notes()) == set(ROWS), "docs/reference/rows.yaml has what a person wrote of each row"
     assert all(note["equation"].strip() and note["differences"].strip() for note in notes().values())
     for loss in {row.loss for row in ROWS.values()}:
+        text = rows_markdown(loss)
         for name in (name for name, row in ROWS.items() if row.loss == loss):
-            assert f"`python {SCRIPTS[loss]} algorithm={name}`" in rows_markdown(loss)
+            assert f"`python {SCRIPTS[loss]} algorithm={name}`" in text
             check_overrides([f"algorithm={name}"])
 
 

@@ -1,4 +1,4 @@
-"""The main job on real environments, started as a user starts it."""
+"""The main job on real environments, started as a user starts it; what needs no process of its own runs in this one."""
 
 import csv
 import json
@@ -8,19 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from conftest import EXAMPLE, run_script
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 # Small, so that a run takes seconds.
 SIZES = ["network.num_cells=[32,32]", "network.num_subnets=3", "optim.batch_size=16", "compile=false"]
 FRAMES = ["total_frames=200", "init_random_frames=50", "eval.interval=100", "eval.episodes=4", "utd_ratio=2"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*units .* lose every one")
 PENDULUM = ["env=InvertedPendulum-v4", *SIZES, *FRAMES, "policy_update_delay=2"]
 
 
 def command(*arguments):
-    return [sys.executable, str(EXAMPLES / "omnet_sac.py"), *arguments]
+    return [sys.executable, str(EXAMPLE), *arguments]
 
 
 def run_example(folder, *arguments, ok=True):
@@ -28,6 +28,13 @@ def run_example(folder, *arguments, ok=True):
     result = subprocess.run(command(f"folder={folder}/run", *arguments), capture_output=True, text=True, cwd=folder)
     assert (result.returncode == 0) == ok, result.stderr
     return result
+
+
+def run_here(folder, *arguments):
+    """The same in this process; what it prints for a person."""
+    code, printed = run_script(f"folder={folder}/run", *arguments)
+    assert code == 0, printed
+    return printed
 
 
 def metrics(run):
@@ -48,8 +55,9 @@ def info(run):
 
 
 @pytest.mark.parametrize("option", ["env=InvertedPendulum-v4", "env=Humanoid-v4", "network.masks=unit"])
-def test_a_short_run_leaves_all_that_it_promises(option, tmp_path):
-    result = run_example(tmp_path, *PENDULUM, option)
+def test_a_short_run_leaves_all_that_it_promises(option, tmp_path, pictures):
+    alone = option == "env=InvertedPendulum-v4"
+    said = run_example(tmp_path, *PENDULUM).stderr if alone else run_here(tmp_path, *PENDULUM, option)
     run = tmp_path / "run"
     names = {name for _, name, _ in metrics(run)}
     training = {"loss_qvalue", "qvalue", "loss_actor", "alpha", "entropy", "episode_return", "episode_length"}
@@ -64,8 +72,8 @@ def test_a_short_run_leaves_all_that_it_promises(option, tmp_path):
     assert info(run)["updates"] == 2 * 150
     assert (run / "learning_curve.png").stat().st_size > 10_000
     assert (run / "checkpoints" / "checkpoint_000000200.json").exists()
-    for said in ("training FLOPs", "REDQ", "subnets", "results", "finished", "where it went"):
-        assert said in result.stderr
+    for part in ("training FLOPs", "REDQ", "subnets", "results", "finished", "where it went"):
+        assert part in said
 
 
 def test_two_runs_with_one_seed_are_equal_and_with_another_are_not(tmp_path):
@@ -73,7 +81,7 @@ def test_two_runs_with_one_seed_are_equal_and_with_another_are_not(tmp_path):
     for i, seed in enumerate([1, 1, 2]):
         folder = tmp_path / str(i)
         folder.mkdir()
-        run_example(folder, *PENDULUM, "total_frames=120", f"seed={seed}")
+        run_here(folder, *PENDULUM, "total_frames=90", "eval.interval=45", f"seed={seed}")
         rows.append(repeatable(folder / "run"))
     assert rows[0] == rows[1]
     assert rows[0] != rows[2]
@@ -83,10 +91,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_going_on_changes_nothing(tmp_pat
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     whole.mkdir()
     stopped.mkdir()
-    run_example(whole, *PENDULUM, "total_frames=700", "utd_ratio=1")
-    process = subprocess.Popen(
-        command("folder=run", *PENDULUM, "total_frames=700", "utd_ratio=1"), stderr=subprocess.PIPE, text=True, cwd=stopped
-    )
+    options = [*PENDULUM, "total_frames=400", "utd_ratio=1"]
+    run_here(whole, *options)
+    process = subprocess.Popen(command("folder=run", *options), stderr=subprocess.PIPE, text=True, cwd=stopped)
     while not values_so_far(stopped / "run", "eval/return"):
         time.sleep(0.05)
         assert process.poll() is None
@@ -102,14 +109,15 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_going_on_changes_nothing(tmp_pat
     assert len(info(stopped / "run")["sessions"]) == 2
 
     # A finished run goes on when it may last longer.
-    subprocess.run(command(hint[2], "total_frames=750"), check=True, capture_output=True, cwd=stopped)
-    assert max(values(stopped / "run", "eval/return")) == 750
+    assert run_script(f"resume={stopped}/run", "total_frames=450")[0] == 0
+    assert max(values(stopped / "run", "eval/return")) == 450
     assert repeatable(stopped / "run")[: len(repeatable(whole / "run"))] == repeatable(whole / "run")
 
 
 def test_a_run_that_diverges_ends_with_status_1(tmp_path):
     wrong = ["optim.lr=1e30", "log_interval=10", "total_frames=80"]
-    assert "diverged: " in run_example(tmp_path, *PENDULUM, *wrong, ok=False).stderr
+    code, said = run_script(*PENDULUM, *wrong, f"folder={tmp_path}/run")
+    assert (code, "diverged: " in said) == (1, True)
     assert info(tmp_path / "run")["status"] == "diverged"
 
 
@@ -117,16 +125,25 @@ def values_so_far(run, name):
     return (run / "metrics.csv").exists() and name in (run / "metrics.csv").read_text()
 
 
-def test_several_environments_and_a_sweep_over_seeds(tmp_path):
-    wrong = subprocess.run(command("-m", *PENDULUM, "seed=0,-1"), capture_output=True, text=True, cwd=tmp_path)
-    assert (wrong.returncode, list(tmp_path.iterdir())) == (1, [])
-    assert re.fullmatch(r"error: seed must be .* of the sweep; none was started\)\n", wrong.stderr)
-    arguments = ["-m", *PENDULUM, "num_envs=4", "init_random_frames=52", "seed=0,1", "folder=sweep/seed${seed}"]
-    result = subprocess.run(command(*arguments), capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_several_environments_and_a_sweep_over_seeds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, wrong = run_script("-m", *PENDULUM, "seed=0,-1")
+    assert (code, list(tmp_path.iterdir())) == (1, [])
+    assert re.fullmatch(r"error: seed must be .* of the sweep; none was started\)\n", wrong)
+    arguments = [
+        "-m",
+        *PENDULUM,
+        "num_envs=4",
+        "init_random_frames=52",
+        "total_frames=100",
+        "seed=0,1",
+        "folder=sweep/seed${seed}",
+    ]
+    code, printed = run_script(*arguments)
+    assert code == 0, printed
     for seed in (0, 1):
         assert info(tmp_path / "sweep" / f"seed{seed}")["seed"] == seed
-        assert info(tmp_path / "sweep" / f"seed{seed}")["updates"] == 2 * (200 - 52)
+        assert info(tmp_path / "sweep" / f"seed{seed}")["updates"] == 2 * (100 - 52)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "sweep"]
 
 
@@ -152,26 +169,28 @@ BAD = {
 
 
 @pytest.mark.parametrize("wrong", BAD)
-def test_a_wrong_option_is_one_line_before_anything_is_made(wrong, tmp_path):
-    result = run_example(tmp_path, *PENDULUM, wrong, ok=False)
-    (line,) = (line for line in result.stderr.splitlines() if line.strip())
+def test_a_wrong_option_is_one_line_before_anything_is_made(wrong, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, printed = run_script("folder=run", *PENDULUM, wrong)
+    assert code == 1
+    (line,) = (line for line in printed.splitlines() if line.strip())
     assert line.startswith("error: ")
     assert re.search(BAD[wrong], line)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_resuming_another_architecture_or_a_damaged_run_is_refused(tmp_path):
-    run_example(tmp_path, *PENDULUM)
+    run_here(tmp_path, *PENDULUM)
     run = tmp_path / "run"
     before = (run / "metrics.csv").read_bytes()
-    result = subprocess.run(command(f"resume={run}", "network.num_cells=[8,8]"), capture_output=True, text=True, cwd=tmp_path)
-    assert "network.num_cells is [32, 32], got [8, 8]" in result.stderr
-    assert result.returncode == 1
+    code, said = run_script(f"resume={run}", "network.num_cells=[8,8]")
+    assert "network.num_cells is [32, 32], got [8, 8]" in said
+    assert code == 1
     for state in (run / "checkpoints").glob("state_*"):
         os.truncate(state, 100)
-    result = subprocess.run(command(f"resume={run}"), capture_output=True, text=True, cwd=tmp_path)
-    assert "is whole" in result.stderr
-    assert result.returncode == 1
+    code, said = run_script(f"resume={run}")
+    assert "is whole" in said
+    assert code == 1
     assert (run / "metrics.csv").read_bytes() == before
     assert info(run)["status"] == "finished"
 

@@ -194,8 +194,15 @@ def test_a_with_statement_records_errors_in_a_script_of_ones_own(failing):
     assert (info("run")["status"], info("run")["error"]) == ("failed", "it ended before it was trained")
 
 
-@pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "unbuffered"])
-@pytest.mark.parametrize("closed", [">&-", "2>&1 | true"])
+@pytest.mark.parametrize(
+    ("closed", "buffered"),
+    [
+        (">&-", True),
+        pytest.param(">&-", False, marks=pytest.mark.slow),
+        pytest.param("2>&1 | true", True, marks=pytest.mark.slow),
+        ("2>&1 | true", False),
+    ],
+)
 def test_a_run_needs_neither_output_nor_a_reader(closed, buffered, tmp_path):
     options = " ".join(["env=InvertedPendulum-v4", *(f"'{each}'" for each in OPTIONS[1:]), "folder=run"])
     shell = f"{sys.executable} {EXAMPLE} {options} {closed}; exit ${{PIPESTATUS[0]}}"

@@ -232,25 +232,19 @@ def test_a_diverged_run_is_done(tmp_path):
     assert run.is_done(cell(), tmp_path)
 
 
-def test_a_cell_whose_checkpoints_are_gone_is_named_and_the_others_run(tmp_path):
-    folder = tmp_path / cell().path
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"status": "finished", "frames": 30}))
-    outcomes = runner(tmp_path).run([cell(), cell(1)])
+def test_cells_without_checkpoints_or_damaged_are_named_and_one_that_was_left_half_made_is_made_anew(tmp_path):
+    half, damaged, gone = (tmp_path / cell(seed).path for seed in range(3))
+    (half / "checkpoints").mkdir(parents=True)
+    damaged.mkdir(parents=True)
+    (damaged / "metrics.csv").write_text("frames,seconds,name,value\n")
+    (damaged / "run.json").write_text("{")
+    gone.mkdir(parents=True)
+    (gone / "run.json").write_text(json.dumps({"status": "finished", "frames": 30}))
+    outcomes = runner(tmp_path).run([cell(seed) for seed in range(3)])
     assert outcomes["finished at 60 frames"] == 1
+    assert f"failed (there is no run.json that can be read in {damaged}: move it away)" in outcomes
     assert any(outcome.startswith("failed (its checkpoints are gone: ") for outcome in outcomes)
-    assert [path.name for path in folder.iterdir()] == ["run.json"]
-
-
-def test_a_folder_that_was_left_half_made_is_made_anew_and_a_damaged_one_is_named(tmp_path):
-    folder = tmp_path / cell().path
-    (folder / "checkpoints").mkdir(parents=True)
-    (tmp_path / cell(1).path).mkdir(parents=True)
-    (tmp_path / cell(1).path / "metrics.csv").write_text("frames,seconds,name,value\n")
-    (tmp_path / cell(1).path / "run.json").write_text("{")
-    outcomes = runner(tmp_path).run([cell(), cell(1)])
-    assert outcomes["finished at 60 frames"] == 1
-    assert f"failed (there is no run.json that can be read in {tmp_path / cell(1).path}: move it away)" in outcomes
+    assert [path.name for path in gone.iterdir()] == ["run.json"]
 
 
 # Its lock

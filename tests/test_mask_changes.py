@@ -62,10 +62,10 @@ def test_the_masks_of_omnet_are_compared_with_one_another(tmp_path):
     ("name", "topology", "network"),
     [
         ("omnet_td3", {"method": "rigl"}, {"sparsity": 0.5}),
-        ("td3", {"method": "saliency"}, {"actor": "sparse", "sparsity": 0.5}),
-        ("omnet_dqn", {"method": "set"}, {"sparsity": 0.5}),
+        pytest.param("td3", {"method": "saliency"}, {"actor": "sparse", "sparsity": 0.5}, marks=pytest.mark.slow),
+        pytest.param("omnet_dqn", {"method": "set"}, {"sparsity": 0.5}, marks=pytest.mark.slow),
         ("dqn", {"method": "saliency", "layers": "erk"}, {"sparsity": 0.5}),
-        ("bootstrapped_dqn", {"method": "rigl"}, {"sparsity": 0.5}),
+        pytest.param("bootstrapped_dqn", {"method": "rigl"}, {"sparsity": 0.5}, marks=pytest.mark.slow),
         ("sr_sac", {"method": "saliency", "scored_by": "both"}, {"actor": "sparse", "sparsity": 0.5}),
     ],
 )

@@ -190,7 +190,7 @@ def test_target_actor_and_extracted_networks_have_the_new_masks_at_the_next_call
     assert zeros >= 0.75 * sum(p.numel() for p in plain.parameters() if p.ndim == 2)
 
 
-@pytest.mark.parametrize("method", ["saliency", "rigl"])
+@pytest.mark.parametrize("method", ["saliency", pytest.param("rigl", marks=pytest.mark.slow)])
 def test_compiled_and_eager_agree_and_nothing_is_compiled_again(method, monkeypatch):
     runs, compilations, translate = {}, [], compiled_module.translate
     monkeypatch.setattr(compiled_module, "translate", lambda *args: compilations.append(args) or translate(*args))

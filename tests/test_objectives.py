@@ -1058,14 +1058,16 @@ def backward(loss, batch, draws):
     return output.detach(), {name: grad.clone() for name, grad in grads(loss).items()}
 
 
-def compiled(function):
+def compiled(function, backend="aot_eager"):
+    """Traced whole, forwards and backwards; by default, torch itself computes what was traced."""
     torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True)
+    return torch.compile(function, fullgraph=True, backend=backend)
 
 
-def test_compiled_loss_equals_eager():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_loss_equals_eager(backend):
     loss, batch = make_loss(), make_batch(16, done=0.3)
-    compiled_loss = compiled(loss)
+    compiled_loss = compiled(loss, backend)
     for _ in range(3):
         draws = loss.draw(batch)
         output, gradients = backward(loss, batch.clone(), draws)

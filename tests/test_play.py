@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_script
 from PIL import Image
 from test_policy import ENV, NUM_SUBNETS, OPTIONS, trained
 
@@ -107,10 +108,9 @@ def test_a_reader_that_goes_away_ends_it_in_silence(run):
     assert process.returncode == 0
 
 
-def test_an_error_is_one_line(start, tmp_path):
-    result = start(tmp_path)
-    assert result.returncode == 1
-    assert result.stderr == f"error: {tmp_path} is no run folder: expected run.json in it, which is missing.\n"
+def test_an_error_is_one_line(example, tmp_path):
+    said = f"error: {tmp_path} is no run folder: expected run.json in it, which is missing.\n"
+    assert run_script(tmp_path, script=PLAY) == (1, said)
 
 
 def test_one_subnet_alone_plays_the_episodes_it_plays_among_all(play, run):
@@ -137,12 +137,12 @@ def test_a_run_of_the_maze_is_refused(example, run, monkeypatch):
         example.main([str(run)])
 
 
+@pytest.mark.filterwarnings("ignore:.*units .* lose every one")
 def test_a_game_is_played_and_drawn(play, tmp_path):
     pytest.importorskip("minatar")
     small = [*OPTIONS[1:], "env=MinAtar/breakout", "num_envs=1", "network.channels=2", "eval.episodes=6"]
     script = PLAY.with_name("minatar_dqn.py")
-    command = [sys.executable, script, *small, f"folder={tmp_path / 'game'}"]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    assert run_script(*small, f"folder={tmp_path / 'game'}", script=script)[0] == 0
     lines = play(tmp_path / "game", "--episodes", 1, "--video", tmp_path / "game.gif")
     lengths = [row[3] for name, row in table(lines).items() if name != "total"]
     with Image.open(tmp_path / "game.gif") as video:

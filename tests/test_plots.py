@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -10,10 +11,11 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from omnet_torchrl.training.record import plots
+from omnet_torchrl.training.record import plots, reporter
 from omnet_torchrl.training.record.folder import RunFolder
 from omnet_torchrl.training.record.metrics import HEADER, CSVLogger
 from omnet_torchrl.training.record.plots import learning_curve
+from omnet_torchrl.training.record.terminal import Terminal
 
 
 @pytest.fixture
@@ -93,6 +95,21 @@ def test_a_picture_that_can_not_be_drawn_leaves_the_old_one(folder, monkeypatch)
     with pytest.raises(OSError, match="No space"):
         learning_curve(folder)
     assert folder.curve_path.read_bytes() == before
+
+
+def test_a_run_draws_one_a_minute_at_most_and_the_last_one_at_its_end(tmp_path, monkeypatch):
+    clock, seen = [0.0], []
+    monkeypatch.setattr(reporter, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(reporter, "learning_curve", lambda _: seen.append(clock[0]))
+    run = reporter.Reporter(RunFolder.create(tmp_path / "run"), Terminal(100))
+    run.begin("csv", {}, 0)
+    for clock[0] in (20.0, 59.0, 61.0, 90.0, 130.0, 140.0):
+        run.log(1, clock[0], {"eval/return": 1.0})
+    clock[0] = 150.0
+    run.close()
+    run.close()
+    assert seen == [61.0, 130.0, 150.0]
+    assert run.close_csv()
 
 
 def test_it_is_a_command_that_needs_no_display(folder):

@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import python_without
+from conftest import python_without, run_script
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -21,7 +21,6 @@ from omnet_torchrl.training import evaluate, load_policy, make_env
 from omnet_torchrl.training.loop.streams import derived_seed
 from omnet_torchrl.training.record.checkpoint import Checkpointer
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "omnet_sac.py"
 ENV, NUM_SUBNETS, FRAMES = "Hopper-v4", 3, 120  # Hopper's returns are no round numbers
 OPTIONS = [
     *(f"env={ENV}", f"network.num_subnets={NUM_SUBNETS}", "network.num_cells=[16,16]", "compile=false", "num_threads=1"),
@@ -31,8 +30,10 @@ OPTIONS = [
 
 
 def train(folder, *options):
-    command = [sys.executable, EXAMPLE, *OPTIONS, *options, f"folder={folder}"]
-    subprocess.run(command, check=True, capture_output=True, cwd=folder.parent)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*units .* lose every one")
+        code, printed = run_script(*OPTIONS, *options, f"folder={folder}")
+    assert code == 0, printed
     return folder
 
 

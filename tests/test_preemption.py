@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from conftest import EXAMPLE, run_script
 
 from omnet_torchrl.training import Run
 from omnet_torchrl.training.options import to_config
+from omnet_torchrl.training.record.reporter import Reporter
 
 OPTIONS = [
     *("env=InvertedPendulum-v4", "network.num_cells=[32,32]", "network.sparsity=0.1", "compile=false", "num_threads=1"),
@@ -56,39 +58,56 @@ def whole(tmp_path_factory):
     return records(folder / "run")
 
 
-def test_one_command_starts_a_job_and_goes_on_with_it_until_it_is_done(whole, tmp_path):
+def script_with_a_signal(number, at, *arguments):
+    """As :func:`run_script`; this process gets the signal after the ``at``-th frame that it plays."""
+    played, progress = itertools.count(1), Reporter.progress
+
+    def send(*args):
+        progress(*args)
+        if next(played) == at:
+            os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reporter, "progress", send)
+        return run_script(*arguments)
+
+
+def check_stopped(run, code, said):
+    assert (code, info(run)["status"]) == (75, "interrupted"), said
+    assert "stopping: the run is saved first" in said
+    assert info(run)["saved"] == info(run)["frames"]
+
+
+def test_one_command_starts_a_job_and_goes_on_with_it_until_it_is_done(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     command = [*OPTIONS, "resume=auto", "folder=run"]
-    for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM):
-        process = start(tmp_path, *command)
-        wait_for_records(tmp_path / "run", 8, process)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=120)
-        assert (process.returncode, info(tmp_path / "run")["status"]) == (75, "interrupted"), said
-        assert "stopping: the run is saved first" in said
-        assert info(tmp_path / "run")["saved"] == info(tmp_path / "run")["frames"]
+    process = start(tmp_path, *command)
+    wait_for_records("run", 8, process)
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=120)
+    check_stopped("run", process.returncode, said)
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        check_stopped("run", *script_with_a_signal(number, 25, *command))
     for _ in range(2):  # the second time, nothing is left to do
-        process = start(tmp_path, *command)
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said
+        code, said = run_script(*command)
+        assert code == 0, said
         assert "goes on from frame" in said
-        assert records(tmp_path / "run") == whole
+        assert records("run") == whole
+    assert len(info("run")["sessions"]) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_sweep_that_was_stopped_goes_on_where_it_was(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["-m", *OPTIONS, "utd_ratio=0.5,1", "resume=auto"]
-    process, folder = start(tmp_path, *command), Path("runs/InvertedPendulum-v4/omnet/seed0")
-    while not (second := list(folder.glob("*,utd_ratio=1.0*"))):
-        time.sleep(0.02)
-        assert process.poll() is None, process.communicate()
-    wait_for_records(second[0], 8, process)
-    process.send_signal(signal.SIGUSR1)
-    assert (process.communicate(timeout=120), process.returncode)[1] == 75
+    assert script_with_a_signal(signal.SIGUSR1, 400, *command)[0] == 75
+    folder = Path("runs/InvertedPendulum-v4/omnet/seed0")
+    (second,) = folder.glob("*,utd_ratio=1.0*")
+    assert (info(second)["status"], info(second)["frames"]) == ("interrupted", 100)
     assert run_script(*command)[0] == 0
     assert [info(run)["status"] for run in folder.iterdir()] == ["finished"] * 2
-    assert len(info(second[0])["sessions"]) == 2
-    assert records(second[0]) == whole
+    assert len(info(second)["sessions"]) == 2
+    assert records(second) == whole
 
 
 def named(**options):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from omnet_torchrl import Update
 from omnet_torchrl.training.command_line import check_overrides
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -67,8 +68,11 @@ def test_the_masks_of_the_schedule_are_those_of_the_update(tmp_path):
     assert len(names["schedule"]._networks) == 2
 
 
-@pytest.mark.parametrize("after", [False, True])
-def test_sac_script_runs_before_and_after_the_change(after, tmp_path):
+@pytest.mark.parametrize(
+    ("after", "compiled"), [(False, False), (True, False), pytest.param(True, True, marks=pytest.mark.slow)]
+)
+def test_sac_script_runs_before_and_after_the_change(after, compiled, tmp_path, monkeypatch):
+    monkeypatch.setitem(Update.__init__.__kwdefaults__, "compile", compiled)
     names = run(patched(BEFORE, DIFF) if after else BEFORE, tmp_path)
     assert type(names["loss"]).__name__ == ("OMNetSACLoss" if after else "SACLoss")
     assert all(torch.isfinite(value) for value in names["losses"].values())

@@ -15,6 +15,7 @@ from pathlib import Path
 import gymnasium
 import pytest
 import torch
+from conftest import run_script
 from test_environments import Counter
 from test_training import PENDULUM, Diary, make_trainer
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
@@ -117,8 +118,15 @@ def wholes(tmp_path_factory):
     return {name: whole(tmp_path_factory.mktemp("whole"), **options) for name, options in CASES.items()}
 
 
-@pytest.mark.parametrize("stops", [(5,), (12, 19), (43,), (9, 17, 26, 34, 41, 50), (59,)], ids=str)
-@pytest.mark.parametrize("case", CASES)
+OFTEN, STOPS = (9, 17, 26, 34, 41, 50), [(5,), (12, 19), (43,), (59,)]
+STOPPED = [  # each case often, and one case at each kind of frame; the other pairs are slow
+    *(pytest.param(case, OFTEN, id=f"{case}-{OFTEN}") for case in CASES),
+    *(pytest.param("one environment", stops, id=f"one environment-{stops}") for stops in STOPS),
+    *(pytest.param(case, stops, id=f"{case}-{stops}", marks=pytest.mark.slow) for case in list(CASES)[1:] for stops in STOPS),
+]
+
+
+@pytest.mark.parametrize(("case", "stops"), STOPPED)
 def test_a_stopped_run_equals_one_in_one_go(case, stops, wholes, tmp_path):
     expected, expected_rows = wholes[case]
     rows = []
@@ -350,9 +358,9 @@ def test_a_process_that_is_killed_goes_on_in_another(tmp_path):
     killed, whole_run = tmp_path / "killed", tmp_path / "whole"
     options = new("env=InvertedPendulum-v4", "num_envs=3", *SMALL)
     process = start(killed, *options)
-    other = start(whole_run, *options)
     assert kill_when(process, lambda: newest_frame(killed) >= 75)
-    assert other.wait() == 0, (whole_run / "output.txt").read_text()
+    code, printed = run_script(*options[:-1], f"folder={whole_run}/run")
+    assert code == 0, printed
     run(killed, *RESUME)
     assert "goes on from frame" in (killed / "output.txt").read_text()
     assert_same_runs(killed, whole_run)

@@ -191,15 +191,16 @@ def test_links_to_nothing_are_seen(tmp_path):
         Run({**options, "resume": "auto"})
 
 
-@pytest.mark.parametrize("change", [{}, {"status": "running"}, {"status": "running", "saved": None}, {"status": "diverged"}])
-def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_results(change, tmp_path):
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_results(tmp_path):
     train(Run(options(tmp_path, checkpoint={"interval": 30})))
     before = (tmp_path / "run" / "metrics.csv").read_bytes()
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    folder_module.RunFolder.open(tmp_path / "run").write_info(**change)
-    with pytest.raises(ValueError, match=r"can't be resumed: .* has no checkpoint in it, .*: put its checkpoints back, or"):
-        Run({"resume": str(tmp_path / "run")}, ["total_frames=90"])
-    assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
+    info = folder_module.RunFolder.open(tmp_path / "run").info
+    for change in ({}, {"status": "running"}, {"status": "running", "saved": None}, {"status": "diverged"}):
+        folder_module.RunFolder.open(tmp_path / "run").write_info(**{**info, **change})
+        with pytest.raises(ValueError, match=r"can't be resumed: .* has no checkpoint in it, .*: put its checkpoints back, or"):
+            Run({"resume": str(tmp_path / "run")}, ["total_frames=90"])
+        assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -410,7 +411,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_can_go_on(everything, tmp_p
     assert "goes on from frame 30" in capsys.readouterr().err
 
 
-def test_a_picture_that_cannot_be_drawn_is_a_line_and_no_end(tmp_path, capsys):
+def test_a_picture_that_cannot_be_drawn_is_a_line_and_no_end(pictures, tmp_path, capsys):
     run = Run(options(tmp_path))
     run.folder.curve_path.mkdir()
     assert train(run) == "finished"

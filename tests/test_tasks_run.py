@@ -23,6 +23,8 @@ from omnet_torchrl.training import load_policy, make_env
 from omnet_torchrl.training.loop.environments import check_env
 from omnet_torchrl.training.loop.tasks import sampled, stored, task_labels
 from omnet_torchrl.training.options import to_config
+from omnet_torchrl.training.record import reporter
+from omnet_torchrl.training.record.plots import learning_curve
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "multitask.py"
 CHEETAHS = "HalfCheetah/forward+backward"
@@ -69,7 +71,9 @@ def values(folder, name):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks") / "run"
-    return folder, run(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporter, "learning_curve", learning_curve)
+        return folder, run(folder)
 
 
 def test_returns_of_each_task_are_in_log_line_and_picture(whole):
@@ -92,8 +96,6 @@ def test_returns_of_each_task_are_in_log_line_and_picture(whole):
 
 
 def test_the_picture_has_a_line_for_each_task(whole, tmp_path, figures):
-    from omnet_torchrl.training.record.plots import learning_curve
-
     learning_curve(whole[0], tmp_path / "curve.png")
     labels = [text.get_text() for text in figures[-1].axes[0].get_legend().get_texts()]
     assert labels == ["training episode", "forward", "backward", "evaluation, mean"]

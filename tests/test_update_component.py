@@ -46,6 +46,16 @@ from omnet_torchrl.masks import bernoulli_masks
 from omnet_torchrl.updates import kernels as kernels_module
 
 compile_or_not = pytest.mark.parametrize("compile", [False, True], ids=["eager", "traced"])
+
+
+def eager_and_traced(names, traced):
+    """Each case eager and traced, which takes ten times as long: beyond the cases ``traced``, that is slow."""
+    cases = [pytest.param(name, False, id=f"{name}-eager") for name in names]
+    cases += [pytest.param(name, True, id=f"{name}-traced") for name in names if name in traced]
+    cases += [pytest.param(name, True, id=f"{name}-traced", marks=pytest.mark.slow) for name in names if name not in traced]
+    return pytest.mark.parametrize(("name", "compile"), cases)
+
+
 GROUPS = ("qvalue_network_params", "actor_network_params", "log_alpha")
 
 
@@ -141,8 +151,7 @@ OPTIMISERS = {
 ROUNDED = {"rtol": 1e-5, "atol": 1e-6}
 
 
-@compile_or_not
-@pytest.mark.parametrize("name", OPTIMISERS)
+@eager_and_traced(OPTIMISERS, {"groups", "AdamW and Adam", "masks among them", "a learning rate that is a tensor"})
 def test_optimisers_of_any_recipe_step_as_they_would_by_themselves(name, compile, compiler):  # noqa: F811
     update, plain = pair(OPTIMISERS[name], compile)
     both(update, plain, 5)
@@ -176,9 +185,8 @@ SCHEDULERS = {
 }
 
 
-@compile_or_not
 @pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@eager_and_traced(SCHEDULERS, {"warm-up"})
 def test_a_schedulers_learning_rate_is_that_of_the_next_call_and_compiles_nothing(name, tensor, compile, compiler):  # noqa: F811
     update, plain = pair(lambda loss: three(loss, torch.tensor(1e-2) if tensor else 1e-2), compile)
     own, other = (schedulers(optims, SCHEDULERS[name]) for optims in (update.optims, plain.critic_optim.optims))
@@ -230,8 +238,7 @@ def test_a_learning_rate_that_changes_after_the_update_loaded_a_state_takes_effe
 NORMS = {"each": 0.05, "one": {"qvalue_network_params": 0.5}, "some": {"actor_network_params": 0.01, "log_alpha": 0.1}}
 
 
-@compile_or_not
-@pytest.mark.parametrize("name", NORMS)
+@eager_and_traced(NORMS, {"each"})
 def test_gradients_are_clipped_by_group_as_torch_does(name, compile, compiler):  # noqa: F811
     norms = NORMS[name] if isinstance(NORMS[name], dict) else dict.fromkeys(GROUPS, NORMS[name])
     update, plain = pair(three, compile, norms, max_grad_norm=NORMS[name])
@@ -284,8 +291,7 @@ MOVES = {
 }
 
 
-@compile_or_not
-@pytest.mark.parametrize("name", MOVES)
+@eager_and_traced(MOVES, {"double()", "other masks"})
 def test_a_loss_that_was_moved_or_whose_tensors_were_replaced_is_refused(name, compile, compiler):  # noqa: F811
     update = build(make_parts(), compile=compile)
     batch = make_batch(BATCH)
@@ -298,8 +304,9 @@ def test_a_loss_that_was_moved_or_whose_tensors_were_replaced_is_refused(name, c
 # Copies -----------------------------------------------------------------------------------------------------------------
 
 
-@compile_or_not
-@pytest.mark.parametrize("name", ["two", "groups", "masks among them", "AdamW", "a learning rate that is a tensor"])
+@eager_and_traced(
+    ["two", "groups", "masks among them", "AdamW", "a learning rate that is a tensor"], {"groups", "masks among them"}
+)
 def test_a_copy_goes_on_as_the_original_would_and_leaves_it_alone(name, compile, compiler):  # noqa: F811
     update, reference = (pair(OPTIMISERS[name], compile=each, policy_update_delay=2)[0] for each in (compile, False))
     for each in (update, reference):
@@ -519,8 +526,7 @@ BUFFERS = {
 }
 
 
-@compile_or_not
-@pytest.mark.parametrize("name", BUFFERS)
+@eager_and_traced(BUFFERS, {"gathered"})
 def test_it_trains_from_any_replay_buffer(name, compile, compiler, tmp_path):  # noqa: F811
     buffer = BUFFERS[name](tmp_path)
     buffer.extend(transitions(64))
@@ -590,8 +596,7 @@ def odd_batches():
     }
 
 
-@compile_or_not
-@pytest.mark.parametrize("name", odd_batches())
+@eager_and_traced(odd_batches(), {"lazy stack", "not contiguous"})
 def test_a_batch_of_any_make_is_as_good_as_another(name, compile, compiler):  # noqa: F811
     update, eager = build(make_parts(), compile=compile), make_update()
     batch = odd_batches()[name]
@@ -734,6 +739,7 @@ def test_it_makes_an_adam_for_each_step_where_none_is_given():
 # A script that has only torch, tensordict and torchrl ---------------------------------------------------------------------
 
 
+@pytest.mark.slow  # the environment core of tox does it where nothing else is installed
 def test_the_script_of_the_core_runs_without_what_the_training_job_needs():
     code = (
         "import runpy, sys; sys.modules.update(dict.fromkeys(['gymnasium', 'gym', 'hydra', 'matplotlib', 'wandb'])); "

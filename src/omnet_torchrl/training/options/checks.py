@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ def to_config(config: DictConfig | Mapping[str, Any] | TrainConfig, *, sweep: bo
     With ``resume=auto``, and in a ``sweep``, the default folder has the options that are not the row's defaults in the place of
     the time of day: the same run has the same folder whenever it is started.
     """
-    validate(result := _typed(config))
+    result = _typed(config)
+    _check(result, result)
     if sweep or result.resume == "auto":
         raw = OmegaConf.to_container(config if isinstance(config, DictConfig) else OmegaConf.create(config))  # type: ignore
         folder = raw.get("folder", TrainConfig.folder)  # type: ignore[union-attr]
@@ -105,7 +106,11 @@ def _run_name(config: TrainConfig) -> str:
 
 def validate(config: TrainConfig) -> None:
     """Raise a ``ValueError`` if a value is of another type or out of its range, or if two values contradict each other."""
-    typed = _typed(config)
+    _check(_typed(config), config)
+
+
+def _check(typed: TrainConfig, config: TrainConfig) -> None:
+    """As :func:`validate`, of a config and what it is once each value is of its type."""
     values = leaves(typed)
     row(typed.algorithm)
     for interval, names in _RANGES.items():
@@ -124,7 +129,7 @@ def validate(config: TrainConfig) -> None:
     for name, value in leaves(config).items():
         if value == "":
             raise ValueError(f"{name} must not be empty.")
-        if name not in values:
+        if name not in OPTIONS:
             raise ValueError(unknown(name))
         if value != values[name]:
             raise ValueError(f"{name} must be of its type and resolved, got {value!r}: use what to_config returns.")
@@ -196,6 +201,11 @@ def load_config(path: str | Path) -> TrainConfig:
     return _typed(given)
 
 
+@cache
+def _schema() -> DictConfig:
+    return OmegaConf.structured(TrainConfig)
+
+
 def _typed(config: Any) -> TrainConfig:
     given = config if isinstance(config, DictConfig) else OmegaConf.create(config)
     if missing := _missing(OmegaConf.to_container(given, resolve=False)):  # which merging would leave at their defaults
@@ -203,7 +213,7 @@ def _typed(config: Any) -> TrainConfig:
     name = given.get("algorithm") if OmegaConf.is_dict(given) else None
     row_options = ROWS[name].options if isinstance(name, str) and name in ROWS else {}  # for those that are not given
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), row_options, given)
+        merged = OmegaConf.merge(_schema(), row_options, given)
         OmegaConf.copy_cache(from_config=given, to_config=merged)  # ${now:...} stays the time that Hydra's folder has
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except ConfigKeyError as error:

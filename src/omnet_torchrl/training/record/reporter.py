@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +16,8 @@ from omnet_torchrl.training.record.plots import learning_curve
 from omnet_torchrl.training.record.terminal import Terminal
 from omnet_torchrl.training.record.trackers import BackgroundLogger, make_logger
 
+PICTURE = 60.0  # seconds between two pictures: to draw one takes most of a second; the last one is drawn at the end
+
 
 class Reporter:
     """What a :class:`~omnet_torchrl.training.Trainer` reports to; :meth:`begin` comes before the first report."""
@@ -23,6 +26,7 @@ class Reporter:
         self.folder, self.terminal = folder, terminal
         self._csv: CSVLogger | None = None
         self._logger, self._shown = BackgroundLogger(), False
+        self._drawn, self._outdated = time.monotonic(), False
 
     def begin(self, kind: str, config: Mapping[str, Any], frames: int, **options: Any) -> None:
         """Open ``metrics.csv``, unless :meth:`restore` did, and start the tracker; see :func:`make_logger`."""
@@ -45,10 +49,16 @@ class Reporter:
             self.say(f"{self._logger.name}: {self._logger.place}")
         if "eval/return" in metrics:
             self.terminal.evaluation(frames, metrics, seconds)
-            try:
-                learning_curve(self.folder.path)
-            except Exception as error:  # a picture never ends a run
-                self.say(f"warning: {self.folder.curve_path.name} could not be drawn: {error}")
+            self._outdated = True
+            if time.monotonic() > self._drawn + PICTURE:
+                self._draw()
+
+    def _draw(self) -> None:
+        try:
+            learning_curve(self.folder.path)
+        except Exception as error:  # a picture never ends a run
+            self.say(f"warning: {self.folder.curve_path.name} could not be drawn: {error}")
+        self._drawn, self._outdated = time.monotonic(), False
 
     def progress(self, frames: int, updates: int, metrics: Mapping[str, float]) -> None:
         """Move the progress bar; after each frame."""
@@ -85,7 +95,9 @@ class Reporter:
         return True
 
     def close(self) -> None:
-        """Close the tracker, which may take a while."""
+        """Draw the last picture and close the tracker, which may take a while."""
+        if self._outdated:
+            self._draw()
         self._logger.close()
 
     @contextlib.contextmanager
