@@ -226,3 +226,13 @@ def test_environments_of_gymnasium_may_be_tasks():
     assert env.tasks == ("Hopper-v4", "Hopper-v5")
     assert data["observation"].shape == (2, 5, 11)
     env.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*keep no weight")
+def test_masks_may_follow_each_tasks_own_transitions(tmp_path):
+    options = ("topology.method=saliency", "topology.interval=40", "topology.end=100")
+    run(tmp_path / "run", *options)
+    density = values(tmp_path / "run", "masks/density")
+    assert list(density) == [42, 80]
+    assert all(value == pytest.approx(0.5, abs=0.01) for value in density.values())
+    assert 0.3 < values(tmp_path / "run", "masks/overlap_subnets")[80] < 1

@@ -31,7 +31,8 @@ def loss_gradients(
         network (MaskedNetwork): the network.
         k (int or slice): of masks over one weight tensor, which one; ``slice(None)``: all of several separate networks.
         masks (mapping or None): the network is asked under these, and its target too. ``None``: without masks.
-        batch (TensorDictBase): ``(B,)`` transitions.
+        batch (TensorDictBase): ``(B,)`` transitions; ``(T, B)`` where the loss has ``choose="batch"``. A mask is scored by its
+            own task's; of a task's C critics, each by one in C of them: of the same, dense, all C would get the same mask.
         generator (torch.Generator): of the loss's draws.
 
     Keyword Args:
@@ -39,8 +40,14 @@ def loss_gradients(
     """
     params, loss, device = update.state.get("params"), update.loss, update.device
     batch = batch.to(device)
+    tasks = loss.choose == "batch"
+    if tasks and isinstance(k, int):
+        batch = _of_task(update, network, k, batch)
     draws = loss.draw(batch, generator)
-    if isinstance(k, int):  # under one mask, everything
+    if tasks:  # the batch has the other indices
+        if isinstance(k, int) and network.role == "critic":
+            draws.set("critic", torch.full((1, 1, 1), k, device=device))
+    elif isinstance(k, int):  # under one mask, everything
         for name in ("critic", "target", "value") if network.role == "critic" else ("actor",):
             if name in draws.keys():
                 draws.set(name, torch.full_like(draws.get(name)[:1] if name == "critic" else draws.get(name), k))
@@ -60,7 +67,19 @@ def loss_gradients(
         total = compute(batch, draws, given)[0]
         if actors_too and network.role == "critic":
             action = loss.actor_loss(batch, draws=draws, params=given)[1]["action"]
-            total = total - loss.value(batch, action, draws.get("value"), params=given.get(network.group)).mean()
+            asked = loss._drawn(batch, draws).get("value")
+            total = total - loss.value(batch, action, asked, params=given.get(network.group)).mean()
         return total
 
     return grad(objective)(weights)
+
+
+def _of_task(update: Update, network: MaskedNetwork, k: int, batch: TensorDictBase) -> TensorDictBase:
+    """The transitions ``(1, B / C)`` that mask ``k`` is scored by."""
+    critics = update.loss.num_trained_subnets if network.role == "critic" else 1
+    task = k // critics
+    found = (batch.get(update.loss.tensor_keys.subnet)[:, 0] == task).nonzero().flatten()
+    if len(found) != 1 or batch.shape[1] < critics:
+        got = f"{len(found)} with {batch.shape[1]} transitions"
+        raise ValueError(f"masks are chosen by a batch (T, B) with one row of each task, got of task {task} {got}.")
+    return batch[found, k % critics :: critics]
