@@ -24,7 +24,7 @@ from omnet_torchrl.envs import TasksEnv
 from omnet_torchrl.training.record.files import CheckpointError, one_line, read_file, replace_file, seal, writing
 
 FORMAT = 1
-# What a transition has; of several tasks, "subnet" too, the number of its task.
+# What a transition has; of several tasks, "subnet" too, the number of its task, which "next" has as well.
 KEYS: tuple[Any, ...] = ("observation", "action", *(("next", name) for name in ("observation", "reward", "done", "terminated")))
 
 
@@ -53,7 +53,8 @@ def write_dataset(folder: str | Path, transitions: TensorDictBase, env: EnvBase,
         raise ValueError(f"transitions must have {', '.join(map(str, KEYS))} and batch size {shape}, got {what}.")
     data = transitions.select(*KEYS).to("cpu")
     if tasks:
-        data.set("subnet", torch.arange(len(tasks)).expand(data.shape))
+        for key in ("subnet", ("next", "subnet")):  # TorchRL's IQLLoss asks for the value of the next state
+            data.set(key, torch.arange(len(tasks)).expand(data.shape))
     spaces = spaces_of(env)
     _check_spaces(_spaces(data, spaces), spaces, "transitions", "the environment")
     temporary = path.with_name(f"{path.name}.tmp")

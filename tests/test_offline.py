@@ -1,0 +1,105 @@
+"""Learning from a dataset: TorchRL's IQLLoss over pathways, and examples/offline_tasks.py."""
+
+import pytest
+import torch
+from conftest import OBS, make_batch, small_actor, small_qvalue
+from torch.optim import Adam
+from torchrl.objectives import IQLLoss, SoftUpdate
+
+from omnet_torchrl import MaskedMLP, SubnetQValueOperator
+
+pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
+T, B = 3, 8
+
+
+def state_value(num_subnets=T, sparsity=0.4):
+    network = MaskedMLP(OBS, 1, num_cells=[16, 16], num_subnets=num_subnets, sparsity=sparsity, generator=3)
+    return SubnetQValueOperator(network, in_keys=["observation", "subnet"], out_keys=["state_value"])
+
+
+def rows(*lead, seed=0):
+    """Transitions (T, B), a task in each row; IQL asks for the value of the next observation too."""
+    batch = make_batch(*lead, T, B, seed=seed, done=0.2)
+    task = torch.arange(T)[:, None].expand(batch.shape)
+    return batch.set("subnet", task).set(("next", "subnet"), task)
+
+
+def iql(num_subnets=T, sparsity=0.4, **kwargs):
+    """Two critics, each of its own weights, under the same mask for each task."""
+    networks = small_actor(num_subnets, sparsity), small_qvalue(num_subnets, sparsity), state_value(num_subnets, sparsity)
+    loss = IQLLoss(*networks, temperature=3.0, expectile=0.7, **kwargs)
+    loss.make_value_estimator(gamma=0.9)
+    return loss, SoftUpdate(loss, tau=0.1)
+
+
+def masked_weights(loss):
+    """Weights, detached, and the masks of each layer with masks, in all networks."""
+    found = {}
+    for group in ("actor_network_params", "qvalue_network_params", "value_network_params"):
+        params = getattr(loss, group)
+        for key in params.keys(True, True):
+            if isinstance(key, tuple) and key[-1] == "masks":
+                weight = params.get((*key[:-1], "weight"))
+                found[(group, *key)] = weight.detach().clone(), params.get(key)
+    return found
+
+
+def trained(loss, updater, batches):
+    optim = Adam([param for param in loss.parameters() if param.requires_grad], lr=1e-2)
+    for batch in batches:
+        output = loss(batch)
+        optim.zero_grad()
+        sum(output[name] for name in ("loss_actor", "loss_qvalue", "loss_value")).backward()
+        optim.step()
+        updater.step()
+    return output
+
+
+@pytest.mark.parametrize("task", range(T))
+def test_iql_of_a_task_changes_no_weight_outside_its_masks(task):
+    loss, updater = iql()
+    before = masked_weights(loss)
+    assert len(before) == 9
+    trained(loss, updater, [rows(seed=i)[task : task + 1] for i in range(3)])
+    for key, (weight, masks) in masked_weights(loss).items():
+        changed = weight != before[key][0]
+        assert changed.any(), key
+        own = masks.select(-3, task)  # (N, out, in), or (2, N, out, in) of two critics
+        assert not (changed & ~own).any(), key
+
+
+@pytest.mark.parametrize("task", range(T))
+def test_iql_of_a_task_is_that_of_its_subnetworks_taken_out(task):
+    networks = small_actor(), small_qvalue(), state_value()
+    options = {"temperature": 3.0, "expectile": 0.7, "num_qvalue_nets": 1}
+    plain = IQLLoss(*(network.extract(task) for network in networks), **options)
+    together, batch = IQLLoss(*networks, **options), rows()[task]
+    outputs = [loss.make_value_estimator(gamma=0.9) or loss(batch.clone()) for loss in (plain, together)]
+    for name in ("loss_actor", "loss_qvalue", "loss_value", "entropy"):
+        torch.testing.assert_close(outputs[1][name], outputs[0][name])
+
+
+def test_iql_learns_the_action_of_each_task_that_is_rewarded():
+    """A task's reward falls with the distance to an action of its own; the best of the data's random actions are copied."""
+    best = torch.tensor([-0.5, 0.0, 0.5])[:, None, None]
+    loss, updater = iql()
+
+    def batches():
+        for i in range(250):
+            batch = rows(seed=i)
+            batch["observation"].fill_(1.0)
+            batch["next", "reward"] = -10 * (batch["action"] - best).square().sum(-1, keepdim=True)
+            batch["next", "done"].fill_(True)
+            batch["next", "terminated"].fill_(True)
+            yield batch
+
+    trained(loss, updater, batches())
+    with loss.actor_network_params.to_module(loss.actor_network):
+        dist = loss.actor_network.get_dist(rows()[:, :1].set("observation", torch.ones(T, 1, OBS)))
+    assert (dist.deterministic_sample.mean(-1) - best.squeeze(-1)).abs().max() < 0.3
+
+
+def test_iql_without_the_next_index_is_said():
+    loss, _ = iql()
+    with pytest.raises(KeyError, match="has no 'subnet', the index of the subnetwork"):
+        loss(rows().exclude(("next", "subnet")))
