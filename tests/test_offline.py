@@ -1,15 +1,25 @@
 """Learning from a dataset: TorchRL's IQLLoss over pathways, and examples/offline_tasks.py."""
 
+import csv
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import OBS, make_batch, small_actor, small_qvalue
+from test_tasks_run import run as train_tasks
 from torch.optim import Adam
 from torchrl.objectives import IQLLoss, SoftUpdate
 
 from omnet_torchrl import MaskedMLP, SubnetQValueOperator
+from omnet_torchrl.training.datasets import record_policy, record_replay
 
-pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:No target network updater", "ignore:.*keep no weight", "ignore:.*units .* lose every one"
+)
 T, B = 3, 8
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def state_value(num_subnets=T, sparsity=0.4):
@@ -103,3 +113,53 @@ def test_iql_without_the_next_index_is_said():
     loss, _ = iql()
     with pytest.raises(KeyError, match="has no 'subnet', the index of the subnetwork"):
         loss(rows().exclude(("next", "subnet")))
+
+
+# The example ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def example(monkeypatch):
+    spec = importlib.util.spec_from_file_location("offline_tasks", EXAMPLES / "offline_tasks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "CELLS", (8, 8))
+    monkeypatch.setattr(module, "CALL", 5)
+    return module
+
+
+def test_the_example_trains_each_row_on_each_dataset_and_size(example, tmp_path, figures):
+    train_tasks(tmp_path / "run")
+    paths = [str(record_replay(tmp_path / "run", tmp_path / "a")), str(record_policy(tmp_path / "run", tmp_path / "b", 40))]
+    data = [*paths, "+".join(paths)]
+    options = ["--sizes", "10", "30", "--updates", "10", "--episodes", "1", "--no-compile", "--out", str(tmp_path / "out")]
+    example.main([*data, *options])
+    with (tmp_path / "out" / "offline.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    found = {(line["data"], line["row"], line["transitions"], line["task"]) for line in lines}
+    tasks = ("HalfCheetah/forward", "HalfCheetah/backward")
+    sizes = {data[0]: ("10", "30"), data[1]: ("10", "20"), data[2]: ("10", "30")}  # of b there are 20
+    assert found == {(name, row, size, task) for name in data for size in sizes[name] for row in example.ROWS for task in tasks}
+    assert len(figures[-1].axes) == 3
+    assert (tmp_path / "out" / "offline.png").exists()
+    assert len({line["return"] for line in lines}) > len(lines) / 2
+    example.main([data[0], *options, "--rows", "pathways_data"])
+    again = [line for line in lines if (line["data"], line["row"]) == (data[0], "pathways_data")]
+    with (tmp_path / "out" / "offline.csv").open() as file:
+        assert list(csv.DictReader(file)) == again, "a row learns the same by itself"
+
+
+def test_the_example_records_the_datasets_of_a_short_run_where_none_is_named(example, tmp_path, monkeypatch):
+    def started(command, check):
+        assert command[1] == EXAMPLES / "multitask.py"
+        train_tasks(tmp_path / "out" / "run")
+
+    monkeypatch.setattr(example, "subprocess", SimpleNamespace(run=started))
+    monkeypatch.setattr(example, "record_policy", lambda run, folder, frames: record_policy(run, folder, 40))
+    options = ["--updates", "5", "--episodes", "1", "--no-compile", "--rows", "pathways", "--out", str(tmp_path / "out")]
+    example.main(options)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"run", "replay", "policy", "offline.csv", "offline.png"}
+
+
+def test_the_example_is_short():
+    assert len((EXAMPLES / "offline_tasks.py").read_text().splitlines()) < 120

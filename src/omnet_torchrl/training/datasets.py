@@ -121,18 +121,18 @@ def record_experts(name: str, folder: str | Path, frames: int, *, seed: int = 0,
 
     try:
         data = record(env, TensorDictModule(act, in_keys=["observation"], out_keys=["action"]), frames)
-        return write_dataset(folder, data, env, kind="experts", env_name=name, seed=seed, noise=noise, options=options)
+        return write_dataset(folder, data, env, kind="experts", env=name, env_options=options, seed=seed, noise=noise)
     finally:
         env.close()
 
 
-def record_minari(name: str, folder: str | Path, env: EnvBase) -> Path:
+def record_minari(name: str, folder: str | Path, env: str) -> Path:
     """Write a dataset of Minari, which is downloaded where it is not there, as one that TorchRL reads as it is.
 
     Args:
         name (str): e.g. ``"mujoco/halfcheetah/medium-v0"``; observations and actions are vectors.
         folder (str or Path): of the dataset.
-        env (EnvBase): whose spaces it has.
+        env (str): the environment whose spaces it has, e.g. ``"HalfCheetah-v5"``.
 
     Raises:
         ValueError: the package minari is not installed.
@@ -141,7 +141,11 @@ def record_minari(name: str, folder: str | Path, env: EnvBase) -> Path:
         raise ValueError("reading a dataset of Minari needs the package minari: pip install 'omnet-torchrl[minari]'.")
     source = import_module("minari").load_dataset(name, download=True)
     parts = [_transitions(episode) for episode in source.iterate_episodes()]
-    return write_dataset(folder, torch.cat(parts), env, kind="minari", minari=name)
+    made = make_env(env)
+    try:
+        return write_dataset(folder, torch.cat(parts), made, kind="minari", minari=name, env=env)
+    finally:
+        made.close()
 
 
 def record(env: EnvBase, policy: TensorDictModuleBase, frames: int) -> TensorDictBase:
@@ -167,7 +171,8 @@ def _base(env: EnvBase) -> EnvBase:
 
 def _source(run: RunFolder, config: Any, frames: int | None) -> dict[str, Any]:
     made = {name: run.info.get(name) for name in ("versions", "git_commit")}
-    return {"env_name": config.env, "run": {"algorithm": config.algorithm, "seed": config.seed, "frames": frames, **made}}
+    env = {"env": config.env, "env_options": env_options(config)}
+    return {**env, "run": {"algorithm": config.algorithm, "seed": config.seed, "frames": frames, **made}}
 
 
 def _transitions(episode: Any) -> TensorDict:
@@ -194,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     if args.source.startswith(MINARI):
         if args.env is None:
             raise ValueError("--env must say which environment a dataset of Minari is of, e.g. --env HalfCheetah-v5.")
-        return record_minari(args.source.removeprefix(MINARI), args.folder, make_env(args.env))
+        return record_minari(args.source.removeprefix(MINARI), args.folder, args.env)
     if args.source.startswith(META_WORLD):
         noise = {"noise": 0.0} if args.deterministic else {}
         return record_experts(args.source, args.folder, args.frames or 0, seed=args.seed, **noise)

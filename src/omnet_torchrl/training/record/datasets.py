@@ -28,7 +28,7 @@ FORMAT = 1
 KEYS: tuple[Any, ...] = ("observation", "action", *(("next", name) for name in ("observation", "reward", "done", "terminated")))
 
 
-def write_dataset(folder: str | Path, transitions: TensorDictBase, env: EnvBase, **fields: Any) -> Path:
+def write_dataset(folder: str | Path, transitions: TensorDictBase, env: EnvBase, /, **fields: Any) -> Path:
     """Write a dataset into a folder that is new.
 
     Args:
