@@ -13,6 +13,7 @@ from torch.optim import Adam
 from torchrl.objectives import IQLLoss, SoftUpdate
 
 from omnet_torchrl import MaskedMLP, SubnetQValueOperator
+from omnet_torchrl.training.command_line import check_overrides
 from omnet_torchrl.training.datasets import record_policy, record_replay
 
 pytestmark = pytest.mark.filterwarnings(
@@ -163,3 +164,37 @@ def test_the_example_records_the_datasets_of_a_short_run_where_none_is_named(exa
 
 def test_the_example_is_short():
     assert len((EXAMPLES / "offline_tasks.py").read_text().splitlines()) < 120
+
+
+# The benchmark -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_cells_of_the_benchmark_are_commands_that_exist(example, tmp_path, capsys):
+    import offline
+
+    steps = offline.commands(tmp_path)
+    scripts = [Path(command[1]) for _, command in steps if command[1] != "-m"]
+    assert all(path.exists() for path in scripts)
+    for _, (_, script, *options) in steps:
+        if script.endswith("multitask.py"):
+            check_overrides([option for option in options if not option.startswith(("folder=", "resume="))])
+        elif script.endswith("offline_tasks.py"):
+            args = example.parse(options)
+            assert {Path(part).parent for name in args.data for part in name.split("+")} == {tmp_path / "data"}
+            assert tuple(args.sizes) == offline.SIZES
+    assert len(steps) == len(offline.RUNS) + len(offline.DATASETS) + offline.SEEDS
+    assert {name for mix in offline.MIXES for name in mix} <= set(offline.DATASETS)
+    steps[0][0].parent.mkdir(parents=True)
+    steps[0][0].touch()
+    offline.main(["--folder", str(tmp_path), "--commands"])
+    assert capsys.readouterr().out.count("\n") == len(steps) - 1, "what is there is not made again"
+
+
+def test_the_benchmarks_table_is_over_seeds(tmp_path):
+    import offline
+
+    for seed, values in enumerate([(10, 20), (20, 30), (30, 40)]):
+        (tmp_path / f"seed{seed}").mkdir()
+        lines = [f"x/medium+y/expert,pathways,1000,{seed},{task},{value}\n" for task, value in enumerate(values)]
+        (tmp_path / f"seed{seed}" / "offline.csv").write_text("data,row,transitions,seed,task,return\n" + "".join(lines))
+    assert offline.table(tmp_path).splitlines()[2:] == ["| medium+expert | pathways | 1,000 | 25 ± 10 | 3 |"]
