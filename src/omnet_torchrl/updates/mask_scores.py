@@ -10,6 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.func import grad
 
+from omnet_torchrl.objectives.subnet_loss import SubnetLoss
 from omnet_torchrl.updates.masked_networks import MaskedNetwork, Path
 from omnet_torchrl.updates.update import Update
 
@@ -40,19 +41,9 @@ def loss_gradients(
     """
     params, loss, device = update.state.get("params"), update.loss, update.device
     batch = batch.to(device)
-    tasks = loss.choose == "batch"
-    if tasks and isinstance(k, int):
+    if loss.choose == "batch" and isinstance(k, int):
         batch = _of_task(update, network, k, batch)
-    draws = loss.draw(batch, generator)
-    if tasks:  # the batch has the other indices
-        if isinstance(k, int) and network.role == "critic":
-            draws.set("critic", torch.full((1, 1, 1), k, device=device))
-    elif isinstance(k, int):  # under one mask, everything
-        for name in ("critic", "target", "value") if network.role == "critic" else ("actor",):
-            if name in draws.keys():
-                draws.set(name, torch.full_like(draws.get(name)[:1] if name == "critic" else draws.get(name), k))
-    elif network.role == "critic":
-        draws.set("critic", torch.arange(loss.num_subnets, device=device))
+    draws = _draws(loss, network, k, batch, generator)
     compute: Any = network.step.objective
     replaced = {network.mask_path(path): torch.ones_like(mask) for path, mask in network.masks(update).items()}
     weights = dict(network.weights(update))
@@ -72,6 +63,23 @@ def loss_gradients(
         return total
 
     return grad(objective)(weights)
+
+
+def _draws(
+    loss: SubnetLoss, network: MaskedNetwork, k: int | slice, batch: TensorDictBase, generator: torch.Generator
+) -> TensorDict:
+    """The loss's draws, with which mask ``k`` is asked, or all of several separate networks."""
+    draws = loss.draw(batch, generator)
+    if loss.choose == "batch":  # the batch has the other indices
+        if isinstance(k, int) and network.role == "critic":
+            draws.set("critic", torch.full((1, 1, 1), k, device=draws.device))
+    elif isinstance(k, int):  # under one mask, everything
+        for name in ("critic", "target", "value") if network.role == "critic" else ("actor",):
+            if name in draws.keys():
+                draws.set(name, torch.full_like(draws.get(name)[:1] if name == "critic" else draws.get(name), k))
+    elif network.role == "critic":
+        draws.set("critic", torch.arange(loss.num_subnets, device=draws.device))
+    return draws
 
 
 def _of_task(update: Update, network: MaskedNetwork, k: int, batch: TensorDictBase) -> TensorDictBase:
