@@ -10,7 +10,8 @@
     python examples/play.py runs/HalfCheetah/... --task backward --video backward.gif
 
 Beside the run's learning curve, tasks.png shows each task's return and how much the tasks' masks have in common.
-"Efficient Reinforcement Learning by Discovering Neural Pathways", Arnob et al., NeurIPS 2024, with random masks that stay.
+"Efficient Reinforcement Learning by Discovering Neural Pathways", Arnob et al., NeurIPS 2024, with random masks that stay;
+theirs are topology.method=saliency topology.freeze_overlap=0.8 network.sparsity=0.9.
 """
 
 from pathlib import Path
@@ -26,7 +27,7 @@ from omnet_torchrl import CompiledPolicy, GatherStorage, LazyAdam, OMNetSACLoss,
 from omnet_torchrl.layers import MaskedLinear
 from omnet_torchrl.masks import mask_iou
 from omnet_torchrl.training import Evaluation, Run, Trainer, describe, make_collector, make_env
-from omnet_torchrl.training.build import loss_options, network_options, normalization, update_options
+from omnet_torchrl.training.build import loss_options, make_topology, network_options, normalization, update_options
 from omnet_torchrl.training.command_line import execute
 from omnet_torchrl.training.loop.environments import env_options
 from omnet_torchrl.training.loop.streams import derived_seed
@@ -67,7 +68,8 @@ def train(run: Run) -> float:
     # One element is a step of all tasks.
     buffer = ReplayBuffer(storage=GatherStorage(min(config.buffer_size, config.total_frames) // tasks, device=device))
     evaluation = Evaluation(config, policy, loss, run.reporter.say)
-    trainer = Trainer(collector, buffer, update, evaluation, run.checkpointer, run.reporter, config)
+    masks = make_topology(config, update)  # those that follow each task's own data, where topology.method names them
+    trainer = Trainer(collector, buffer, update, evaluation, run.checkpointer, run.reporter, config, masks)
     run.train(trainer, describe(config, actor, qvalue))
     draw(run.folder.path, trainer.tasks, actor)
     return trainer.last.get("eval/return", float("nan"))

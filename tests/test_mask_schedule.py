@@ -9,7 +9,16 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import Bounded, Unbounded
 
-from omnet_torchrl import EnsembleMLP, MaskSchedule, OMNetSACLoss, Update, make_actor, make_qvalue
+from omnet_torchrl import (
+    EnsembleMLP,
+    MaskSchedule,
+    OMNetSACLoss,
+    OMNetTD3Loss,
+    Update,
+    make_actor,
+    make_deterministic_actor,
+    make_qvalue,
+)
 from omnet_torchrl.topology import mask_overlap
 from omnet_torchrl.updates import compiled as compiled_module
 
@@ -504,3 +513,60 @@ def test_no_freeze_rule_counts_before_the_end_of_the_warm_up():
         assert schedule.step(transitions(), frames, evaluation=1.0)
     assert schedule.step(transitions(), 300, evaluation=1.0) == {}
     assert schedule.frozen_at == 300
+
+
+def pathways(loss_class, critics=2, **kwargs):
+    """Two tasks, whose critics are masks 2t and 2t + 1."""
+    torch.manual_seed(0)
+    make = make_actor if loss_class is OMNetSACLoss else make_deterministic_actor
+    nets = {"sparsity": [0.0, 0.5, 0.5], **NETWORK}
+    actor, qvalue = make(*SPECS, num_subnets=2, **nets), make_qvalue(*SPECS, num_subnets=2 * critics, **nets)
+    update = Update(loss_class(actor, qvalue, choose="batch"), lr=1e-3, compile=False)
+    return update, MaskSchedule(update, **{"density": 0.5, "interval": 100, **kwargs})
+
+
+def rows(*seeds):
+    batch = torch.stack([transitions(seed=seed) for seed in seeds])
+    return batch.set("subnet", torch.arange(len(seeds))[:, None].expand(batch.shape))
+
+
+@pytest.mark.parametrize("loss_class", [OMNetSACLoss, OMNetTD3Loss])
+def test_a_tasks_masks_are_chosen_by_its_own_transitions(loss_class):
+    """In a single shot: other transitions of the second task change its masks alone; a task's two critics differ."""
+    found = []
+    for seeds in ((1, 2), (1, 3)):
+        update, schedule = pathways(loss_class)
+        schedule.step(rows(*seeds), 0)
+        found.append({name: {key: mask.clone() for key, mask in masks(update, name).items()} for name in ("qvalue", "actor")})
+        assert kept(masks(update)) == 4 * round(0.5 * kept({k: m[0] | True for k, m in masks(update).items()}))
+    for name, count in (("qvalue", 2), ("actor", 1)):
+        one, other = (torch.cat([mask.flatten(1) for mask in each[name].values()], 1) for each in found)
+        assert torch.equal(one[:count], other[:count])
+        assert all(not torch.equal(one[k], other[k]) for k in range(count, 2 * count))
+    critics = torch.cat([mask.flatten(1) for mask in found[0]["qvalue"].values()], 1)
+    assert not torch.equal(critics[0], critics[1])
+
+
+def test_the_score_of_a_tasks_critic_is_the_gradient_of_its_own_loss_on_its_half_of_the_row():
+    update, schedule = pathways(OMNetSACLoss, scored_under="own")
+    batch, draws = rows(1, 2), recorded_draws(update.loss)
+    network = next(each for each in schedule._networks if each.role == "critic")
+    own = {path: mask[3].clone() for path, mask in network.masks(update).items()}
+    found = schedule._gradients(network, 3, own, batch, 100)
+    for mask in network.masks(update).values():  # its target is its own too
+        mask[2].copy_(mask[3])
+    loss, _ = update.loss.qvalue_loss(batch[1:, 1::2], draws=draws[-1])
+    expected = torch.autograd.grad(loss, [update.loss.qvalue_network_params.get(path[1:]) for path in network.paths])
+    for gradient, (path, value) in zip(expected, found.items(), strict=True):
+        torch.testing.assert_close(gradient, value * own[path])
+
+
+def test_masks_of_tasks_follow_their_data_until_the_end_and_need_a_row_of_each():
+    update, schedule = pathways(OMNetTD3Loss, interval=2, end=4)
+    changes = []
+    for i in range(8):
+        changes.append(bool(schedule.step(rows(i, i + 100), i)))
+        update(rows(i, i + 100))
+    assert changes == [True, False, True, False, True, False, False, False]
+    with pytest.raises(ValueError, match="one row of each task, got of task 1 0 with 64 transitions"):
+        pathways(OMNetTD3Loss)[1].step(rows(1), 0)

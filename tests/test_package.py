@@ -92,6 +92,7 @@ TRAINING = {
     "record.folder": {"record.files"},
     "record.checkpoint": {"record.files"},
     "record.metrics": {"record.files"},
+    "record.datasets": {"record.files"},
     "record.terminal": set(),
     "record.trackers": {"record.folder"},
     "record.plots": {"record.folder", "record.metrics", "record.terminal"},
@@ -126,6 +127,10 @@ TRAINING = {
     "build": {"grid", "loop.streams", "options", "options.rows", "policy"},
     "device": set(),
     "policy": {"device", "record.checkpoint", "record.files", "record.folder"},
+    "datasets": {
+        *("loop.environments", "options", "policy"),
+        *("record.checkpoint", "record.datasets", "record.folder"),
+    },
     "command_line": {"loop.environments", "loop.stopping", "options", "options.checks", "record.folder", "record.terminal"},
     "run": {
         *("build", "command_line", "policy", "options", "options.checks", "options.memory"),
@@ -133,7 +138,7 @@ TRAINING = {
         *(f"record.{name}" for name in ("checkpoint", "files", "folder", "metrics", "reporter", "terminal", "trackers")),
     },
     "__init__": {
-        *("build", "policy", "run"),
+        *("build", "policy", "record.datasets", "run"),
         *("loop.backends", "loop.environments", "loop.evaluation", "loop.exploration", "loop.trainer"),
     },
 }
@@ -224,7 +229,7 @@ def test_public_names_exist_and_are_documented():
 
 
 # Whoever adds a feature also removes what it made superfluous; these are where the rooms stand, and they must not grow unseen.
-MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 8_400, 5_470
+MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 8_400, 5_690
 
 
 def test_files_functions_and_rooms_keep_within_their_budgets():

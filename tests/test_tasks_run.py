@@ -155,6 +155,7 @@ def test_a_resumed_run_with_other_tasks_is_refused(whole, other):
         ({"network": {"actor": "dense"}}, "must be the same, .* got critic=masked, actor=dense"),
         ({"network": {"critic": "shared"}}, "must be the same, .* got critic=shared, actor=masked"),
         ({"loss": {"num_trained_subnets": 1}}, "loss.num_trained_subnets null, got"),
+        ({"algorithm": "multi_head", "topology": {"method": "set"}}, "topology.method must be null with network.critic=heads"),
         ({"num_envs": 2}, "num_envs 1, .* got 2, num_envs=2"),
         ({"total_frames": 100_001}, "total_frames must be a multiple of the 2 tasks, got 100001: use total_frames=100002"),
         ({"optim": {"batch_size": 255}}, "optim.batch_size must be a multiple of the 2 tasks, got 255"),
@@ -228,3 +229,18 @@ def test_environments_of_gymnasium_may_be_tasks():
     assert env.tasks == ("Hopper-v4", "Hopper-v5")
     assert data["observation"].shape == (2, 5, 11)
     env.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*keep no weight")
+def test_masks_may_follow_each_tasks_own_transitions(tmp_path):
+    options = ("topology.method=saliency", "topology.interval=40", "topology.end=100")
+    run(tmp_path / "run", *options)
+    density = values(tmp_path / "run", "masks/density")
+    assert list(density) == [42, 80]
+    assert all(value == pytest.approx(0.5, abs=0.01) for value in density.values())
+    assert 0.3 < values(tmp_path / "run", "masks/overlap_subnets")[80] < 1
+    run(tmp_path / "stopped", *options, "total_frames=62")
+    code, said = script(f"resume={tmp_path / 'stopped'}", "total_frames=120")
+    assert not code, said
+    resumed, whole = (records(tmp_path / name) for name in ("stopped", "run"))
+    assert [each for each in resumed if each[0] != 62] == [each for each in whole if each[0] != 62]

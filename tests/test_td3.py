@@ -12,7 +12,7 @@ from test_update import compiler  # noqa: F401
 from torch.optim import Adam
 from torchrl.data import Bounded, Composite, OneHot, Unbounded
 from torchrl.modules import AdditiveGaussianModule
-from torchrl.objectives import SoftUpdate, TD3Loss
+from torchrl.objectives import SoftUpdate, TD3BCLoss, TD3Loss
 
 from omnet_torchrl import (
     EnsembleMLP,
@@ -44,9 +44,22 @@ def _double():
 # Literal numbers -------------------------------------------------------------------------------------------------------
 
 
-def constant_loss(num, **kwargs):
+class ConstantOfTasks(Constant):
+    """The same action of each of several subnetworks."""
+
+    num_subnets = 2
+
+    def forward(self, observation, subnet):
+        return super().forward(observation)
+
+
+def tasks_of_one_action():
+    return TensorDictModule(ConstantOfTasks(0.5), in_keys=["observation", "subnet"], out_keys=["action"])
+
+
+def constant_loss(num, actor=None, **kwargs):
     """Q_k(s, a) = k + 1 + (k + 1) a, in the target network 10 (k + 1) + (k + 1) a; the actor's action is 0.5."""
-    actor = TensorDictModule(Constant(0.5), in_keys=["observation"], out_keys=["action"])
+    actor = actor or TensorDictModule(Constant(0.5), in_keys=["observation"], out_keys=["action"])
     values = [1.0, 2.0, 3.0, 4.0][:num]
     options = {"action_spec": Bounded(-1, 1, (1,)), "noise_clip": 0.6, "reduction": "none", **kwargs}
     loss = make_loss(actor, SubnetQValueOperator(LinearCritics(values, values)), **options)
@@ -110,6 +123,30 @@ def test_losses_and_gradients_equal_the_values_worked_out_by_hand(
     torch.testing.assert_close(value, torch.tensor(value_grad))
     (action,) = torch.autograd.grad(output["loss_actor"].mean(), list(loss.actor_network_params.parameters()))
     torch.testing.assert_close(action, torch.tensor(-actor[1]))
+
+
+def test_td3_bc_equals_the_values_worked_out_by_hand():
+    """Q_0(0.5) = 1.5 for all, so lambda = 2.5 / 1.5; the squared distances of 0.5 to the actions -1, 0 and 0.25."""
+    loss, batch = constant_loss(2, **EVERYTHING, value_reduction="first", bc=2.5), constant_batch()
+    batch["action"] = torch.tensor([[-1.0], [0.0], [0.25]])
+    output = loss(batch, draws=draws_of(critic=[0, 1], target=[0, 1], value=[0, 1]).set("next_noise", NOISE))
+    distance = torch.tensor([2.25, 0.25, 0.0625])
+    torch.testing.assert_close(output["loss_actor"], -2.5 + distance)
+    torch.testing.assert_close(output["bc_loss"], distance.mean())
+    # -2.5 / 1.5 * dQ/da + 2 (0.5 - a), where lambda is no function of the action.
+    (action,) = torch.autograd.grad(output["loss_actor"].mean(), list(loss.actor_network_params.parameters()))
+    torch.testing.assert_close(action, torch.tensor(-2.5 / 1.5 + 2 * (1.5 + 0.5 + 0.25) / 3))
+
+
+def test_td3_bc_scales_each_tasks_values_by_their_own_mean():
+    """Two tasks with a critic each, Q_0 = 1 + a and Q_1 = 2 + 2 a: lambda 1 / 1.5 and 1 / 3, so that both terms are -1."""
+    loss = constant_loss(2, actor=tasks_of_one_action(), choose="batch", bc=1.0)
+    batch = torch.stack([constant_batch(), constant_batch()]).set("subnet", torch.tensor([[0], [1]]).expand(2, 3))
+    _, data = loss.actor_loss(batch, draws=TensorDict())
+    torch.testing.assert_close(data["loss_actor_task"], torch.full((2,), -1 + 0.25))
+    torch.testing.assert_close(data["bc_loss_task"], torch.full((2,), 0.25))
+    output = loss(batch, draws=TensorDict(next_noise=NOISE.expand(2, 3, 1)))
+    assert not [name for name in output.keys() if name.endswith("_task")], "whoever sums loss_* counts each once"
 
 
 def test_n_step_data_is_discounted_by_its_number_of_steps():
@@ -200,6 +237,27 @@ def test_two_separate_critics_are_td3_over_several_steps():
     expected = history(*torchrl_loss(actor.extract(0), plain, loss_function="l2"))
     loss = make_loss(actor, qvalue, **EVERYTHING, value_reduction="first")
     torch.testing.assert_close(history(loss, SoftUpdate(loss, tau=TAU)), expected)
+
+
+@pytest.mark.usefixtures("_double")
+def test_two_separate_critics_with_bc_are_torchrls_td3_bc():
+    actor = small_deterministic_actor(1, 0.0)
+    qvalue = make_qvalue(*specs(), network_class=EnsembleMLP, num_subnets=2, num_cells=(16, 16))
+    critics = [qvalue.extract(k) for k in range(2)]
+    plain = TD3BCLoss(actor.extract(0), critics, action_spec=specs()[1], alpha=1.5, deactivate_vmap=True)
+    weights = TensorDict.from_modules(*critics).data
+    plain.qvalue_network_params.data.update_(weights)
+    loss, batch = make_loss(actor, qvalue, **EVERYTHING, value_reduction="first", bc=1.5), make_batch(16)
+    expected, data = plain.actor_loss(batch)
+    got, own = loss.actor_loss(batch)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(own["bc_loss"], data["bc_loss"])
+    grads = (
+        torch.autograd.grad(value, list(each.actor_network_params.parameters()))
+        for value, each in ((got, loss), (expected, plain))
+    )
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 # TD3 with ten critics, in plain torch ------------------------------------------------------------------------------------
@@ -305,6 +363,40 @@ def test_traced_steps_equal_eager_ones_with_several_updates_a_call(options, comp
     assert ("targets every 3" in repr(traced)) == ("target_update_interval" in options)
 
 
+def tasks_update(compile, **kwargs):
+    """TD3+BC of three tasks with two critics each, and transitions (T, B)."""
+    torch.manual_seed(0)
+    loss = make_loss(small_deterministic_actor(3), small_qvalue(6), choose="batch", bc=2.5, **kwargs)
+    batch = make_batch(3, 8, done=0.2).set("subnet", torch.arange(3)[:, None].expand(3, 8))
+    return Update(loss, lr=1e-2, tau=TAU, compile=compile), batch
+
+
+@pytest.mark.parametrize("task", range(3))
+def test_a_tasks_td3_bc_changes_no_weight_outside_its_masks(task):
+    update, batch = tasks_update(False)
+    before = copy.deepcopy(dict(update.state["params"].items(True, True)))
+    update(batch[task : task + 1])
+    for key, weight in update.state["params"].items(True, True):
+        if key[-1] == "weight" and (*key[:-1], "masks") in update.state["params"].keys(True) and weight.ndim == 2:
+            masks = update.state["params"].get((*key[:-1], "masks"))
+            each = len(masks) // 3
+            changed = weight != before[key]
+            assert changed.any(), key
+            assert not (changed & ~masks[each * task : each * (task + 1)].any(0)).any(), key
+
+
+def test_td3_bc_of_tasks_is_compiled_and_logs_each(compiler):  # noqa: F811
+    (eager, batch), (traced, _) = tasks_update(False), tasks_update(True)
+    draws = eager.loss.draw(batch)
+    metrics = [update(batch.clone(), draws=draws) for update in (eager, traced)]
+    assert {"bc_loss", "bc_loss_task", "loss_actor_task", "loss_qvalue_task"} <= set(metrics[0].keys())
+    for name, value in metrics[0].items():
+        assert torch.equal(metrics[1][name], value), name
+    for name, value in eager.loss.state_dict().items():
+        assert torch.equal(traced.loss.state_dict()[name], value), name
+    torch.testing.assert_close(metrics[0]["loss_actor_task"].sum(), metrics[0]["loss_actor"])
+
+
 @pytest.mark.slow
 def test_compiled_updates_equal_eager_ones():
     options = {"policy_update_delay": 2, "target_update_interval": 3}
@@ -378,6 +470,9 @@ def test_other_mistakes_are_refused_where_they_enter():
         make_loss(num_target_subnets=4)
     with pytest.raises(ValueError, match="value_reduction must be one of"):
         make_loss(value_reduction="max")
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="bc must be a positive number, or None"):
+            make_loss(bc=wrong)
     wide = SubnetDeterministicActor(small_qvalue().module, Bounded(-1, 1, (1,)), in_keys=["observation", "action", "subnet"])
     wide.spec["action"] = specs()[1]
     td = TensorDict(observation=torch.zeros(4, OBS), action=torch.zeros(4, ACT), subnet=torch.tensor(0))

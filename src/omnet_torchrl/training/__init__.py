@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from omnet_torchrl.training.loop.exploration import Exploring
     from omnet_torchrl.training.loop.trainer import Trainer
     from omnet_torchrl.training.policy import load_policy
+    from omnet_torchrl.training.record.datasets import read_dataset, write_dataset
     from omnet_torchrl.training.run import Run
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "load_policy",
     "make_collector",
     "make_env",
+    "read_dataset",
+    "write_dataset",
 ]
 _ROOMS = {
     **{"describe": "build", "load_policy": "policy", "Run": "run", "Trainer": "loop.trainer"},
@@ -36,6 +39,7 @@ _ROOMS = {
         "Evaluation": "loop.evaluation",
         "Exploring": "loop.exploration",
         "evaluate": "loop.evaluation",
+        **dict.fromkeys(("read_dataset", "write_dataset"), "record.datasets"),
     },
 }
 

@@ -160,8 +160,10 @@ class MaskSchedule:
 
         Args:
             batch (TensorDictBase or callable): ``(B,)`` transitions, or ``(U, B)``, of which the last are taken; or what
-                returns them, called where they are needed. Only saliency and RigL read them.
-            frames (int): collected so far.
+                returns them, called where they are needed. Only saliency and RigL read them. Where the loss has
+                ``choose="batch"``, ``(T, B)`` with a row of each task, or ``(U, T, B)``: a mask follows its own task's.
+            frames (int): collected so far; on a dataset, updates made so far: one call before the first of them chooses the
+                masks in a single shot, a call after each lets them follow, every ``interval`` updates until ``end``.
 
         Keyword Args:
             evaluation (float or None): the newest mean return, for ``freeze_return``.
@@ -181,7 +183,7 @@ class MaskSchedule:
         first, self._last = self._last is None, frames
         if self.method in ("saliency", "rigl"):
             batch = batch if isinstance(batch, TensorDictBase) else batch()
-            batch = batch[-1] if batch.ndim == 2 else batch
+            batch = batch[-1] if batch.ndim > self.update.loss.batch_dims else batch
         # All networks are scored before the masks of any of them change.
         changed = [self._changed(network, network.masks(self.update), batch, frames) for network in self._networks]
         before = [{path: mask.clone() for path, mask in each.masks(self.update).items()} for each in self._networks]

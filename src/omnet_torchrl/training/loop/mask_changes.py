@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer
 
+from omnet_torchrl.envs import task_names
 from omnet_torchrl.training.loop.stopping import DivergenceError
 from omnet_torchrl.training.loop.streams import derived_seed
 from omnet_torchrl.training.options import TrainConfig
@@ -49,13 +50,15 @@ class MaskChanges:
             raise DivergenceError(f"at frame {frames}, {error}") from error
 
     def _recent(self, frames: int) -> TensorDictBase:
-        """A batch of the newest transitions."""
+        """A batch of the newest transitions; ``(T, B)``, where an element is one of all tasks."""
         stored, storage = len(self.buffer), self.buffer.storage
-        newest = min(self.config.topology.recent_frames or stored, stored)
+        tasks = len(task_names(self.config.env))
+        newest = min(-(-(self.config.topology.recent_frames or stored * tasks) // tasks), stored)
         generator = torch.Generator().manual_seed(derived_seed(self.config.seed, "topology", frames))
         back = torch.randint(newest, (self.config.optim.batch_size,), generator=generator)
         cursor = self.buffer.writer.state_dict()["_cursor"]  # where the next one will be
-        return storage.get(((cursor - 1 - back) % storage.max_size).to(storage.device))
+        batch = storage.get(((cursor - 1 - back) % storage.max_size).to(storage.device))
+        return batch if tasks == 1 else batch.transpose(0, 1)
 
     def say_if_never_frozen(self, last: Mapping[str, float], say: Callable[[str], object]) -> None:
         """At the end of a run, say of a freeze rule that it was never met."""

@@ -107,6 +107,9 @@ def _check_topology(config: TrainConfig) -> None:
                 "network.actor=sparse needs topology.method, which chooses its mask, got null: give one, or dense."
             )
         return
+    if network.critic in ("shared", "heads"):
+        got = f"network.critic={network.critic}, whose layers have no masks"
+        raise ValueError(f"topology.method must be null with {got}, got {method}: leave it out.")
     needed: dict[str, Any] = {"masks": "weight", "dense_input": False, "dense_output": False, "freeze_hidden": False}
     for name, value in {**needed, "structure": None}.items():
         if (got := getattr(network, name)) != value:
