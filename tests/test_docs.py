@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import inspect
+import pydoc
 import re
 import shlex
 import subprocess
@@ -233,6 +235,18 @@ def test_every_public_name_has_an_entry():
     entries = set(re.findall(r"^\.\. (?:autofunction|autoclass|py:data):: ([\w.]+)", pages, re.MULTILINE))
     assert public_names() - entries == set()
     assert entries - public_names() == set()
+
+
+def test_every_name_that_a_docstring_points_to_has_an_entry():
+    from public_names import public_names
+
+    known = public_names()
+    for entry in sorted(known):
+        value = pydoc.locate(entry)
+        members = vars(value).values() if inspect.isclass(value) else ()
+        text = "\n".join(inspect.getdoc(each) or "" for each in (value, *members))
+        for name in re.findall(r":(?:class|func|meth|attr):`~?(omnet_torchrl[\w.]*)`", text):
+            assert name in known or name.rpartition(".")[0] in known, f"{entry}: {name}"
 
 
 def test_every_option_has_type_default_and_meaning():

@@ -168,7 +168,7 @@ class SubnetActor(SubnetPolicy, ProbabilisticActor):
     def extract(self, subnet: int, *, sparse: bool = False) -> ProbabilisticActor:
         """Return subnetwork ``subnet`` as a plain :class:`~torchrl.modules.ProbabilisticActor` that reads no index.
 
-        With ``sparse=True`` its linear layers are :class:`~omnet_torchrl.layers.sparse.SparseLinear`; see there whether that is
+        With ``sparse=True`` its linear layers are :class:`~omnet_torchrl.SparseLinear`; see there whether that is
         faster.
         """
         head, distribution = self.module[0], self.module[-1]

@@ -203,7 +203,7 @@ class IndexedMLP(MLP):
         """Return subnetwork ``subnet`` as a plain :class:`torchrl.modules.MLP` without an index, with parameters of its own.
 
         Its outputs equal this network's for the index ``subnet``. Later updates do not reach it: extract it again. With
-        ``sparse=True`` its linear layers are :class:`~omnet_torchrl.layers.sparse.SparseLinear`, which keep the weights of the
+        ``sparse=True`` its linear layers are :class:`~omnet_torchrl.SparseLinear`, which keep the weights of the
         mask alone; see there where that is faster.
         """
         check_subnet(subnet, self.num_subnets)

@@ -61,7 +61,7 @@ class OMNetSACLoss(TDLoss, SACLoss):
         replacement (bool): draw the K, M and V indices independently, so that some may be equal; all (``None``) are all of
             them. A :class:`~omnet_torchrl.RedrawnMLP` needs it. Defaults to ``False``.
         choose (str): ``"uniform"`` (default): indices are drawn. ``"batch"``: the batch's ``subnet`` is the task of each
-            transition, as :class:`~omnet_torchrl.envs.TasksEnv` and ``SubnetPrimer(T, fixed=torch.arange(T))`` write it: task t
+            transition, as :class:`~omnet_torchrl.TasksEnv` and ``SubnetPrimer(T, fixed=torch.arange(T))`` write it: task t
             has the actor's subnetwork t and, of C times as many of the critic, those from Ct to Ct + C - 1, its C critics
             (2t and 2t + 1 of 2T). All C are trained, minimised over and averaged: leave K, M and V out. A batch is ``(T, B)``
             with one task in each row, and its losses are the sums of the tasks'; or ``(B,)`` with any tasks, which is slower.

@@ -170,8 +170,8 @@ class MaskSchedule:
 
         Returns:
             dict: empty where nothing was due; else, over all masked layers, ``masks/overlap`` with the masks before, where
-            there were some, and what :func:`~omnet_torchrl.updates.masked_networks.mask_statistics` counts. The first layer or
-            unit that keeps no weight at all is a warning. Static masks are counted once.
+            there were some, and the densities and counts of ``masks/*``. The first layer or unit that keeps no weight at all is
+            a warning. Static masks are counted once.
 
         Raises:
             ValueError: a score is not finite.

@@ -142,7 +142,7 @@ def make_env(
 
     Args:
         name (str): the option ``env``: ``Maze2D`` for :class:`~omnet_torchrl.Maze2DEnv`, or see :func:`make_gymnasium`. Several
-            tasks, whose names ``+`` joins, are a :class:`~omnet_torchrl.envs.TasksEnv`, of which ``num_envs`` is a multiple.
+            tasks, whose names ``+`` joins, are a :class:`~omnet_torchrl.TasksEnv`, of which ``num_envs`` is a multiple.
         *transforms (Transform): appended, e.g. a :class:`~omnet_torchrl.SubnetPrimer`.
         num_envs (int or None): this many, stepped one after the other in this process, as one environment of batch size
             ``(num_envs,)``. ``None`` (default): a single one, without batch size.
