@@ -104,6 +104,7 @@ def refused(name, how, batch, *said):
     with pytest.raises(ValueError, match="must ") as error:
         call(batch)
     one_line(error, *said)
+    assert str(error.value).count(" must ") == 1 + ("inputs" in str(error.value))
     after = loss.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
     if how != "compiled":  # which takes seconds
@@ -113,7 +114,7 @@ def refused(name, how, batch, *said):
 @pytest.mark.filterwarnings("ignore:No target network updater")
 @pytest.mark.parametrize("wrong", BATCHES)
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["sac", "td3", "dqn"])
 def test_a_batch_of_other_sizes_or_types_is_one_line_with_its_key(name, how, wrong, compiler):  # noqa: F811
     changes, said = BATCHES[wrong]
     refused(name, how, batch_of(name, **changes), *said)

@@ -21,7 +21,7 @@ from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator
 from omnet_torchrl.specs import check_action_spec, check_discrete_spec
 
 # What the builders take themselves.
-OPTIONS = ("num_cells", "layer_norm", "normalize", "network_class", "observation_key", "action_key", "subnet_key")
+OPTIONS = ("layer_norm", "normalize", "network_class", "observation_key", "action_key", "subnet_key")
 
 
 def make_actor(

@@ -308,8 +308,8 @@ def check_masks(masks: Tensor, shape: Sequence[int], name: str = "masks") -> Non
 
 
 def empty_subnets(masks: Tensor) -> list[int]:
-    """Return the subnetworks whose mask of a layer, of ``masks (N, *shape)``, keeps no weight at all."""
-    return (~masks.flatten(1).any(1)).nonzero().flatten().tolist()
+    """Return the subnetworks, at most ten, whose mask of a layer, of ``masks (N, *shape)``, keeps no weight at all."""
+    return (~masks.flatten(1).any(1)).nonzero()[:10].flatten().tolist()
 
 
 def check_module_masks(masks: Mapping[str, Tensor], network: nn.Module) -> int:

@@ -27,10 +27,9 @@ def apply_masks(parameter: Tensor, masks: Tensor, index: Tensor) -> Tensor:
 
 def draw_masks(mask_fn: MaskFn, num_subnets: int, shape: Sequence[int], sparsity: float, **source: Any) -> Tensor:
     """Ask ``mask_fn`` for the masks of a layer; an error says what it has to be like."""
-    expected = (
-        f"mask_fn must return boolean masks ({num_subnets}, {', '.join(map(str, shape))}) for mask_fn(num_subnets, shape, "
-    )
-    expected += "sparsity, generator=..., device=...), as bernoulli_masks does (over units: use UnitMaskedMLP), got"
+    call = "mask_fn(num_subnets, shape, sparsity, generator=..., device=...)"
+    expected = f"mask_fn must return boolean masks {(num_subnets, *shape)} for {call}, as bernoulli_masks does "
+    expected += "(over units: use UnitMaskedMLP), got"
     try:
         masks = mask_fn(num_subnets, shape, sparsity, **source)
     except TypeError as error:

@@ -110,11 +110,11 @@ def called_with(
             _replace(network, params, detach, replaced)
             yield
     except (RuntimeError, TypeError, ValueError) as error:
-        if inputs is None or type(error) not in (RuntimeError, TypeError, ValueError):  # such as a lack of memory
+        kind = type(error)  # a lack of memory is another
+        if inputs is None or kind not in (RuntimeError, TypeError, ValueError) or str(error).startswith("the batch's"):
             raise
         given = ", ".join(f"{key!r} {tuple(value.shape)} {value.dtype}" for key, value in inputs.items(True, True))
-        message = f"a network of the loss must be able to read the batch and its 'next', got {given}: {error}"
-        raise type(error)(message) from error
+        raise kind(f"a network of the loss must be able to read the batch and its 'next', got {given}: {error}") from error
     finally:
         for place, name, before in reversed(replaced):
             place[name] = before

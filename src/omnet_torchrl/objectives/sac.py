@@ -273,8 +273,7 @@ class OMNetSACLoss(TDLoss, SACLoss):
         inputs = self._inputs(self.actor_network, tensordict, subnet)
         params = with_seed(self.actor_network_params if params is None else params, seed)
         with set_exploration_type(ExplorationType.RANDOM), called_with(self.actor_network, params, inputs=inputs):
-            distribution = self.actor_network.get_dist(inputs)
-        action, log_prob = rsample_with_noise(distribution, noise, self.tensor_keys.action)
+            action, log_prob = rsample_with_noise(self.actor_network.get_dist(inputs), noise, self.tensor_keys.action)
         return action, log_prob + self.log_prob_offset if self.log_prob_offset else log_prob
 
     def _actor_objective(
