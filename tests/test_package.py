@@ -13,20 +13,21 @@ PACKAGE = Path(omnet_torchrl.__file__).parent
 ANYWHERE = {"torch", "tensordict", "torchrl"}
 # Which of our rooms each room may import. A room is a file, or a folder, whose files may import each other as FOLDERS says.
 ROOMS = {
+    "arguments": set(),
     "masks": set(),
-    "layers": {"masks"},
+    "layers": {"arguments", "masks"},
     "specs": set(),
     "modules": {"masks", "layers", "specs", "transforms"},
     "deterministic": {"modules", "specs"},
     "grids": {"deterministic", "layers", "masks", "specs"},
-    "builders": {"deterministic", "layers", "modules", "specs"},
+    "builders": {"arguments", "deterministic", "layers", "modules", "specs"},
     "structures": {"masks", "layers"},
     "topology": {"masks"},
     "transforms": set(),
     "offset": {"transforms"},
     "envs": set(),
-    "objectives": {"layers", "specs"},
-    "updates": {"layers", "masks", "modules", "objectives", "topology"},
+    "objectives": {"arguments", "layers", "specs"},
+    "updates": {"arguments", "layers", "masks", "modules", "objectives", "topology"},
     "metrics": set(),
     "doctor": {"updates"},
     "__init__": {
@@ -56,8 +57,8 @@ FOLDERS = {
         "__init__": {"maze", "minatar", "suites", "tasks"},
     },
     "objectives": {
-        "draws": set(),
         "networks": set(),
+        "draws": {"networks"},
         "subnet_loss": {"draws", "networks"},
         "td_loss": {"draws", "networks", "subnet_loss"},
         "sac": {"draws", "networks", "subnet_loss", "td_loss"},
@@ -229,7 +230,7 @@ def test_public_names_exist_and_are_documented():
 
 
 # Whoever adds a feature also removes what it made superfluous; these are where the rooms stand, and they must not grow unseen.
-MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 8_400, 5_730
+MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 8_530, 5_730
 
 
 def test_files_functions_and_rooms_keep_within_their_budgets():

@@ -10,7 +10,7 @@ LISTED = ("objectives", "updates", "training", "training.options")
 OPEN = ("masks", "structures", "topology", "metrics", "grids", "envs.maze", "envs.minatar")
 INTERNAL = {  # shared between rooms, and no part of what a script builds on
     *("check_masks", "check_module_masks", "check_num_subnets", "check_sparsity", "each_sparsity", "random_bits"),
-    *("GridInput", "check_walls"),
+    *("GridInput", "check_walls", "empty_subnets"),
 }
 
 

@@ -6,8 +6,6 @@ sparsity 0.5 in critic and actor. The initialisation is REDQ's: Xavier-uniform w
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,12 +13,15 @@ import torch
 from tensordict import NestedKey
 from torch import nn
 from torchrl.data import Composite, TensorSpec
-from torchrl.modules import MLP
 
+from omnet_torchrl.arguments import check_keywords
 from omnet_torchrl.deterministic import SubnetDeterministicActor, SubnetQValueActor
 from omnet_torchrl.layers import IndexedMLP, MaskedMLP, RunningNormalization
 from omnet_torchrl.modules import SubnetActor, SubnetQValueOperator
 from omnet_torchrl.specs import check_action_spec, check_discrete_spec
+
+# What the builders take themselves.
+OPTIONS = ("layer_norm", "normalize", "network_class", "observation_key", "action_key", "subnet_key")
 
 
 def make_actor(
@@ -178,7 +179,7 @@ def _paper_network(
             f"num_cells must be a sequence with the hidden units of each layer, got {num_cells}: say [{num_cells}]."
         )
     given = {**{name: value for name, value in options.items() if value is not None}, **kwargs}
-    _check_keywords(network_class, given)
+    check_keywords(network_class, given, OPTIONS)
     norm = {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": n} for n in num_cells]} if layer_norm else {}
     defaults = {"activation_class": nn.ReLU, "init_fn": nn.init.xavier_uniform_, **norm}
     network = network_class(in_features=in_features, out_features=out_features, num_cells=num_cells, **{**defaults, **given})
@@ -201,23 +202,6 @@ def _begin_with(normalize: RunningNormalization, network: nn.Module, num_feature
     if normalize.num_features != num_features:
         raise ValueError(f"normalize must be of the observation's {num_features} features, got {normalize.num_features}.")
     network.insert(0, normalize.to(next(network.parameters()).device))
-
-
-def _check_keywords(network_class: Callable[..., nn.Module], given: dict[str, Any]) -> None:
-    """Raise at a keyword that neither ``network_class`` nor the MLP takes to which it hands the others on."""
-    known = dict(inspect.signature(network_class).parameters)
-    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
-        if not (inspect.isclass(network_class) and issubclass(network_class, MLP)):
-            return  # nobody knows which keywords a function hands on
-        known |= inspect.signature(MLP).parameters
-    ours = ("in_features", "out_features", "num_cells", "layer_class", "layer_kwargs", "kwargs")
-    names = sorted(known.keys() - set(ours))
-    for name in sorted(given.keys() - set(names)):
-        close = difflib.get_close_matches(name, names, 1)
-        hint = f": did you mean {close[0]!r}?" if close else "."
-        raise TypeError(
-            f"{getattr(network_class, '__name__', network_class)} takes no {name!r}{hint} It takes {', '.join(names)}."
-        )
 
 
 def _observation(spec: TensorSpec, key: NestedKey) -> TensorSpec:

@@ -296,14 +296,20 @@ def check_masks(masks: Tensor, shape: Sequence[int], name: str = "masks") -> Non
             f"subnetwork, got {tuple(masks.shape)}."
         )
     if masks.ndim > 2 and masks.device.type != "meta":
-        dead = ~masks.flatten(2).any(-1)
-        if dead.sum() > MAX_DEAD * dead.numel():
+        dead, empty = ~masks.flatten(2).any(-1), empty_subnets(masks)
+        if empty or dead.sum() > MAX_DEAD * dead.numel():
+            said = f" Of {name}, those of the subnetworks {empty} keep no weight at all." if empty else f" See {name}."
             warnings.warn(
                 f"{int(dead.sum())} of {dead.numel()} units ({masks.shape[1]} units in each of {masks.shape[0]} subnetworks) "
                 f"lose every one of their {masks[0, 0].numel()} inputs to the masks and are constant. Lower the sparsity of "
-                "this layer, or widen its input.",
+                f"this layer, or widen its input.{said}",
                 stacklevel=3,
             )
+
+
+def empty_subnets(masks: Tensor) -> list[int]:
+    """Return the subnetworks, at most ten, whose mask of a layer, of ``masks (N, *shape)``, keeps no weight at all."""
+    return (~masks.flatten(1).any(1)).nonzero()[:10].flatten().tolist()
 
 
 def check_module_masks(masks: Mapping[str, Tensor], network: nn.Module) -> int:

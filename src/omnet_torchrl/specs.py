@@ -20,8 +20,9 @@ def check_action_spec(action_spec: TensorSpec) -> Bounded:
     action_spec = one_spec(action_spec)
     if not isinstance(action_spec, Bounded) or not action_spec.dtype.is_floating_point or not action_spec.shape:
         raise TypeError(
-            f"the action spec must be a Bounded of floating point vectors, got {action_spec}: SAC and TD3 have continuous "
-            "actions. For discrete ones there are make_qvalue_actor and OMNetDQNLoss."
+            f"the action spec must be a Bounded of floating point vectors, got {_described(action_spec)}: SAC and TD3 have "
+            "continuous actions with finite bounds, e.g. Bounded(-1, 1, shape). For discrete ones there are make_qvalue_actor "
+            "and OMNetDQNLoss."
         )
     action_spec = _of_one_environment(action_spec, 1)
     if not (action_spec.space.low.isfinite().all() and action_spec.space.high.isfinite().all()):
@@ -37,10 +38,16 @@ def check_discrete_spec(action_spec: TensorSpec) -> OneHot | Categorical:
     action_spec = one_spec(action_spec)
     if type(action_spec) not in (OneHot, Categorical):
         raise TypeError(
-            f"the action spec must be a OneHot or a Categorical, got {action_spec}: DQN has discrete actions. For continuous "
-            "ones there are OMNetSACLoss and OMNetTD3Loss."
+            f"the action spec must be a OneHot or a Categorical, got {_described(action_spec)}: DQN has discrete actions. "
+            "For continuous ones there are OMNetSACLoss and OMNetTD3Loss."
         )
     return _of_one_environment(action_spec, 1 if isinstance(action_spec, OneHot) else 0)
+
+
+def _described(spec: TensorSpec) -> str:
+    """What a spec is, in one line."""
+    inside = f"the keys {list(spec.keys(True, True))}" if isinstance(spec, Composite) else spec.dtype
+    return f"{type(spec).__name__} of shape {tuple(spec.shape)} and {inside}"
 
 
 def _of_one_environment(action_spec: TensorSpec, event_dims: int) -> TensorSpec:

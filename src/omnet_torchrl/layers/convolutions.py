@@ -75,6 +75,8 @@ class MaskedConv2d(IndexedLayer, nn.Conv2d):
     def forward(self, input: Tensor, subnet: Tensor | int) -> Tensor:  # type: ignore[override]
         """Convolve each image with the kernels of its subnetwork."""
         subnet, image = as_index(subnet, self.num_subnets, input.device), input.shape[-3:]
+        if image[:-2] != (self.in_channels,):
+            raise ValueError(f"MaskedConv2d must have inputs (*batch, {self.in_channels}, H, W), got {tuple(input.shape)}.")
         input = input.to(self.weight.dtype)
         rows = subnet.ndim
         while rows and subnet.shape[rows - 1] == 1:

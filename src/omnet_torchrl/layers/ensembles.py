@@ -27,6 +27,7 @@ class EnsembleLinear(IndexedLinear):
 
         masks (Tensor or None): boolean, ``(N, out_features, in_features)``, a mask for each of the layers, live as those of
             :class:`~omnet_torchrl.MaskedLinear`. ``None`` (default): every weight is kept.
+        name (str): of the masks, in errors and warnings.
 
     Shape:
         As :class:`~omnet_torchrl.MaskedLinear`. ``weight`` is ``(N, out_features, in_features)``, ``bias`` ``(N,
@@ -46,6 +47,7 @@ class EnsembleLinear(IndexedLinear):
         num_subnets: int,
         init_fn: InitFn | None = None,
         masks: Tensor | None = None,
+        name: str = "masks",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -56,7 +58,7 @@ class EnsembleLinear(IndexedLinear):
         self.weight = nn.Parameter(torch.empty(num_subnets, out_features, in_features, **kwargs))
         self.register_parameter("bias", nn.Parameter(torch.empty(num_subnets, out_features, **kwargs)) if bias else None)
         if masks is not None:
-            check_masks(masks, (out_features, in_features))
+            check_masks(masks, (out_features, in_features), name)
             masks = masks.expand(num_subnets, -1, -1).to(self.weight.device, copy=True)
         self.register_buffer("masks", masks)
         self.reset_parameters()
@@ -171,7 +173,8 @@ class EnsembleMLP(IndexedMLP):
         if sparsity is not None:
             source = as_generator(generator)
             each = each_sparsity(sparsity, len(shapes), "linear layer")
-            for options, shape, s in zip(layer_kwargs, shapes, each, strict=True):
+            for i, (options, shape, s) in enumerate(zip(layer_kwargs, shapes, each, strict=True)):
+                options["name"] = f"masks of layer {i}"
                 options["masks"] = bernoulli_masks(num_subnets, shape, s, generator=source, device=kwargs.get("device"))
         ours: dict[str, Any] = {"layer_class": EnsembleLinear, "layer_kwargs": layer_kwargs}
         ours |= {"norm_class": norm_class, "norm_kwargs": norm_kwargs}

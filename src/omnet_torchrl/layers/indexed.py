@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrl.modules import MLP
 
+from omnet_torchrl.arguments import OURS, check_keywords
 from omnet_torchrl.layers.sparse import sparsified
 
 InitFn = Callable[[Tensor], Any]
@@ -53,7 +54,17 @@ class IndexedLinear(IndexedLayer):
 
     def forward(self, input: Tensor, subnet: Tensor | int) -> Tensor:
         """Map ``(*batch, in_features)`` to ``(*broadcast batch, out_features)``."""
-        return indexed_linear(input, subnet, self.num_subnets, self.select)
+        try:
+            return indexed_linear(input, subnet, self.num_subnets, self.select)
+        except RuntimeError as error:
+            weight, _ = self.select(torch.zeros(1, dtype=torch.int64, device=input.device))
+            if input.shape[-1:] == weight.shape[-1:] and input.dtype == weight.dtype:
+                raise
+            raise ValueError(
+                f"{type(self).__name__} must have inputs (*batch, {weight.shape[-1]}) of {weight.dtype}, got "
+                f"{tuple(input.shape)} of {input.dtype}: build the network for this size; for float64, append "
+                "torchrl.envs.DoubleToFloat() to the environment."
+            ) from error
 
     def extract(self, subnet: int) -> nn.Linear:
         """Return layer ``subnet`` as a plain :class:`torch.nn.Linear`, with parameters of its own."""
@@ -183,6 +194,10 @@ class IndexedMLP(MLP):
     """A :class:`torchrl.modules.MLP` whose layers may take an index; the base of the networks that are N networks."""
 
     num_subnets: int
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        check_keywords(type(self), kwargs.keys() - OURS)
+        super().__init__(*args, **kwargs)
 
     def forward(self, *inputs: Any) -> Tensor:
         """Call with the inputs, which are concatenated along the last dimension, and then the index."""

@@ -25,6 +25,23 @@ def apply_masks(parameter: Tensor, masks: Tensor, index: Tensor) -> Tensor:
     return parameter * chosen.to(parameter.dtype)
 
 
+def draw_masks(mask_fn: MaskFn, num_subnets: int, shape: Sequence[int], sparsity: float, **source: Any) -> Tensor:
+    """Ask ``mask_fn`` for the masks of a layer; an error says what it has to be like."""
+    call = "mask_fn(num_subnets, shape, sparsity, generator=..., device=...)"
+    expected = f"mask_fn must return boolean masks {(num_subnets, *shape)} for {call}, as bernoulli_masks does "
+    expected += "(over units: use UnitMaskedMLP), got"
+    try:
+        masks = mask_fn(num_subnets, shape, sparsity, **source)
+    except TypeError as error:
+        if mask_fn is bernoulli_masks:
+            raise
+        raise TypeError(f"{expected} {getattr(mask_fn, '__name__', repr(mask_fn))}: {error}.") from error
+    if not isinstance(masks, Tensor) or masks.dtype != torch.bool or masks.shape != (num_subnets, *shape):
+        got = f"{tuple(masks.shape)} of {masks.dtype}" if isinstance(masks, Tensor) else type(masks).__name__
+        raise ValueError(f"{expected} {got}.")
+    return masks
+
+
 class MaskedLinear(SharedLinear):
     r"""A linear layer under N masks, :math:`y = (W \odot m_k) x + b`.
 
@@ -37,6 +54,7 @@ class MaskedLinear(SharedLinear):
         bias_masks (Tensor or None): boolean, ``(N, out_features)``. ``None``: every subnetwork keeps the whole bias.
         init_fn (callable or None): initialises the weight in place (e.g. ``nn.init.xavier_uniform_``), with a zero bias.
             ``None``: as :class:`torch.nn.Linear`.
+        name (str): of the masks, in errors and warnings.
 
     Shape:
         input ``(*batch, in_features)``, subnet: an index that broadcasts against ``batch`` (see the module's docstring),
@@ -65,12 +83,13 @@ class MaskedLinear(SharedLinear):
         masks: Tensor,
         bias_masks: Tensor | None = None,
         init_fn: InitFn | None = None,
+        name: str = "masks",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        check_masks(masks, (out_features, in_features))
+        check_masks(masks, (out_features, in_features), name)
         if bias_masks is not None:
-            check_masks(bias_masks, (out_features,), "bias_masks")
+            check_masks(bias_masks, (out_features,), f"bias_{name}")
             if not bias or bias_masks.shape[0] != masks.shape[0]:
                 raise ValueError(
                     f"bias_masks must be None without a bias, and have one row per subnetwork ({masks.shape[0]}) with one, "
@@ -147,10 +166,13 @@ class MaskedMLP(IndexedMLP):
         sparsities = each_sparsity(sparsity, len(shapes), "linear layer")
         layer_kwargs: list[dict[str, Any]] = []
         for i, (shape, s) in enumerate(zip(shapes, sparsities, strict=True)):
-            masks = mask_fn(num_subnets, shape, s, generator=generator, device=device)
-            layer_kwargs.append({"masks": masks, "init_fn": init_fn})
+            source: dict[str, Any] = {"generator": generator, "device": device}
+            masks = draw_masks(mask_fn, num_subnets, shape, s, **source)
+            layer_kwargs.append({"masks": masks, "init_fn": init_fn, "name": f"masks of layer {i}"})
             if mask_bias and i + 1 < len(shapes):
-                layer_kwargs[-1]["bias_masks"] = mask_fn(num_subnets, shape[:1], s, generator=generator, device=device)
+                layer_kwargs[-1]["bias_masks"] = draw_masks(
+                    mask_fn, num_subnets, shape[:1], s, generator=generator, device=device
+                )
         ours: dict[str, Any] = {"layer_class": MaskedLinear, "layer_kwargs": layer_kwargs, "device": device}
         super().__init__(in_features, out_features, depth, num_cells, **ours, **kwargs)
         # MLP keeps what it was built from; the masks live in the layers, and a second copy would follow no move.

@@ -66,6 +66,8 @@ class RunningNormalization(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise the first ``num_features`` of the last dimension."""
+        if input.shape[-1] < self.num_features:
+            raise ValueError(f"observations must have {self.num_features} features, got shape {tuple(input.shape)}.")
         observation, others = input[..., : self.num_features], input[..., self.num_features :]
         scale = (self.var + self.eps).sqrt()
         output = ((observation - self.mean.to(input.dtype)) / scale.to(input.dtype)).clamp(-self.clip, self.clip)

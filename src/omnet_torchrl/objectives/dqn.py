@@ -22,7 +22,7 @@ from torchrl.data import TensorSpec
 from torchrl.objectives import DQNLoss
 
 from omnet_torchrl.objectives.draws import dropout_seed
-from omnet_torchrl.objectives.networks import prepare_networks, refuse_arguments
+from omnet_torchrl.objectives.networks import check_shape, prepare_networks, refuse_arguments
 from omnet_torchrl.objectives.subnet_loss import LossStep
 from omnet_torchrl.objectives.td_loss import REDUCTIONS, TDLoss
 from omnet_torchrl.specs import check_discrete_spec, one_spec
@@ -112,7 +112,7 @@ class OMNetDQNLoss(TDLoss, DQNLoss):
         action_space: str | TensorSpec | None = None,
         **kwargs: Any,
     ):
-        refuse_arguments("OMNetDQNLoss", kwargs)
+        refuse_arguments(OMNetDQNLoss, kwargs)
         if target_reduction not in TARGETS:
             raise ValueError(f"target_reduction must be one of {', '.join(map(repr, TARGETS))}, got {target_reduction!r}.")
         prepare_networks(value_network=value_network)
@@ -120,6 +120,12 @@ class OMNetDQNLoss(TDLoss, DQNLoss):
             action_space = check_discrete_spec(one_spec(action_space, self.default_keys().action))
         elif action_space is None:
             action_space = getattr(value_network, "action_space", None)
+            if action_space is None and self.default_keys().action_value not in value_network.out_keys:
+                raise TypeError(
+                    f"value_network must write the values of all actions, as SubnetQValueActor does, got "
+                    f"{type(value_network).__name__}, which writes {value_network.out_keys}. With continuous actions there are "
+                    "OMNetSACLoss and OMNetTD3Loss."
+                )
         options = {"double_dqn": double_dqn, "loss_function": loss_function, "action_space": action_space, **kwargs}
         super().__init__(value_network, **options)
         if self.action_space not in ("one_hot", "categorical"):
@@ -168,9 +174,12 @@ class OMNetDQNLoss(TDLoss, DQNLoss):
     def _prediction(self, tensordict: TensorDictBase, draws: TensorDictBase, params: Any) -> Tensor:
         values = self.value(tensordict, None, draws.get("critic"), params=params, seed=dropout_seed(draws, "critic"))
         action = tensordict.get(self.tensor_keys.action)
-        if self.action_space == "one_hot":
+        one_hot, batch = self.action_space == "one_hot", tensordict.batch_size
+        if one_hot or action.numel() != batch.numel():
+            check_shape(self.tensor_keys.action, action, values.shape[1:] if one_hot else batch)
+        if one_hot:
             return (values * action.to(values.dtype)).sum(-1)
-        index = action.reshape(*tensordict.batch_size, 1)
+        index = action.reshape(*batch, 1)
         return values.gather(-1, index.expand(*values.shape[:-1], 1)).squeeze(-1)
 
     def _next_value(self, following: TensorDictBase, draws: TensorDictBase, params: TensorDictBase | None) -> Tensor:

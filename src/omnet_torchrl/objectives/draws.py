@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, TransformedDistribution
 from torch.distributions.utils import _sum_rightmost
 from torchrl.objectives.sac import compute_rsample_log_prob
+
+from omnet_torchrl.objectives.networks import check_shape
 
 # Who asks a network in an update; each has a seed of its own for the noise of dropout.
 PASSES = ("critic", "target", "value", "next_actor", "actor")
@@ -52,7 +54,7 @@ def dropout_seed(draws: TensorDictBase, name: str) -> Tensor | None:
     return None if seeds is None else seeds[..., PASSES.index(name)]
 
 
-def rsample_with_noise(distribution: Distribution, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def rsample_with_noise(distribution: Distribution, noise: Tensor | None, key: NestedKey = "action") -> tuple[Tensor, Tensor]:
     """Sample with the given standard-normal noise, and score that very draw.
 
     Distributions that are no (transformed) diagonal Gaussian draw by themselves, from torch's global generator.
@@ -62,6 +64,7 @@ def rsample_with_noise(distribution: Distribution, noise: Tensor | None) -> tupl
         base, transforms = distribution.base_dist, distribution.transforms
     if noise is None or not (isinstance(base, Independent) and isinstance(base.base_dist, Normal)):
         return compute_rsample_log_prob(distribution)
+    check_shape(key, noise, (*noise.shape[:-1], base.base_dist.loc.shape[-1]))  # it has the shape of the batch's action
     values = [base.base_dist.loc + noise.to(base.base_dist.loc.dtype) * base.base_dist.scale]
     for transform in transforms:
         values.append(transform(values[-1]))

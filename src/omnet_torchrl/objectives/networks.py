@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from tensordict import NestedKey, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
+from omnet_torchrl.arguments import check_keywords
 from omnet_torchrl.layers.dropout import seed_dropout
 
 # Arguments of TorchRL's losses that ours lack, and what takes their place.
@@ -29,26 +30,51 @@ ELSEWHERE = {
 }
 
 
-def refuse_arguments(loss: str, given: Mapping[str, Any]) -> None:
-    """Raise a ``TypeError`` at an argument of TorchRL's loss that ours lacks; it says what takes its place."""
+def refuse_arguments(kind: type, given: Mapping[str, Any]) -> None:
+    """Raise a ``TypeError`` at an argument that a loss lacks: it says what takes the place of one of TorchRL's loss."""
+    loss = kind.__name__
     elsewhere = ELSEWHERE.get(loss, EVERYWHERE)
     for name in elsewhere.keys() & given.keys():
         raise TypeError(f"{loss} has no argument {name!r} of {loss.removeprefix('OMNet')}: {elsewhere[name]}.")
+    check_keywords(kind, given, lacking=elsewhere)
 
 
 def prepare_networks(**networks: Any) -> None:
     """Check the networks of a loss before it is built, and make their dropout a function of a seed.
 
     Raises:
-        TypeError: a network is no module, but a list of critics, as TorchRL's losses take.
+        TypeError: a network is no module with keys, but e.g. a list of critics, as TorchRL's losses take.
     """
     for name, network in networks.items():
-        if not isinstance(network, nn.Module):
+        if not isinstance(network, nn.Module) or not hasattr(network, "in_keys"):
             raise TypeError(
-                f"{name} must be one module; separate critics are one module too: "
+                f"{name} must be one module with in_keys; separate critics are one module too: "
                 f"SubnetQValueOperator(EnsembleMLP(..., num_subnets=2)). Got {type(network).__name__}."
             )
         seed_dropout(network)
+
+
+def check_actor(actor: Any, critic: Any, *, stochastic: bool) -> None:
+    """Raise a ``TypeError`` unless the actor is of the kind that the loss needs, and the critic reads what it writes."""
+    suits = hasattr(actor, "get_dist") if stochastic else "scale" not in actor.out_keys
+    written, read = ({key if isinstance(key, str) else key[0] for key in keys} for keys in (actor.out_keys, critic.in_keys))
+    if not suits or not written & read:
+        kind, other = (
+            ("stochastic", "deterministic: OMNetTD3Loss") if stochastic else ("deterministic", "stochastic: OMNetSACLoss")
+        )
+        raise TypeError(
+            f"actor_network must be a {kind} actor (for a {other}) and qvalue_network a critic of its action, got a "
+            f"{type(actor).__name__} that writes {actor.out_keys} and a {type(critic).__name__} that reads {critic.in_keys}."
+        )
+
+
+def check_shape(key: NestedKey, value: Tensor, expected: Sequence[int]) -> None:
+    """Raise a ``ValueError`` unless what a batch has under a key is of the shape that the loss expects."""
+    if value.shape != expected:
+        raise ValueError(
+            f"the batch's {key!r} must have shape {tuple(expected)}, got {tuple(value.shape)}: reshape it, give the batch its "
+            "batch size, or take networks that were built for its environment."
+        )
 
 
 def count_subnets(network: TensorDictModuleBase, subnet_key: NestedKey, name: str) -> int:
@@ -67,20 +93,28 @@ def count_subnets(network: TensorDictModuleBase, subnet_key: NestedKey, name: st
 
 
 @contextlib.contextmanager
-def called_with(network: nn.Module, params: TensorDictBase, detach: bool = False) -> Iterator[None]:
+def called_with(
+    network: nn.Module, params: TensorDictBase, detach: bool = False, inputs: TensorDictBase | None = None
+) -> Iterator[None]:
     """Within, a network has these parameters and buffers, as with ``params.to_module(network)``, or these detached.
 
     That is what happens where a graph is traced. Elsewhere the tensors are put in their places by hand, in a fifth of the time:
-    a loss makes five such calls, and they were a tenth of it.
+    a loss makes five such calls, and they were a tenth of it. What the network can't take of ``inputs``, its error names.
     """
-    if torch.compiler.is_compiling():
-        with (params.detach() if detach else params).to_module(network, preserve_module_state=False):
-            yield
-        return
     replaced: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        _replace(network, params, detach, replaced)
-        yield
+        if torch.compiler.is_compiling():
+            with (params.detach() if detach else params).to_module(network, preserve_module_state=False):
+                yield
+        else:
+            _replace(network, params, detach, replaced)
+            yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        kind = type(error)  # a lack of memory is another
+        if inputs is None or kind not in (RuntimeError, TypeError, ValueError) or str(error).startswith("the batch's"):
+            raise
+        given = ", ".join(f"{key!r} {tuple(value.shape)} {value.dtype}" for key, value in inputs.items(True, True))
+        raise kind(f"a network of the loss must be able to read the batch and its 'next', got {given}: {error}") from error
     finally:
         for place, name, before in reversed(replaced):
             place[name] = before

@@ -28,7 +28,7 @@ from torchrl.objectives import SACLoss
 
 from omnet_torchrl.layers.dropout import with_seed
 from omnet_torchrl.objectives.draws import dropout_seed, rsample_with_noise
-from omnet_torchrl.objectives.networks import called_with, check_log_prob, prepare_networks, refuse_arguments
+from omnet_torchrl.objectives.networks import called_with, check_actor, check_log_prob, prepare_networks, refuse_arguments
 from omnet_torchrl.objectives.subnet_loss import LossStep
 from omnet_torchrl.objectives.td_loss import REDUCTIONS, TDLoss, check_reduction, of_tasks
 
@@ -145,9 +145,10 @@ class OMNetSACLoss(TDLoss, SACLoss):
         log_prob_offset: float = 0.0,
         **kwargs: Any,
     ):
-        refuse_arguments("OMNetSACLoss", kwargs)
+        refuse_arguments(OMNetSACLoss, kwargs)
         check_reduction(value_reduction)
         prepare_networks(actor_network=actor_network, qvalue_network=qvalue_network)
+        check_actor(actor_network, qvalue_network, stochastic=True)
         # num_qvalue_nets=0: the critic is not expanded, what the index selects is its own affair.
         options = {"num_qvalue_nets": 0, "loss_function": loss_function, "target_entropy": target_entropy, **kwargs}
         super().__init__(actor_network, qvalue_network, **options)
@@ -271,8 +272,8 @@ class OMNetSACLoss(TDLoss, SACLoss):
         """
         inputs = self._inputs(self.actor_network, tensordict, subnet)
         params = with_seed(self.actor_network_params if params is None else params, seed)
-        with set_exploration_type(ExplorationType.RANDOM), called_with(self.actor_network, params):
-            action, log_prob = rsample_with_noise(self.actor_network.get_dist(inputs), noise)
+        with set_exploration_type(ExplorationType.RANDOM), called_with(self.actor_network, params, inputs=inputs):
+            action, log_prob = rsample_with_noise(self.actor_network.get_dist(inputs), noise, self.tensor_keys.action)
         return action, log_prob + self.log_prob_offset if self.log_prob_offset else log_prob
 
     def _actor_objective(

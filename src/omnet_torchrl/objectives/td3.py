@@ -31,7 +31,7 @@ from torchrl.data import TensorSpec
 from torchrl.objectives import TD3Loss
 
 from omnet_torchrl.objectives.draws import dropout_seed
-from omnet_torchrl.objectives.networks import prepare_networks, refuse_arguments
+from omnet_torchrl.objectives.networks import check_actor, check_shape, prepare_networks, refuse_arguments
 from omnet_torchrl.objectives.subnet_loss import LossStep
 from omnet_torchrl.objectives.td_loss import REDUCTIONS, TDLoss, check_reduction, of_tasks
 from omnet_torchrl.specs import check_action_spec, one_spec
@@ -128,11 +128,12 @@ class OMNetTD3Loss(TDLoss, TD3Loss):
         action_spec: TensorSpec | None = None,
         **kwargs: Any,
     ):
-        refuse_arguments("OMNetTD3Loss", kwargs)
+        refuse_arguments(OMNetTD3Loss, kwargs)
         check_reduction(value_reduction)
         if bc is not None and not 0 < bc < math.inf:
             raise ValueError(f"bc must be a positive number, or None for TD3 without the data's actions, got {bc}.")
         prepare_networks(actor_network=actor_network, qvalue_network=qvalue_network)
+        check_actor(actor_network, qvalue_network, stochastic=False)
         if action_spec is None and kwargs.get("bounds") is None:
             action_spec = getattr(actor_network, "spec", None)
             if action_spec is None:
@@ -194,7 +195,9 @@ class OMNetTD3Loss(TDLoss, TD3Loss):
         """The minimum over the target subnetworks, of the smoothed action of the target actor."""
         options = {"params": self._target_params("actor_network", params), "seed": dropout_seed(draws, "next_actor")}
         action = self.deterministic_action(following, draws.get("next_actor"), **options)
-        noise = (draws.get("next_noise").to(action.dtype) * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
+        noise = draws.get("next_noise")  # of the shape of the batch's action
+        check_shape(self.tensor_keys.action, noise, (*noise.shape[:-1], action.shape[-1]))
+        noise = (noise.to(action.dtype) * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
         action = (action + noise).clamp(self.min_action, self.max_action)
         target_params, seed = self._target_params("qvalue_network", params), dropout_seed(draws, "target")
         return self.value(following, action, draws.get("target"), params=target_params, seed=seed).amin(0)

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
+from tensordict.utils import unravel_key
 from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives.utils import distance_loss
 
 from omnet_torchrl.layers.dropout import with_seed
 from omnet_torchrl.objectives.draws import dropout_seed
-from omnet_torchrl.objectives.networks import called_with
+from omnet_torchrl.objectives.networks import called_with, check_shape
 from omnet_torchrl.objectives.subnet_loss import LossStep, SubnetLoss
 
 # How the values of several critics, ``(V, *batch)``, become one.
@@ -96,6 +97,9 @@ class TDLoss(SubnetLoss):
         """The target and the value of the next state, ``(*batch,)`` or, for each of several, ``(K, *batch)``."""
         tensordict = tensordict.copy()
         following = tensordict.get("next").copy()
+        for key in (self.tensor_keys.reward, self.tensor_keys.done, self.tensor_keys.terminated):
+            if (value := following.get(key, None)) is not None:
+                check_shape(unravel_key(("next", key)), value, (*tensordict.batch_size, 1))
         if self.skip_done_states:
             following = self._without_terminal(following)
         value = self._next_value(following, draws, params)
@@ -166,7 +170,7 @@ class TDLoss(SubnetLoss):
         if action is not None:
             inputs.set(self.tensor_keys.action, action)
         key = getattr(self.tensor_keys, self._value_key)
-        with called_with(network, params, detach):
+        with called_with(network, params, detach, inputs):
             value = network(inputs).get(key, None)
         if value is None:
             raise KeyError(
@@ -198,5 +202,5 @@ class TDLoss(SubnetLoss):
         """
         inputs = self._inputs(self.actor_network, tensordict, subnet)
         params = with_seed(self.actor_network_params if params is None else params, seed)
-        with set_exploration_type(ExplorationType.DETERMINISTIC), called_with(self.actor_network, params):
+        with set_exploration_type(ExplorationType.DETERMINISTIC), called_with(self.actor_network, params, inputs=inputs):
             return self.actor_network(inputs).get(self.tensor_keys.action)

@@ -172,10 +172,11 @@ def adam_groups(optims: Sequence[Optimizer], trained: Mapping[str, Leaves]) -> d
     missing = [key for step, key in names if id(trained[step][key]) not in places]
     others = len(places) + len(missing) - len(names)
     if missing or others:
-        listed = ", ".join(".".join(key) if isinstance(key, tuple) else key for key in missing)
+        listed = ", ".join(".".join(key) if isinstance(key, tuple) else key for key in missing[:3])
+        listed += f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
-            f"optim must hold the {len(names)} parameters that the update trains and no others; missing: {listed or 'none'}; "
-            f"others: {others}."
+            f"optim must hold the {len(names)} parameters that the update trains and no others, loss.parameters(); missing: "
+            f"{listed or 'none'}; others: {others}."
         )
     groups: dict[str, list[AdamGroup]] = {}
     for step, params in trained.items():

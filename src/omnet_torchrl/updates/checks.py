@@ -28,10 +28,13 @@ def check_options(loss: Any, optim: Any, lr: Any, tau: Any, precision: Any, **co
 
 
 def check_batch(loss: SubnetLoss, batches: Any, given: Any) -> None:
-    """Raise unless a batch has the dimensions of some updates; with tasks, one of them in each row (seen on the CPU alone)."""
+    """Raise unless a batch has the keys and dimensions of some updates; with tasks, one in each row (seen on the CPU alone)."""
     if batches.ndim != loss.batch_dims + 1:
         expected = "(B,) or (U, B)" if loss.batch_dims == 1 else "(T, B) or (U, T, B), a task in each row"
         raise ValueError(f"batch must have batch size {expected}, got {tuple(given.batch_size)}.")
+    for key in loss.in_keys:
+        if batches.get(key, None) is None:
+            raise KeyError(f"the batch has no {key!r}: the loss reads {loss.in_keys}.")
     tasks = batches.get(loss.tensor_keys.subnet, None) if loss.batch_dims == 2 else None
     if tasks is not None and tasks.device.type == "cpu" and (tasks != tasks[..., :1]).any():
         raise ValueError(f"each row of a batch must be of one task, got {loss.tensor_keys.subnet!r} of several in a row.")

@@ -16,6 +16,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from omnet_torchrl.arguments import suggesting
+from omnet_torchrl.masks import empty_subnets
 from omnet_torchrl.objectives import OMNetSACLoss
 from omnet_torchrl.topology import (
     cosine_decay,
@@ -101,6 +103,7 @@ class MaskSchedule:
         ...     metrics |= schedule.step(batch, frames)
     """
 
+    @suggesting
     def __init__(
         self,
         update: Update,
@@ -194,7 +197,7 @@ class MaskSchedule:
             del metrics["masks/overlap"]
         elif self.freeze_overlap is not None and metrics["masks/overlap"] >= self.freeze_overlap and not first:
             self._freeze(frames)
-        self._warn(metrics)
+        self._warn(metrics, changed)
         return metrics
 
     def _changed(self, network: MaskedNetwork, old: Mapping[Path, Tensor], batch: Any, frames: int) -> dict[Path, Tensor]:
@@ -298,13 +301,15 @@ class MaskSchedule:
                 moment.masked_fill_(~now, 0.0)
             old[path].copy_(mask)
 
-    def _warn(self, metrics: Mapping[str, float]) -> None:
+    def _warn(self, metrics: Mapping[str, float], changed: list[dict[Path, Tensor]]) -> None:
         layers, units = (int(metrics[f"masks/{what}"]) for what in ("layers_without_weights", "units_without_inputs"))
         if (layers or units) and not self._warned:
             self._warned = True
+            found = ((path, empty_subnets(mask)) for each in changed for path, mask in each.items())
+            which = "".join(f", {'.'.join(path[:-1])} of the subnetworks {empty}" for path, empty in found if empty)
             warnings.warn(
-                f"{layers} layer{'s' * (layers != 1)} and {units} units of the subnetworks keep no weight and are constants: "
-                f"raise density={self.density:g}, or share it out with layers='erk'.",
+                f"{layers} layer{'s' * (layers != 1)} and {units} units of the subnetworks keep no weight and are "
+                f"constants{which}: raise density={self.density:g}, or share it out with layers='erk'.",
                 stacklevel=3,
             )
 

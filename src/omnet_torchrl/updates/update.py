@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torchrl.objectives import SoftUpdate
 
+from omnet_torchrl.arguments import suggesting
 from omnet_torchrl.objectives.subnet_loss import SubnetLoss
 from omnet_torchrl.updates.adam import adam_groups, copied
 from omnet_torchrl.updates.checks import check_batch, check_options, checked_norms
@@ -88,6 +89,7 @@ class Update:
         :class:`~torchrl.objectives.SoftUpdate`. Gradients never appear in ``.grad``.
     """
 
+    @suggesting
     def __init__(
         self,
         loss: SubnetLoss,
@@ -172,9 +174,6 @@ class Update:
         numbers = range(self.updates + 1, self.updates + 1 + count)
         delayed = [number % self.policy_update_delay == 0 for number in numbers]
         read = self._read(batches)
-        for key in self.loss.in_keys:
-            if read.get(key, None) is None:
-                raise KeyError(f"the batch has no {key!r}: the loss reads {self.loss.in_keys}.")
         if draws is None:
             draws = self.loss.draw(read[0], generator, num_updates=count, delayed=delayed)
         elif batch.ndim == self.loss.batch_dims:
