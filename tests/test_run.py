@@ -219,7 +219,7 @@ def test_a_signal_before_the_first_frame_leaves_a_run_that_can_go_on(number, tmp
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     for name in ("run", "run-1"):
         assert json.loads((tmp_path / name / "run.json").read_text())["status"] == "interrupted"
-    assert len(re.findall(r"to go on: python \S+ resume=\S+/run(?:-1)?\n", capsys.readouterr().err)) == 2
+    assert len(re.findall(r"to go on, in this directory: python \S+ resume=\S+/run(?:-1)?\n", capsys.readouterr().err)) == 2
     assert train(Run({"resume": str(tmp_path / "run-1")})) == "finished"
 
 

@@ -84,7 +84,7 @@ def test_returns_of_each_task_are_in_log_line_and_picture(whole):
     assert re.search(r"120 frames   return .*\(forward -?[\d.]+, backward -?[\d.]+\)", said)
     assert "2 tasks, each with 2 critics and an actor: one network under weight" in said
     assert "2 to train in, 2 to evaluate in" in said
-    assert "2 environment(s)" in said
+    assert "2 environments" in said
     for picture in ("tasks.png", "learning_curve.png"):
         assert (folder / picture).stat().st_size > 10_000
     assert load_policy(folder).num_subnets == 2
