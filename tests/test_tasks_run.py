@@ -147,7 +147,7 @@ def test_a_resumed_run_with_other_tasks_is_refused(whole, other):
     ("options", "message"),
     [
         ({"env": CHEETAHS, "algorithm": "omnet"}, "2 task.* algorithm=omnet is not for: use one of pathways, shared_tasks"),
-        ({"env": "Hopper-v4"}, "1 task.* algorithm=pathways is not for: join two or more by '\\+', or use one of omnet"),
+        ({"env": "Hopper-v4"}, "1 task.* algorithm=pathways is not for: join two or more by '\\+', or use another row"),
         ({"env": "HalfCheetah/forward+backward+jump"}, "num_subnets must be 3, one for each task, got 2"),
         ({"env": CHEETAHS + "+forward"}, "'HalfCheetah/forward' twice"),
         ({"network": {"actor": "dense"}}, "must be the same, .* got critic=masked, actor=dense"),

@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, OverrideType, Quote, QuotedString
 from hydra.core.utils import env_override
@@ -93,9 +92,9 @@ def register() -> None:
         store.store(group="algorithm", name=name, node={"algorithm": name, **each.options}, package="_global_")
 
 
-def check_job(algorithm: str) -> None:
-    """Raise a ``ValueError`` if the job that runs is one of the examples, and not the one for the row's loss."""
-    job, kind = HydraConfig.get().job.name if HydraConfig.initialized() else "", row(algorithm).loss
+def check_job(algorithm: str, job: str) -> None:
+    """Raise a ``ValueError`` if ``job``, the name of a script, is one of the examples, and not the one for the row's loss."""
+    kind = row(algorithm).loss
     if JOBS.get(job, kind) != kind:
         others = " or ".join(f"{name}.py" for name, loss in JOBS.items() if loss == kind)
         raise ValueError(f"algorithm={algorithm} is trained by {others}, got {job}.py: start that one, or choose another row.")
@@ -151,6 +150,7 @@ def check_command_line(arguments: Sequence[str], script: str | Path) -> None:
         for job in map(list, itertools.product(*values)):
             try:
                 config = to_config(compose(flags.config_name or script.stem, job))
+                check_job(config.algorithm, script.stem)
                 environment = f"{config.env} {env_options(config)}"
                 if environment not in environments:
                     check_env(config.env, **env_options(config))

@@ -64,13 +64,19 @@ class Run:
 
     Keyword Args:
         sweep (bool): this is one run of several, each of which gets a folder without the time of day. Defaults to ``False``.
+        job (str): the name of the script; an example's takes only rows of its own loss. Defaults to ``""``, no example.
 
     Raises:
         ValueError: a wrong option, environment or folder to resume, one whose run still goes on, or whose checkpoints are gone.
     """
 
     def __init__(
-        self, config: DictConfig | Mapping[str, Any] | TrainConfig, overrides: Sequence[str] = (), *, sweep: bool = False
+        self,
+        config: DictConfig | Mapping[str, Any] | TrainConfig,
+        overrides: Sequence[str] = (),
+        *,
+        sweep: bool = False,
+        job: str = "",
     ):
         gc.collect()  # an earlier run of this process: its networks and its buffer are parts of cycles
         resume = config.resume if isinstance(config, TrainConfig) else config.get("resume")
@@ -84,7 +90,7 @@ class Run:
             self.folder = RunFolder.open(resume)
             self.config = _resumed(self.folder, overrides, self.config if auto else None)
         self.config.resume = None
-        check_job(self.config.algorithm)
+        check_job(self.config.algorithm, job)
         check_logger(self.config.logger)
         notes = check_env(self.config.env, normalized=self.config.normalize_observations, **env_options(self.config))
         self.device = resolve_device(self.config.device)
@@ -123,7 +129,7 @@ class Run:
         hydra = HydraConfig.get()
         sweep = hydra.mode is RunMode.MULTIRUN
         try:
-            run = cls(config, hydra.overrides.task, sweep=sweep)
+            run = cls(config, hydra.overrides.task, sweep=sweep, job=hydra.job.name)
         except (ValueError, OSError) as error:
             if not sweep:
                 sys.exit(f"error: {error}")
