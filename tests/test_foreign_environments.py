@@ -700,6 +700,7 @@ def demanding(length):
 
 
 gymnasium.register("Own-v0", Long)
+gymnasium.register("Made-v0", make)
 gymnasium.register("Short-v0", Long, max_episode_steps=6)
 """
 
@@ -797,6 +798,7 @@ def test_arguments_and_wrappers_that_do_not_fit_are_one_line(options, message, m
         ("nothing", "can't be made: TypeError: it must return an environment of gymnasium or TorchRL, got int"),
         ("Lon", "can't be made: our_environments has no class, function or id 'Lon'; the closest are Long, "),
         ("Ow-v0", "the closest are Own-v0, "),
+        ("Mad-v0", "the closest are Made-v0, "),
         ("demanding", "needs its argument 'length': give env_kwargs.length="),
         ("Own-v7", "can't be made: .*v7"),
     ],

@@ -216,8 +216,7 @@ def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator 
     if network.masks == "unit":
         kept = f", {' - '.join(map(str, qvalue.module.extract(0).num_cells))} hidden units"
     if row(config.algorithm).loss == "tasks":
-        critics = config.loss.num_target_subnets or 1
-        each = f"{network.num_subnets} tasks, each with {critics} critic{'s' * (critics > 1)} and an actor"
+        each = f"{network.num_subnets} tasks, each with {config.loss.num_target_subnets} critics and an actor"
         of = {
             "masked": f"one network under {network.masks} masks of sparsity {network.sparsity}{kept}",
             "separate": "separate networks",
@@ -230,9 +229,8 @@ def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator 
         subnets = f"{number}, {network.masks} masks of sparsity {network.sparsity}{kept}, in the critic"
         subnets += "" if actor is qvalue else " and the actor" if network.actor == "masked" else "; a dense actor"
     else:
-        subnets = f"{network.num_subnets} separate critic{'s' * (network.num_subnets > 1)}" + ", one actor" * (
-            actor is not qvalue
-        )
+        critics = "critic" + "s" * (network.num_subnets > 1)
+        subnets = f"{network.num_subnets} separate {critics}" + ", one actor" * (actor is not qvalue)
     changes = ", ".join(f"{k} {v}" for k, v in vars(config.topology).items() if v != getattr(TopologyConfig(), k))
     masks = {"masks": f"{1 - network.sparsity:.0%} of the weights, {changes}"} if changes else {}
     count = config.num_envs * len(task_names(config.env))

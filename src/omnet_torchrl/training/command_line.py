@@ -31,10 +31,8 @@ from omnet_torchrl.training.record.terminal import flush
 # Hydra's flags (hydra.cc/docs/advanced/hydra-command-line-flags), of which it has no public list.
 SWITCHES = {"help": "h", "hydra-help": "", "version": "", "resolve": "", "run": "r", "multirun": "m", "shell-completion": "sc"}
 VALUES = {"cfg": "c", "package": "p", "config-path": "cp", "config-name": "cn", "config-dir": "cd", "experimental-rerun": ""}
-PLUGINS = {
-    "launcher": ("joblib", "ray", "rq", "submitit"),
-    "sweeper": ("ax", "nevergrad", "optuna"),
-}  # on PyPI, of Hydra's authors
+# Hydra's own plugins, which are packages of their own: hydra-joblib-launcher.
+PLUGINS = {"launcher": ("joblib", "ray", "rq", "submitit"), "sweeper": ("ax", "nevergrad", "optuna")}
 # The example jobs, and the loss that each of them makes.
 JOBS = {"omnet_sac": "sac", "dapd_sac": "sac", "omnet_td3": "td3", "minatar_dqn": "dqn", "multitask": "tasks"}
 CHOICES = {"cfg": ("job", "hydra", "all"), "info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")}

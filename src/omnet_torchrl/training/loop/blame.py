@@ -39,7 +39,8 @@ def member(module: ModuleType, name: str) -> Any:
     if hasattr(module, name):
         return getattr(module, name)
     own = [each for each, value in vars(module).items() if callable(value)]
-    ids = [each for each, spec in gymnasium.registry.items() if module.__name__ in str(spec.entry_point)]
+    homes = {each: getattr(spec.entry_point, "__module__", spec.entry_point) for each, spec in gymnasium.registry.items()}
+    ids = [each for each, home in homes.items() if re.split("[.:]", str(home))[0] == module.__name__.split(".")[0]]
     closest = ", ".join(difflib.get_close_matches(name, [*own, *ids], n=3, cutoff=0)) or "none, it is empty"
     raise ValueError(f"{module.__name__} has no class, function or id {name!r}; the closest are {closest}.")
 
