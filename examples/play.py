@@ -16,6 +16,7 @@ import gc
 import importlib.util
 import math
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -41,6 +42,7 @@ from torchrl.modules import ProbabilisticActor
 
 from omnet_torchrl.envs import task_names
 from omnet_torchrl.training import load_policy
+from omnet_torchrl.training.loop.blame import failure
 from omnet_torchrl.training.loop.border import Border
 from omnet_torchrl.training.loop.environments import MAZE, env_options, make_env, make_gymnasium
 from omnet_torchrl.training.loop.rollout import rollout
@@ -51,6 +53,8 @@ from omnet_torchrl.training.record.folder import RunFolder
 
 MAX_SUBNETS = 32  # masks that are redrawn at each call stand for 2^31
 MAX_FPS = 30  # of a video; an environment of 125 steps a second shows every fifth
+# The modules that fail where OpenGL does.
+OPENGL = re.compile(r"OpenGL|glfw|mujoco\.|dm_control\._render|gymnasium\.envs\.mujoco\.mujoco_rendering")
 GAME_FPS = 10  # of MinAtar, whose package draws so many
 
 
@@ -152,17 +156,21 @@ def make(name: str, draw: bool, **options: object) -> tuple[EnvBase, Callable[[]
         os.environ["MUJOCO_GL"] = backend
     elif draw:
         del os.environ["MUJOCO_GL"]
+    what, advice = "made", ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old versions of environments, and what leads to the errors below
             env = make_gymnasium(name, render_mode="rgb_array" if draw else None, **options)
             if draw:
+                what, advice = "drawn", ": --video and --frames need a render() that returns an image"
                 env.reset(seed=0)
-                env.render()
-    except gymnasium.error.Error as error:  # says itself what is missing
-        raise ValueError(f"{name} can't be played: {error}") from error
-    except Exception as error:  # each library of OpenGL fails in its own way
-        sys.unraisablehook = lambda _: None  # and once more when what it left half made is deleted
+                if env.render() is None:
+                    raise ValueError('with render_mode="rgb_array", it returned nothing')
+    except Exception as error:
+        raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if isinstance(error, gymnasium.error.Error) or not any(map(OPENGL.match, raised_in)):
+            raise ValueError(f"{failure(name, what, error)}{advice}.") from error
+        sys.unraisablehook = lambda _: None  # each library of OpenGL fails in its own way, and once more when it is deleted
         cause = traceback.format_exception_only(error)[-1].strip()
         raise ValueError(
             f"{name} can't be drawn with MUJOCO_GL={backend} ({cause}). MuJoCo needs OpenGL; without a "

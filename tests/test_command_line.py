@@ -4,9 +4,19 @@ import shlex
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 
-from omnet_torchrl.training.command_line import _Flags, argument, check_command_line, check_overrides, parse, register
+from omnet_torchrl.training.command_line import (
+    JOBS,
+    _Flags,
+    argument,
+    check_command_line,
+    check_job,
+    check_overrides,
+    parse,
+    register,
+)
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "omnet_sac.py"
 
@@ -80,6 +90,7 @@ def test_an_unknown_row_on_the_command_line_names_the_closest(argument):
 SWEEPS = {
     "network.num_subnets=5,1,8": "loss.num_target_subnets must be in [1, network.num_subnets=1], got 2: ",
     "env=Hopper-v4,Nope-v4": "env must be a gymnasium id with its version, got 'Nope-v4'; ",
+    "algorithm=omnet,td3": "algorithm=td3 is trained by omnet_td3.py, got omnet_sac.py: start that one, or choose another row.",
     "seed=range(-1,2)": "seed must be in [0, 2147483648), got -1.",
 }
 
@@ -103,6 +114,24 @@ def test_every_job_of_a_sweep_is_checked_before_the_first(option):
 def test_what_is_no_wrong_sweep_passes(arguments):
     register()
     check_command_line(arguments, EXAMPLE)
+
+
+JOBS_THAT_DIFFER = [("dqn", "omnet_td3"), ("omnet", "minatar_dqn"), ("pathways", "dapd_sac"), ("sac", "multitask")]
+
+
+@pytest.mark.parametrize(("algorithm", "job"), JOBS_THAT_DIFFER)
+def test_a_row_of_another_job_names_it(algorithm, job):
+    with pytest.raises(ValueError, match=rf"algorithm={algorithm} is trained by \w+\.py.*, got {job}\.py: start that one"):
+        check_job(algorithm, job)
+    check_job(algorithm, "my_own_script")
+
+
+def test_the_jobs_are_the_examples_and_take_their_own_rows():
+    assert set(JOBS) <= {path.stem for path in EXAMPLE.parent.glob("*.py")}
+    register()
+    for job in JOBS:
+        with initialize_config_dir(str(EXAMPLE.parent), version_base="1.3"):
+            check_job(compose(job).algorithm, job)
 
 
 @pytest.mark.parametrize(

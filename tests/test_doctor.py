@@ -26,7 +26,7 @@ def test_ten_lines_have_versions_and_devices():
     assert omnet_torchrl.__version__ in said["omnet_torchrl"]
     assert torch.__version__ in said["torch"]
     assert f"torchrl {importlib.metadata.version('torchrl')}" in said["torch"]
-    assert f"{torch.get_num_threads()} threads" in said["devices"]
+    assert f"{torch.get_num_threads()} thread" in said["devices"]
     assert f"gymnasium {importlib.metadata.version('gymnasium')}" in said["environments"]
 
 
@@ -41,9 +41,10 @@ def test_an_untested_torch_is_said(monkeypatch):
     [
         ("mujoco", "environments", "missing: mujoco; .*train.* gives MuJoCo's tasks"),
         ("hydra", "jobs", "missing: hydra-core; .*train.* gives runs with options"),
-        ("wandb", "trackers", "missing: wandb; .* gives logger=wandb or tensorboard"),
+        ("wandb", "trackers", "missing: wandb; pip install wandb gives logger=wandb or tensorboard"),
+        ("tensorboard", "trackers", "missing: tensorboard; pip install tensorboard gives logger=wandb or tensorboard"),
         ("minatar", "games", "missing: MinAtar; .*GPL-3.0.* gives MinAtar's games"),
-        ("onnxscript", "export", r"missing: (onnx, )?onnxscript; .* gives policies as ONNX"),
+        ("onnxscript", "export", r"missing: (onnx, )?onnxscript; pip install (onnx )?onnxscript gives policies as ONNX"),
     ],
 )
 def test_what_is_missing_says_how_it_is_installed_and_what_it_gives(module, line, gives, monkeypatch):

@@ -72,7 +72,8 @@ def test_a_short_run_leaves_all_that_it_promises(option, tmp_path, pictures):
     assert info(run)["updates"] == 2 * 150
     assert (run / "learning_curve.png").stat().st_size > 10_000
     assert (run / "checkpoints" / "checkpoint_000000200.json").exists()
-    for part in ("training FLOPs", "REDQ", "subnets", "results", "finished", "where it went"):
+    assert ("training FLOPs" in said) == ("Humanoid" in option)  # one of the tasks that the paper compares on
+    for part in ("subnets", "results", "finished", "where it went"):
         assert part in said
 
 
@@ -101,7 +102,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_going_on_changes_nothing(tmp_pat
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert info(stopped / "run")["status"] == "interrupted"
-    hint = re.search(r"to go on: python (\S+omnet_sac.py) (resume=\S+)", said)
+    hint = re.search(r"to go on, in this directory: python (\S+omnet_sac.py) (resume=\S+)", said)
     assert hint, said
     resumed = subprocess.run([sys.executable, hint[1], hint[2]], capture_output=True, text=True, cwd=stopped)
     assert resumed.returncode == 0, resumed.stderr

@@ -81,7 +81,7 @@ def test_an_environment_that_fails_leaves_its_error_and_a_run_that_can_go_on(wha
     assert (code, info("run")["status"], info("run")["error"]) == (1, "failed", said)
     assert printed.count(f"failed: {said}\n") == 1
     assert ("Traceback" in printed) == said.startswith(("RuntimeError", "ValueError"))
-    assert printed.splitlines()[-1].startswith("to go on: python ")
+    assert printed.splitlines()[-1].startswith("to go on, in this directory: python ")
     code, printed = run_script("resume=run")
     assert (code, info("run")["status"], info("run")["error"]) == (0, "finished", None), printed
     assert ("goes on from frame 40" in printed) == (what == "step")

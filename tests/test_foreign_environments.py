@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import gc
+import os
 import random
 import re
 import sys
@@ -694,7 +695,12 @@ def nothing():
     return 3
 
 
+def demanding(length):
+    return Long(length)
+
+
 gymnasium.register("Own-v0", Long)
+gymnasium.register("Made-v0", make)
 gymnasium.register("Short-v0", Long, max_episode_steps=6)
 """
 
@@ -772,9 +778,9 @@ def test_other_observations_are_flattened_by_an_option(kind):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"env_kwargs": {"lenght": 3}}, "can't be made: TypeError: .*'lenght'"),
+        ({"env_kwargs": {"lenght": 3}}, "env_kwargs of .* must be among length, got 'lenght'; did you mean 'length'?"),
         ({"wrappers": ["no_such_module.Wrapper"]}, "needs a package that can't be imported: No module named 'no_such_module'"),
-        ({"wrappers": ["gymnasium.wrappers.Nothing"]}, "can't be made: AttributeError: .*'Nothing'"),
+        ({"wrappers": ["gymnasium.wrappers.TimeLimits"]}, "no class, function or id 'TimeLimits'; the closest are TimeLimit, "),
         ({"wrappers": ["Nothing"]}, "can't be made: .*wrappers must be module.Class, got 'Nothing'"),
         ({"wrappers": ["gymnasium.wrappers.RescaleAction"]}, "can't be made: TypeError: .*min_action"),
     ],
@@ -790,13 +796,44 @@ def test_arguments_and_wrappers_that_do_not_fit_are_one_line(options, message, m
     ("what", "message"),
     [
         ("nothing", "can't be made: TypeError: it must return an environment of gymnasium or TorchRL, got int"),
-        ("missing", "can't be made: "),
+        ("Lon", "can't be made: our_environments has no class, function or id 'Lon'; the closest are Long, "),
+        ("Ow-v0", "the closest are Own-v0, "),
+        ("Mad-v0", "the closest are Made-v0, "),
+        ("demanding", "needs its argument 'length': give env_kwargs.length="),
         ("Own-v7", "can't be made: .*v7"),
     ],
 )
 def test_what_a_module_does_not_have_is_one_line(what, message, module):
     with pytest.raises(ValueError, match=message):
         check_env(f"{module}:{what}")
+
+
+ARGUMENTS = {
+    "Hopper-v4": "frame_skip, observation_space",  # of the base class
+    "HalfCheetah/forward": "forward_reward_weight, ",
+    "MinAtar/breakout": "sticky_action_prob, ",
+    "Pendulum-v1": "render_mode, g, got 'nothing'",
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_unknown_argument_names_those_of_each_kind_of_environment(name):
+    with pytest.raises(ValueError, match=rf"env_kwargs of '{name}' must be among .*{ARGUMENTS[name]}.*; did you mean '\w+'\?"):
+        check_env(name, env_kwargs={"nothing": 1})
+
+
+def test_an_error_of_the_environments_own_is_not_blamed_on_its_arguments(module):
+    Path(f"{module}.py").write_text(MODULE + "\n\ndef broken(length=3):\n    return Long(lenght=length)\n")
+    with pytest.raises(ValueError, match=r"can't be made: TypeError: .*'lenght'$"):
+        check_env(f"{module}:broken", env_kwargs={"length": 3})
+
+
+def test_a_module_that_is_not_found_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        check_env("elsewhere:Env")
+    where = f"neither installed nor in {os.getcwd()}: start in the directory that has it, or install it"
+    assert str(error.value).endswith(f"No module named 'elsewhere'; it is {where}")
 
 
 def test_a_torchrl_environment_that_is_a_batch_is_refused(module):

@@ -113,7 +113,8 @@ TRAINING = {
     "loop.border": {"loop.generators"},
     "loop.adapter": set(),
     "loop.tasks": set(),
-    "loop.environments": {"loop.adapter", "loop.border", "loop.generators", "options", "options.contradictions"},
+    "loop.blame": {"options.contradictions"},
+    "loop.environments": {"loop.adapter", "loop.blame", "loop.border", "loop.generators", "options", "options.contradictions"},
     "loop.backends": {"loop.environments", "loop.stopping", "loop.streams", "options", "record.files"},
     "loop.exploration": {"options"},
     "loop.rollout": {"loop.environments", "loop.stopping"},
@@ -230,7 +231,7 @@ def test_public_names_exist_and_are_documented():
 
 
 # Whoever adds a feature also removes what it made superfluous; these are where the rooms stand, and they must not grow unseen.
-MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 8_530, 5_730
+MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_TRAINING = 350, 50, 8_530, 5_900
 
 
 def test_files_functions_and_rooms_keep_within_their_budgets():

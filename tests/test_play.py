@@ -137,6 +137,60 @@ def test_a_run_of_the_maze_is_refused(example, run, monkeypatch):
         example.main([str(run)])
 
 
+OWN = """
+from test_foreign_environments import Cart
+
+
+class Undrawn(Cart):
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+
+class Nothing(Undrawn):
+    def render(self):
+        pass
+
+
+class Broken(Undrawn):
+    def render(self):
+        return self.picture
+
+
+def modeless():
+    return Cart()
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "draw", "message"),
+    [
+        ("Undrawn", True, "can't be drawn: NotImplementedError: --video and --frames need a render() that returns an image."),
+        ("Nothing", True, 'can\'t be drawn: with render_mode="rgb_array", it returned nothing: --video and --frames need'),
+        (
+            "Broken",
+            True,
+            "can't be drawn: AttributeError: 'Broken' object has no attribute 'picture': --video and --frames need",
+        ),
+        ("modeless", True, "can't be made: TypeError: modeless() got an unexpected keyword argument 'render_mode'."),
+        ("Undrwn", False, "can't be made: own_pictures has no class, function or id 'Undrwn'; the closest are Undrawn, "),
+    ],
+)
+def test_what_an_environment_of_ones_own_cannot_do_is_not_blamed_on_opengl(what, draw, message, example, tmp_path, monkeypatch):
+    (tmp_path / "own_pictures.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError) as error:
+        example.make(f"own_pictures:{what}", draw)
+    assert str(error.value).startswith(f"env 'own_pictures:{what}' {message}")
+    sys.modules.pop("own_pictures")
+
+
+@pytest.mark.parametrize("draw", [False, True])
+def test_a_module_that_lies_elsewhere_is_said(draw, example, tmp_path):
+    with pytest.raises(ValueError, match=f"neither installed nor in {tmp_path}: start in the directory that has it") as error:
+        example.make("elsewhere:Env", draw)
+    assert "OpenGL" not in str(error.value)
+
+
 @pytest.mark.filterwarnings("ignore:.*units .* lose every one")
 def test_a_game_is_played_and_drawn(play, tmp_path):
     pytest.importorskip("minatar")

@@ -220,7 +220,7 @@ def test_a_signal_before_the_first_frame_leaves_a_run_that_can_go_on(number, tmp
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     for name in ("run", "run-1"):
         assert json.loads((tmp_path / name / "run.json").read_text())["status"] == "interrupted"
-    assert len(re.findall(r"to go on: python \S+ resume=\S+/run(?:-1)?\n", capsys.readouterr().err)) == 2
+    assert len(re.findall(r"to go on, in this directory: python \S+ resume=\S+/run(?:-1)?\n", capsys.readouterr().err)) == 2
     assert train(Run({"resume": str(tmp_path / "run-1")})) == "finished"
 
 
@@ -232,6 +232,53 @@ def test_a_missing_compiler_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"^compiling needs a C\+\+ compiler, .* or set compile=false\.$"):
         train(Run(options(tmp_path)))
     assert info(tmp_path)["status"] == "failed"
+
+
+def test_the_time_of_compiling_is_said_and_is_no_part_of_the_others(tmp_path, monkeypatch, capsys):
+    train(Run(options(tmp_path)))
+    said = capsys.readouterr().err
+    assert "compiled in" not in said
+    assert "without compiling" not in said
+    monkeypatch.setattr(Update, "compiled", property(lambda _: True, lambda *_: None), raising=False)
+    monkeypatch.setattr(Trainer, "prepare", lambda _: None)
+    monkeypatch.setattr(Trainer, "run", lambda _: "finished")
+    train(Run(options(tmp_path)))
+    said = capsys.readouterr().err
+    assert re.search(r"\ncompiled in 0:\d\d, which no time or rate below includes\n", said)
+    assert re.search(r"\n  time +0:\d\d without compiling\n", said)
+
+
+def test_a_folder_that_exists_is_said_and_stays_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train(Run(options(tmp_path)))
+    kept = (tmp_path / "run" / "run.json").read_text()
+    assert "exists already" not in capsys.readouterr().err
+    train(Run({**OPTIONS, "folder": "run"}))
+    assert "\nfolder=run exists already: the results go to run-1\n" in f"\n{capsys.readouterr().err}"
+    assert (tmp_path / "run" / "run.json").read_text() == kept
+
+
+def test_a_finished_run_says_so_and_what_goes_on(tmp_path, capsys):
+    train(Run(options(tmp_path)))
+    capsys.readouterr()
+    assert train(Run(options(tmp_path, resume="auto"))) == "finished"
+    said = capsys.readouterr().err
+    assert "already finished at 80 frames: nothing is left to do; a larger total_frames goes on, e.g. total_frames=160" in said
+    assert "goes on from frame" not in said
+    assert train(Run(options(tmp_path, resume="auto", total_frames=160))) == "finished"
+    assert "goes on from frame 80" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "plural"), [(1, "1 environment"), (2, "2 environments")])
+def test_counts_have_their_plural_and_updates_their_unit(number, plural, tmp_path):
+    run = Run(options(tmp_path, num_envs=number, policy_update_delay=20, total_frames=80 * number))
+    env = make_env(run.config.env)
+    actor = make_actor(env.observation_spec, env.action_spec, **network_options(run.config, "actor"))
+    qvalue = make_qvalue(env.observation_spec, env.action_spec, **network_options(run.config, "critic"))
+    described = describe(run.config, actor, qvalue)
+    assert described["frames"].endswith(f" random; {plural}")
+    assert described["updates"] == "1 per frame, actor every 20 updates, batch 8"
+    assert "training FLOPs" not in described
 
 
 def test_a_run_that_still_goes_on_is_not_resumed(tmp_path):

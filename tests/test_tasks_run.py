@@ -88,7 +88,7 @@ def test_returns_of_each_task_are_in_log_line_and_picture(whole):
     assert re.search(r"120 frames   return .*\(forward -?[\d.]+, backward -?[\d.]+\)", said)
     assert "2 tasks, each with 2 critics and an actor: one network under weight" in said
     assert "2 to train in, 2 to evaluate in" in said
-    assert "2 environment(s)" in said
+    assert "2 environments" in said
     for picture in ("tasks.png", "learning_curve.png"):
         assert (folder / picture).stat().st_size > 10_000
     assert load_policy(folder).num_subnets == 2
@@ -149,7 +149,7 @@ def test_a_resumed_run_with_other_tasks_is_refused(whole, other):
     ("options", "message"),
     [
         ({"env": CHEETAHS, "algorithm": "omnet"}, "2 task.* algorithm=omnet is not for: use one of pathways, shared_tasks"),
-        ({"env": "Hopper-v4"}, "1 task.* algorithm=pathways is not for: join two or more by '\\+', or use one of omnet"),
+        ({"env": "Hopper-v4"}, "1 task.* algorithm=pathways is not for: join two or more by '\\+', or use another row"),
         ({"env": "HalfCheetah/forward+backward+jump"}, "num_subnets must be 3, one for each task, got 2"),
         ({"env": CHEETAHS + "+forward"}, "'HalfCheetah/forward' twice"),
         ({"network": {"actor": "dense"}}, "must be the same, .* got critic=masked, actor=dense"),

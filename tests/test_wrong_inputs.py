@@ -12,10 +12,12 @@ import time
 import pytest
 from conftest import EXAMPLE, run_script
 
+from omnet_torchrl import doctor
 from omnet_torchrl.training import Run
 
 HUGE = "9" * 20
 TIB = 10**12
+ABSENT = ["rq", *(package.split("-")[1] for module, package in doctor.LAUNCHERS.items() if not doctor._exists(module))]
 # Kind: what is wrong, and what its line says.
 LINES = {
     "no value": {
@@ -43,7 +45,7 @@ LINES = {
         "loss.l1=0.1": "loss.l1 must be 0 with algorithm=omnet",
         "network.structure_run=there": "network.structure=l1 and network.structure_run must be given together",
         "network.structure=random": "network.structure must be null but with env=MinAtar/<game>",
-        "algorithm=dqn": "algorithm must be one of",
+        "algorithm=dqn": "plays MinAtar's games: env must be one of MinAtar/asterix, MinAtar/breakout, ",
         "eval.episodes=1000000": "eval.episodes must be in [0, 4096]",
         "eval.bias_episodes=1000000": "eval.bias_episodes must be in",
         "network.num_subnets=100000000": "network.num_subnets must be in",
@@ -78,21 +80,28 @@ LINES = {
         "loss.target_entropy=inf": "loss.target_entropy must be in",
     },
     "of another type": {
-        "seed=1.5": "seed",
-        "seed=one": "seed",
-        "seed=[1]": "seed",
-        "total_frames=1e5": "total_frames",
-        "compile=maybe": "compile",
-        "utd_ratio=many": "utd_ratio",
-        "network=3": "network",
-        "optim=[1,2]": "optim",
-        "network.num_cells=256": "network.num_cells",
-        "network.num_cells=[a]": "network.num_cells",
-        "network.num_cells=[1.5]": "network.num_cells",
+        "seed=1.5": "seed must be a whole number, got 1.5.",
+        "seed=one": "seed must be a whole number, got 'one'.",
+        "seed=[1]": "seed must be a whole number, got [1].",
+        "total_frames=1e5": "total_frames must be a whole number, got 100000.0: write 100000.",
+        "max_episode_steps=foo": "max_episode_steps must be a whole number or null, got 'foo'.",
+        "compile=maybe": "compile must be true or false, got 'maybe'.",
+        "network.dense_input=yes_please": "network.dense_input must be true or false, got 'yes_please'.",
+        "utd_ratio=many": "utd_ratio must be a number, got 'many'.",
+        "loss.target_entropy=low": "loss.target_entropy must be a number or null, got 'low'.",
+        "folder=null": "folder must be a text, got null.",
+        "total_frames=true": "total_frames must be a whole number, got true.",
+        "network=3": "network must be options in braces, as network={name:value}, got 3.",
+        "optim=[1,2]": "optim must be options in braces, as optim={name:value}, got something else.",
+        "env_kwargs=3": "env_kwargs must be options in braces, as env_kwargs={name:value}, got 3.",
+        "wrappers=a.B": "wrappers must be a list of texts, got 'a.B'.",
+        "network.num_cells=256": "network.num_cells must be a list of whole numbers, got 256.",
+        "network.num_cells=[a]": "network.num_cells must be a list of whole numbers, got 'a'.",
+        "network.num_cells=[1.5]": "network.num_cells must be a list of whole numbers, got 1.5.",
         "network.sparsity=half": "network.sparsity must be",
         "network.sparsity=[0.5,a,0.5]": "network.sparsity must be",
         "network.sparsity={a:1}": "network.sparsity must be",
-        "eval.episodes={a:1}": "eval.episodes",
+        "eval.episodes={a:1}": "eval.episodes must be a whole number, got {'a': 1}.",
     },
     "no choice": {
         "device=gpu": "device must be auto, cpu, cuda or",
@@ -109,6 +118,15 @@ LINES = {
         "env=CartPole-v1": "the action of env must be",
         "env=nomodule:Env-v0": "env 'nomodule:Env-v0'",
         "env=3": "env must be a gymnasium id",
+        "env=Hinge": "got 'Hinge'; a class, function or id of your own is module:Name, as my_module:Hinge.",
+        "env=mybots.Hinge": "module:Name, as mybots:Hinge.",
+        "env=minatar/Breakout": "the closest are MinAtar/breakout",
+        "env=dm_control/cheetah-run-v0": "shimmy registers it: write env=shimmy:dm_control/cheetah-run-v0.",
+        "env=Hopper-v4 env_kwargs.frame_skips=2": "frame_skip, observation_space",
+        "algorithm=td3": "algorithm=td3 is trained by omnet_td3.py, got omnet_sac.py: start that one",
+        "env=MinAtar/breakout": "algorithm must be one of omnet_dqn, dqn",
+        "algorithm=pathways": "env=Hopper-v4 is 1 task, which algorithm=pathways is not for: join two or more by '+'",
+        "env=HalfCheetah/forward+backward": "is 2 tasks, which algorithm=omnet is not for: use one of pathways, ",
     },
     "no option": {
         "sed=1": "unknown option 'sed'; did you mean 'seed'",
@@ -123,6 +141,7 @@ LINES = {
         "seed=1=2=": "seed",
         "seed=[1": "options have the form name=value",
         "folder='a": "options have the form name=value",
+        "network={num_subnet:3}": "unknown option 'network.num_subnet'; did you mean 'network.num_subnets'",
         "network={num_subnets:": "options have the form name=value",
         "seed=${nothing}": "seed",
         "seed=${env}": "seed",
@@ -167,6 +186,9 @@ LINES = {
         "--config-name nope": "Cannot find primary config 'nope'",
         "--config-path nope": "nope",
         "--config-dir nope": "nope' not found",
+        **{f"hydra/launcher={name}": f"pip install hydra-{name}-launcher." for name in ABSENT},
+        "hydra/launcher=ray_aws": "pip install hydra-ray-launcher.",
+        "-m hydra/sweeper=optuna": "needs a plugin of Hydra's that is not installed: pip install hydra-optuna-sweeper.",
         "hydra/launcher=nope": "Could not find 'hydra/launcher/nope'",
         "hydra/nope=x": "hydra/nope",
         "hydra.nope=x": "nope",
@@ -183,6 +205,7 @@ LINES = {
         "-m env=CartPole-v1,Hopper-v4": "the action of env must be",
         "-m algorithm=omnet,reqd": "the closest are redq",
         "-m sed=0,1": "unknown option 'sed'",
+        "-m seed=0,one": "seed must be a whole number, got 'one'. (the job seed=one of the sweep; none was started)",
         "-m utd_ratio=1,1e308": "utd_ratio must be in",
         "-m network.num_cells=[64,64],[0]": "network.num_cells must be",
         "-m resume=nowhere,nothing": "is no run folder",
@@ -194,10 +217,10 @@ LINES = {
 CONFIGS = {
     "seed: [": "mine.yaml",
     "seed: -1": "seed must be in",
-    "sed: 1": "Key 'sed' not in",
+    "sed: 1": "In 'mine': unknown option 'sed'; did you mean 'seed'?",
     "- seed": "",
     "seed": "",
-    "network: {num_cells: 3}": "network.num_cells",
+    "network: {num_cells: 3}": "In 'mine': network.num_cells must be a list of whole numbers, got 3.",
     "optim: {lr: .nan}": "optim.lr must be in",
     "algorithm: nope": "algorithm must be one of",
     "env: null": "env",

@@ -15,6 +15,7 @@ import torch
 
 from omnet_torchrl.updates.private import TESTED
 
+INSTALL = "pip install {missing}"  # what is missing, and no more
 TRAIN = 'pip install "omnet-torchrl[train]"'
 LAUNCHERS = {f"hydra_plugins.hydra_{each}_launcher": f"hydra-{each}-launcher" for each in ("joblib", "submitit")}
 CLUSTERS = {**LAUNCHERS, "ray": "ray"}
@@ -24,10 +25,10 @@ TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard"}
 PARTS: dict[str, tuple[dict[str, str], str, str]] = {
     "environments": ({"gymnasium": "gymnasium", "mujoco": "mujoco"}, TRAIN, "MuJoCo's tasks and environments of your own"),
     "jobs": (JOBS, TRAIN, "runs with options, checkpoints and pictures"),
-    "trackers": (TRACKERS, "pip install wandb tensorboard", "logger=wandb or tensorboard"),
-    "games": ({"minatar": "MinAtar"}, "pip install minatar (GPL-3.0)", "MinAtar's games"),
-    "sweeps": (CLUSTERS, f"pip install {' '.join(CLUSTERS.values())}", "several runs at a time, and clusters"),
-    "export": ({"onnx": "onnx", "onnxscript": "onnxscript"}, "pip install onnx onnxscript", "policies as ONNX"),
+    "trackers": (TRACKERS, INSTALL, "logger=wandb or tensorboard"),
+    "games": ({"minatar": "MinAtar"}, f"{INSTALL} (GPL-3.0)", "MinAtar's games"),
+    "sweeps": (CLUSTERS, INSTALL, "several runs at a time, and clusters"),
+    "export": ({"onnx": "onnx", "onnxscript": "onnxscript"}, INSTALL, "policies as ONNX"),
 }
 
 
@@ -49,9 +50,10 @@ def _torch() -> str:
 
 
 def _devices() -> str:
-    cpu = f"cpu ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads)"
+    counts = {"core": os.cpu_count() or 1, "thread": torch.get_num_threads()}
+    cpu = ", ".join([torch.backends.cpu.get_cpu_capability(), *(f"{n} {name}{'s' * (n > 1)}" for name, n in counts.items())])
     cuda = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
-    return ", ".join([cpu, *cuda]) + ("" if cuda else "; no CUDA device")
+    return ", ".join([f"cpu ({cpu})", *cuda]) + ("" if cuda else "; no CUDA device")
 
 
 def _compiler() -> str:
@@ -75,7 +77,7 @@ def _compiler() -> str:
 def _part(packages: dict[str, str], install: str, purpose: str) -> str:
     found = [f"{package} {_version(package)}" for module, package in packages.items() if _exists(module)]
     missing = [package for module, package in packages.items() if not _exists(module)]
-    lacking = f"missing: {', '.join(missing)}; {install} gives {purpose}" if missing else ""
+    lacking = f"missing: {', '.join(missing)}; {install.format(missing=' '.join(missing))} gives {purpose}" if missing else ""
     return "; ".join(part for part in (", ".join(found), lacking) if part)
 
 

@@ -21,7 +21,7 @@ from omnet_torchrl.specs import check_action_spec
 from omnet_torchrl.training.grid import prepare_grid
 from omnet_torchrl.training.loop.streams import derived_seed
 from omnet_torchrl.training.options import NetworkConfig, TopologyConfig, TrainConfig, row
-from omnet_torchrl.training.options.rows import dropout, network_sparsity, target_entropy
+from omnet_torchrl.training.options.rows import TARGET_ENTROPY, dropout, network_sparsity, target_entropy
 from omnet_torchrl.training.policy import MAKE
 from omnet_torchrl.updates import LazyAdam, MaskSchedule, Update
 
@@ -229,24 +229,28 @@ def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator 
         subnets = f"{number}, {network.masks} masks of sparsity {network.sparsity}{kept}, in the critic"
         subnets += "" if actor is qvalue else " and the actor" if network.actor == "masked" else "; a dense actor"
     else:
-        subnets = f"{network.num_subnets} separate critics" + ", one actor" * (actor is not qvalue)
+        critics = "critic" + "s" * (network.num_subnets > 1)
+        subnets = f"{network.num_subnets} separate {critics}" + ", one actor" * (actor is not qvalue)
     changes = ", ".join(f"{k} {v}" for k, v in vars(config.topology).items() if v != getattr(TopologyConfig(), k))
     masks = {"masks": f"{1 - network.sparsity:.0%} of the weights, {changes}"} if changes else {}
-    count = config.environments * len(task_names(config.env))
-    collect = config.collect
-    workers = "" if collect.backend == "direct" else f" of {collect.num_workers} worker(s), collect.backend={collect.backend}"
-    every = f", actor every {config.policy_update_delay}" if actor is not qvalue else ""
+    count, collect = config.environments * len(task_names(config.env)), config.collect
+    environments = f"{count} environment{'s' * (count > 1)}"
+    if collect.backend != "direct":
+        environments += f" of {collect.num_workers} worker{'s' * (collect.num_workers > 1)}, collect.backend={collect.backend}"
+    delay = config.policy_update_delay
+    every = "" if actor is qvalue else f", actor every {delay} updates" if delay > 1 else ", actor in each"
     lines = {
         "algorithm": row(config.algorithm).label,
         **sizes,
         "subnets": subnets,
         **masks,
-        "frames": f"{config.total_frames:,}, of them {config.init_random_frames:,} random; {count} environment(s){workers}",
+        "frames": f"{config.total_frames:,}, of them {config.init_random_frames:,} random; {environments}",
         "updates": f"{config.utd_ratio:g} per frame{every}, batch {config.optim.batch_size}",
     }
     if config.normalize_observations:
         lines["observations"] = "normalised by running mean and variance"
-    return lines | ({"training FLOPs": _flops(config, actor)} if row(config.algorithm).loss == "sac" else {})
+    compared = row(config.algorithm).loss == "sac" and config.env in TARGET_ENTROPY  # the tasks of the paper's comparison
+    return lines | ({"training FLOPs": _flops(config, actor)} if compared else {})
 
 
 def _flops(config: TrainConfig, actor: AnyActor) -> str:

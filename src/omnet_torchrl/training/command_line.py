@@ -24,13 +24,17 @@ from omegaconf.errors import OmegaConfBaseException
 from omnet_torchrl.training.loop.environments import check_env, env_options
 from omnet_torchrl.training.loop.stopping import RunError
 from omnet_torchrl.training.options import ROWS, TrainConfig, row, to_config
-from omnet_torchrl.training.options.checks import OPTIONS, unknown
+from omnet_torchrl.training.options.checks import OPTIONS, refused, unknown
 from omnet_torchrl.training.record.folder import RunFolder
 from omnet_torchrl.training.record.terminal import flush
 
 # Hydra's flags (hydra.cc/docs/advanced/hydra-command-line-flags), of which it has no public list.
 SWITCHES = {"help": "h", "hydra-help": "", "version": "", "resolve": "", "run": "r", "multirun": "m", "shell-completion": "sc"}
 VALUES = {"cfg": "c", "package": "p", "config-path": "cp", "config-name": "cn", "config-dir": "cd", "experimental-rerun": ""}
+# Hydra's own plugins, which are packages of their own: hydra-joblib-launcher.
+PLUGINS = {"launcher": ("joblib", "ray", "rq", "submitit"), "sweeper": ("ax", "nevergrad", "optuna")}
+# The example jobs, and the loss that each of them makes.
+JOBS = {"omnet_sac": "sac", "dapd_sac": "sac", "omnet_td3": "td3", "minatar_dqn": "dqn", "multitask": "tasks"}
 CHOICES = {"cfg": ("job", "hydra", "all"), "info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")}
 
 
@@ -70,7 +74,7 @@ def execute(main: Callable[[], object], script: str | Path) -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         known = isinstance(error, ValueError | HydraException | OmegaConfBaseException | RunError)
-        text = str(error) if known else f"{type(error).__name__}: {error}"
+        text = _said(error) if known else f"{type(error).__name__}: {error}"
         sys.exit(f"error: {' '.join(text.split())}")
     finally:
         flush()
@@ -84,6 +88,14 @@ def register() -> None:
     store.store(name="train", node=options)
     for name, each in ROWS.items():
         store.store(group="algorithm", name=name, node={"algorithm": name, **each.options}, package="_global_")
+
+
+def check_job(algorithm: str, job: str) -> None:
+    """Raise a ``ValueError`` if ``job``, the name of a script, is one of the examples, and not the one for the row's loss."""
+    kind = row(algorithm).loss
+    if JOBS.get(job, kind) != kind:
+        others = " or ".join(f"{name}.py" for name, loss in JOBS.items() if loss == kind)
+        raise ValueError(f"algorithm={algorithm} is trained by {others}, got {job}.py: start that one, or choose another row.")
 
 
 def parse(argument: str) -> Override:
@@ -136,6 +148,7 @@ def check_command_line(arguments: Sequence[str], script: str | Path) -> None:
         for job in map(list, itertools.product(*values)):
             try:
                 config = to_config(compose(flags.config_name or script.stem, job))
+                check_job(config.algorithm, script.stem)
                 environment = f"{config.env} {env_options(config)}"
                 if environment not in environments:
                     check_env(config.env, **env_options(config))
@@ -143,7 +156,7 @@ def check_command_line(arguments: Sequence[str], script: str | Path) -> None:
                 if config.resume not in (None, "auto"):
                     RunFolder.open(config.resume)
             except (ValueError, HydraException) as error:
-                raise ValueError(f"{error} (the job {shlex.join(job)} of the sweep; none was started)") from error
+                raise ValueError(f"{_said(error)} (the job {shlex.join(job)} of the sweep; none was started)") from error
 
 
 def merge_overrides(options: Mapping[str, Any], overrides: Sequence[str], what: str) -> DictConfig:
@@ -172,6 +185,19 @@ def _split(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Hydra's flags, and the options, of which ``install=bash`` is no part."""
     flags = _Flags().parse_args(list(arguments))
     return flags, [] if flags.shell_completion else flags.overrides
+
+
+def _said(error: Exception) -> str:
+    """What an error says, with the reason that Hydra keeps to itself."""
+    text, cause = str(error), error.__cause__ or error.__context__
+    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException) and "hydra" not in str(cause.full_key):
+        where = re.match("In '.*?': ", text)  # the file
+        return f"{where[0] if where else ''}{refused(cause)}"
+    plugin = re.search(r"Could not find 'hydra/(launcher|sweeper)/(([a-z]+)\w*)'", text)
+    if plugin is None or plugin[3] not in PLUGINS[plugin[1]]:
+        return text
+    install = f"pip install hydra-{plugin[3]}-{plugin[1]}"
+    return f"hydra/{plugin[1]}={plugin[2]} needs a plugin of Hydra's that is not installed: {install}."
 
 
 def _is_hydras(override: Override) -> bool:

@@ -16,6 +16,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from omnet_torchrl.training.build import policy_options
-from omnet_torchrl.training.command_line import argument, merge_overrides
+from omnet_torchrl.training.command_line import argument, check_job, merge_overrides
 from omnet_torchrl.training.loop.environments import check_env, env_options, instances
 from omnet_torchrl.training.loop.stopping import RunError, exit_code, handled
 from omnet_torchrl.training.loop.trainer import Trainer
@@ -63,13 +64,19 @@ class Run:
 
     Keyword Args:
         sweep (bool): this is one run of several, each of which gets a folder without the time of day. Defaults to ``False``.
+        job (str): the name of the script; an example's takes only rows of its own loss. Defaults to ``""``, no example.
 
     Raises:
         ValueError: a wrong option, environment or folder to resume, one whose run still goes on, or whose checkpoints are gone.
     """
 
     def __init__(
-        self, config: DictConfig | Mapping[str, Any] | TrainConfig, overrides: Sequence[str] = (), *, sweep: bool = False
+        self,
+        config: DictConfig | Mapping[str, Any] | TrainConfig,
+        overrides: Sequence[str] = (),
+        *,
+        sweep: bool = False,
+        job: str = "",
     ):
         gc.collect()  # an earlier run of this process: its networks and its buffer are parts of cycles
         resume = config.resume if isinstance(config, TrainConfig) else config.get("resume")
@@ -83,11 +90,15 @@ class Run:
             self.folder = RunFolder.open(resume)
             self.config = _resumed(self.folder, overrides, self.config if auto else None)
         self.config.resume = None
+        check_job(self.config.algorithm, job)
         check_logger(self.config.logger)
         notes = check_env(self.config.env, normalized=self.config.normalize_observations, **env_options(self.config))
         self.device = resolve_device(self.config.device)
         if not self.resumed:
-            self.folder = RunFolder.create(self.config.folder, self._save_config, exist_ok=auto)
+            wanted = Path(self.config.folder).expanduser().resolve()
+            self.folder = RunFolder.create(wanted, self._save_config, exist_ok=auto)
+            if self.folder.path != wanted:
+                notes.append(f"folder={_relative(wanted)} exists already: the results go to {_relative(self.folder.path)}")
         self.folder.lock()
         if self.config.num_threads is not None:
             torch.set_num_threads(self.config.num_threads)
@@ -118,7 +129,7 @@ class Run:
         hydra = HydraConfig.get()
         sweep = hydra.mode is RunMode.MULTIRUN
         try:
-            run = cls(config, hydra.overrides.task, sweep=sweep)
+            run = cls(config, hydra.overrides.task, sweep=sweep, job=hydra.job.name)
         except (ValueError, OSError) as error:
             if not sweep:
                 sys.exit(f"error: {error}")
@@ -183,9 +194,13 @@ class Run:
             fields |= self._save_config(self.folder)
             changed = changes(kept, config) if kept and not found else {}
             others = f", with other options than before: {listed(changed)}" if changed else ""
-            self.reporter.say(
+            begun = (
                 f"goes on from frame {trainer.frames:,}" if found else f"no checkpoint yet: starts from the beginning{others}"
             )
+            if found and trainer.finished:
+                longer = f"a larger total_frames goes on, e.g. total_frames={2 * trainer.frames}"
+                begun = f"already finished at {trainer.frames:,} frames: nothing is left to do; {longer}"
+            self.reporter.say(begun)
         check_memory(config, self.device, env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1])
         policy = describe_policy(policy_options(config), env.observation_spec, env.action_spec)
         self.folder.begin_session(trainer.frames, **fields, **policy)
@@ -197,7 +212,10 @@ class Run:
             if not trainer.finished:
                 if trainer.update.compiled:
                     self.reporter.say("compiling the update; this takes up to a minute ...")
+                start = time.monotonic()
                 trainer.prepare()
+                if trainer.update.compiled:
+                    self.reporter.say(f"compiled in {duration(time.monotonic() - start)}, which no time or rate below includes")
             return trainer.run()
         except KeyboardInterrupt:
             return "interrupted"
@@ -234,7 +252,7 @@ class Run:
             self.reporter.say(f"failed: {said}")
         if self.status in ("interrupted", "failed") and self.config.collect.backend == "direct":
             script = shlex.join(["python", _relative(Path(sys.argv[0]).resolve())])
-            self.reporter.say(f"to go on: {script} {argument('resume', _relative(self.folder.path))}")
+            self.reporter.say(f"to go on, in this directory: {script} {argument('resume', _relative(self.folder.path))}")
         self.folder.unlock()
         return None
 
@@ -259,7 +277,8 @@ class Run:
 
     def _summarise(self, trainer: Trainer) -> None:
         frames, updates, elapsed = trainer.frames, trainer.updates, trainer.elapsed
-        fields = {"status": self.status, "frames": f"{frames:,}", "updates": f"{updates:,}", "time": duration(elapsed)}
+        fields = {"status": self.status, "frames": f"{frames:,}", "updates": f"{updates:,}"}
+        fields["time"] = duration(elapsed) + " without compiling" * trainer.update.compiled
         fields["where it went"] = shares(trainer.times)
         if elapsed and frames:
             fields["rate"] = f"{frames / elapsed:.1f} frames/s, {updates / elapsed:.0f} updates/s"
@@ -323,4 +342,5 @@ def _relative(path: Path) -> str:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads} thread{'s' * (threads > 1)}"

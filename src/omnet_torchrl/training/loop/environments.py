@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import warnings
@@ -24,6 +23,7 @@ from omnet_torchrl.envs.suites import HALF_CHEETAH, META_WORLD
 from omnet_torchrl.envs.tasks import check_tasks
 from omnet_torchrl.offset import ObservationOffset
 from omnet_torchrl.training.loop.adapter import TorchRLAdapter
+from omnet_torchrl.training.loop.blame import failure, member, unknown_env
 from omnet_torchrl.training.loop.border import Border, check_spaces
 from omnet_torchrl.training.loop.generators import OwnGlobals
 from omnet_torchrl.training.options import TrainConfig
@@ -70,7 +70,7 @@ def check_env(name: str, *, normalized: bool = False, **options: Any) -> list[st
             if options.get(option):
                 raise ValueError(f"{option} must not be given with env={name}, got {options[option]!r}: leave it out.")
         if name != MAZE:
-            with _blamed(name, "made"):
+            with _blamed(name, "made", options.get("env_kwargs")):
                 _games(name, None, options)
         return []
     names = task_names(name)
@@ -118,15 +118,12 @@ def _notes(name: str, env: gymnasium.Env, normalized: bool, repeats: bool) -> li
 
 
 @contextmanager
-def _blamed(name: str, what: str) -> Iterator[None]:
+def _blamed(name: str, what: str, kwargs: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Whatever an environment's own code raises is a ``ValueError`` of one line."""
     try:
         yield
-    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
-        raise ValueError(f"env {name!r} needs a package that can't be imported: {error}") from error
     except Exception as error:
-        kind = "" if isinstance(error, gymnasium.error.Error | ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"env {name!r} can't be {what}: {kind}{' '.join(str(error).split())}") from error
+        raise ValueError(failure(name, what, error, kwargs)) from error
 
 
 def make_env(
@@ -197,11 +194,9 @@ def _vector(envs: Sequence[Border]) -> gymnasium.vector.SyncVectorEnv:
 
 def _bordered(name: str, *, seed: int = 0, **options: Any) -> Border:
     if ":" not in name and name not in gymnasium.registry and not _in_suite(name):
-        closest = ", ".join(difflib.get_close_matches(name, [MAZE, *gymnasium.registry], n=3, cutoff=0))
-        own = "one of your own is module:Id or module:function"
-        raise ValueError(f"env must be a gymnasium id with its version, got {name!r}; the closest are {closest}; {own}.")
+        raise ValueError(unknown_env(name, [MAZE]))
     own_globals = OwnGlobals(seed)
-    with own_globals, _blamed(name, "made"):
+    with own_globals, _blamed(name, "made", options.get("env_kwargs")):
         env = make_gymnasium(name, **options)
     try:
         check_spaces(name, env.observation_space, env.action_space)
@@ -251,7 +246,7 @@ def make_gymnasium(
         module, _, attribute = wrapper.rpartition(".")
         if not module:
             raise ValueError(f"wrappers must be module.Class, got {wrapper!r}.")
-        env = getattr(_import(module), attribute)(env)
+        env = member(_import(module), attribute)(env)
     if flatten_observation:
         env = FlattenObservation(env)
     return env if max_episode_steps is None else TimeLimit(env, max_episode_steps)
@@ -289,7 +284,10 @@ def _function(name: str) -> Callable[..., Any] | None:
         return None
     module, attribute = name.split(":")
     imported = _import(module)  # which may register the id
-    return None if name in gymnasium.registry or attribute in gymnasium.registry else getattr(imported, attribute, None)
+    if name in gymnasium.registry or attribute in gymnasium.registry:
+        return None
+    other_version = attribute.split("-v")[0] in {each.split("-v")[0] for each in gymnasium.registry}  # gymnasium says which
+    return None if other_version and not hasattr(imported, attribute) else member(imported, attribute)
 
 
 def _import(module: str) -> Any:

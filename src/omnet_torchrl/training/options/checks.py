@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from datetime import datetime
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig, Node, OmegaConf
+from omegaconf.errors import ConfigKeyError, ConfigTypeError, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
 from omnet_torchrl.training.device import resolve_device
@@ -70,6 +70,10 @@ _CHOICES = {
     "precision": ("float32", "bfloat16"),
     "logger": ("csv", "tensorboard", "wandb"),
     "wandb.mode": ("offline", "online", "disabled"),
+}
+_TYPES = {
+    **{"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"},
+    **{"list[int]": "a list of whole numbers", "list[str]": "a list of texts"},
 }
 
 
@@ -139,6 +143,23 @@ def unknown(key: str) -> str:
     """The message that there is no such option, with the closest one."""
     same = [name for name in OPTIONS if name.split(".")[-1] == key.split(".")[-1]] or [_closest(key, OPTIONS)]
     return f"unknown option {key!r}; did you mean {' or '.join(map(repr, same))}?"
+
+
+def refused(error: OmegaConfBaseException) -> str:
+    """What OmegaConf refuses, in one line: the option, the type that it must have, and what came."""
+    name = re.sub(r"\[\d+\]", "", str(error.full_key or "options"))
+    value = error.value._value() if isinstance(error.value, Node) else error.value
+    if isinstance(error, ConfigKeyError):
+        return unknown(name)
+    if name not in OPTIONS or not isinstance(error, ValidationError | ConfigTypeError):
+        return f"{name}: {str(error.msg).splitlines()[0]}"
+    *groups, last = name.split(".")
+    annotation = type(reduce(getattr, groups, TrainConfig())).__annotations__[last]
+    expected = _TYPES.get(annotation.removesuffix(" | None"), f"options in braces, as {last}={{name:value}}")
+    given = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    got = given if isinstance(error, ValidationError) else "something else"
+    advice = f": write {value:.0f}" if "int" in annotation and isinstance(value, float) and value.is_integer() else ""
+    return f"{name} must be {expected}{' or null' * annotation.endswith('None')}, got {got}{advice}."
 
 
 def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -216,10 +237,8 @@ def _typed(config: Any) -> TrainConfig:
         merged = OmegaConf.merge(_schema(), row_options, given)
         OmegaConf.copy_cache(from_config=given, to_config=merged)  # ${now:...} stays the time that Hydra's folder has
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except ConfigKeyError as error:
-        raise ValueError(unknown(str(error.full_key))) from error
     except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key or 'options'}: {str(error.msg).splitlines()[0]}") from error
+        raise ValueError(refused(error)) from error
 
 
 def _missing(options: Any, prefix: str = "") -> list[str]:

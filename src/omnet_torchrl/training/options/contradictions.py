@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from omnet_torchrl.envs import task_names
+from omnet_torchrl.envs.minatar import GAMES
 from omnet_torchrl.training.options.options import CollectConfig, TopologyConfig, TrainConfig
 from omnet_torchrl.training.options.rows import ROWS, network_sparsity, row
 from omnet_torchrl.updates.mask_schedule import CHOICES
@@ -64,9 +65,12 @@ def _check_network(config: TrainConfig) -> None:
 def _check_loss(config: TrainConfig) -> None:
     """What only some of the losses, networks and environments have."""
     network, kind, grid = config.network, row(config.algorithm).loss, config.env.startswith(MINATAR)
-    if grid != (kind == "dqn"):
-        rows = ", ".join(name for name in ROWS if (ROWS[name].loss == "dqn") == grid)
-        raise ValueError(f"algorithm must be one of {rows} with env={config.env}, got {config.algorithm}.")
+    if kind == "dqn" and not grid:
+        games = ", ".join(MINATAR + game for game in GAMES)
+        raise ValueError(f"algorithm={config.algorithm} plays MinAtar's games: env must be one of {games}, got {config.env}.")
+    if grid and kind != "dqn":
+        rows = f"{', '.join(name for name in ROWS if ROWS[name].loss == 'dqn')}, with minatar_dqn.py and env={config.env}"
+        raise ValueError(f"algorithm must be one of {rows}, got {config.algorithm}.")
     for name in ("channels", "structure"):
         if getattr(network, name) is not None and not (grid and network.critic == "masked" and network.masks == "weight"):
             needs = f"env={MINATAR}<game>, network.critic=masked and network.masks=weight"
@@ -136,9 +140,10 @@ def _check_tasks(config: TrainConfig) -> None:
     network, names = config.network, task_names(config.env)
     tasks, several = len(names), row(config.algorithm).loss == "tasks"
     if several != (tasks > 1):
-        rows = ", ".join(name for name in ROWS if (ROWS[name].loss == "tasks") != several)
-        advice = f"use one of {rows}" if tasks > 1 else f"join two or more by '+', or use one of {rows}"
-        raise ValueError(f"env={config.env} is {tasks} task(s), which algorithm={config.algorithm} is not for: {advice}.")
+        rows = ", ".join(name for name in ROWS if ROWS[name].loss == "tasks")
+        advice = f"use one of {rows}, with multitask.py" if tasks > 1 else "join two or more by '+', or use another row"
+        given = f"env={config.env} is {tasks} task{'s' * (tasks > 1)}"
+        raise ValueError(f"{given}, which algorithm={config.algorithm} is not for: {advice}.")
     for role in ("critic", "actor"):
         kind = getattr(network, role)
         if not several and (kind in ("shared", "heads") or (role, kind) == ("actor", "separate")):
