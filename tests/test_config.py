@@ -147,7 +147,9 @@ def test_every_number_has_a_range():
     ],
 )
 def test_a_value_of_another_type_is_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=rf"^{name.replace('__', '.')}(\[1\])?(: Inter.*not found| must be .+, got \S+)") as error:
+    with pytest.raises(
+        ValueError, match=rf"^{name.replace('__', '.')}(\[1\])?(: Inter.*not found| must be .+, got \S+)"
+    ) as error:
         to_config(nested(**{name: value}))
     assert "\n" not in str(error.value)
 
@@ -364,7 +366,13 @@ def test_a_run_of_a_gpu_is_read_without_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("sed: 1", "did you mean 'seed'"), ("- 1", "damaged"), ("", "damaged"), ("seed: [", "be read"), ("seed: x", "seed must be a whole number, got 'x'")],
+    [
+        ("sed: 1", "did you mean 'seed'"),
+        ("- 1", "damaged"),
+        ("", "damaged"),
+        ("seed: [", "be read"),
+        ("seed: x", "seed must be a whole number, got 'x'"),
+    ],
 )
 def test_a_file_that_is_no_config_is_refused(tmp_path, text, message):
     (tmp_path / "config.yaml").write_text(text)

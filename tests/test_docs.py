@@ -102,7 +102,7 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PYTHON)
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, compiled, here, monkeypatch):
     for kind in (Update, CompiledPolicy):
-        monkeypatch.setitem(kind.__init__.__kwdefaults__, "compile", compiled)
+        monkeypatch.setitem(inspect.unwrap(kind.__init__).__kwdefaults__, "compile", compiled)
     names = {"__name__": "__main__"}
     for block in PAGES[page]:
         if block.caption:

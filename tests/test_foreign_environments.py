@@ -550,6 +550,9 @@ def job(tmp_path, monkeypatch):
             class overrides:
                 task = []
 
+            class job:
+                name = ""
+
             mode = None
 
         sizes = ["network.num_cells=[8,8]", "network.num_subnets=3", "network.sparsity=0.1", "network.dense_input=true"]

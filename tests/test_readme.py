@@ -1,5 +1,6 @@
 """The README's scripts run as printed."""
 
+import inspect
 import re
 import runpy
 import shlex
@@ -72,7 +73,7 @@ def test_the_masks_of_the_schedule_are_those_of_the_update(tmp_path):
     ("after", "compiled"), [(False, False), (True, False), pytest.param(True, True, marks=pytest.mark.slow)]
 )
 def test_sac_script_runs_before_and_after_the_change(after, compiled, tmp_path, monkeypatch):
-    monkeypatch.setitem(Update.__init__.__kwdefaults__, "compile", compiled)
+    monkeypatch.setitem(inspect.unwrap(Update.__init__).__kwdefaults__, "compile", compiled)
     names = run(patched(BEFORE, DIFF) if after else BEFORE, tmp_path)
     assert type(names["loss"]).__name__ == ("OMNetSACLoss" if after else "SACLoss")
     assert all(torch.isfinite(value) for value in names["losses"].values())

@@ -523,7 +523,7 @@ def actor(loss):
     [
         (
             lambda loss: critic(loss),
-            r"must hold the 21 parameters .* missing: actor_network_params\.\S*, .*log_alpha; others: 0\.",
+            r"must hold the 21 parameters .* missing: (actor_network_params\.\S*, ){2}actor\S* and \d+ more; others: 0\.",
         ),
         (lambda loss: [*everything(loss)[1:], nn.Parameter(torch.ones(1))], r"missing: log_alpha; others: 1\."),
         (

@@ -175,8 +175,8 @@ def adam_groups(optims: Sequence[Optimizer], trained: Mapping[str, Leaves]) -> d
         listed = ", ".join(".".join(key) if isinstance(key, tuple) else key for key in missing[:3])
         listed += f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
-            f"optim must hold the {len(names)} parameters that the update trains and no others, loss.parameters(); missing: "
-            f"{listed or 'none'}; others: {others}."
+            f"optim must hold the {len(names)} parameters that the update trains and no others: give it loss.parameters(); "
+            f"missing: {listed or 'none'}; others: {others}."
         )
     groups: dict[str, list[AdamGroup]] = {}
     for step, params in trained.items():
