@@ -351,7 +351,7 @@ def test_an_action_that_is_not_discrete_is_one_line(spec):
 
 def test_an_optimiser_of_other_parameters_is_told_which_and_names_few():
     loss = LOSSES["sac"]()
-    with pytest.raises(ValueError, match=r"no others, loss.parameters\(\); missing: ") as error:
+    with pytest.raises(ValueError, match=r"no others: give it loss.parameters\(\); missing: ") as error:
         Update(loss, torch.optim.Adam(small_actor().parameters()))
     one_line(error, "and 18 more; others: 10")
     assert str(error.value).count("qvalue_network_params") == 3
