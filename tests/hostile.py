@@ -464,10 +464,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         root = Path(folder)
         damaged = damage(root, moments, args.damages, args.only, args.without_hash, args.seconds) if args.damages else None
         killed = kill(root, moments, args.kills, args.compile, args.seconds) if args.kills else None
-    for title, found in (
-        (f"{args.damages} damages", damaged),
-        (f"{args.kills} kills, runs", killed),
-    ):  # a run is killed up to twice
+    killed_runs = f"{args.kills} kills, runs"  # each is killed up to twice
+    for title, found in ((f"{args.damages} damages", damaged), (killed_runs, killed)):
         if found is not None:
             table(title, found)
     bad = {outcome: sum(n for key, n in ((damaged or {}) | (killed or {})).items() if key[2] == outcome) for outcome in BAD}

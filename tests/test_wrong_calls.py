@@ -4,16 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import (
-    ACT,
-    OBS,
-    make_batch,
-    small_actor,
-    small_deterministic_actor,
-    small_qvalue,
-    small_qvalue_actor,
-    specs,
-)
+from conftest import ACT, OBS, make_batch, small_actor, small_deterministic_actor, small_qvalue, small_qvalue_actor, specs
 from test_update import compiler  # noqa: F401
 from torch import nn
 from torch.nn import functional as F

@@ -10,15 +10,11 @@ from typing import Any
 
 import yaml
 
+from omnet_torchrl.training.command_line import JOBS
 from omnet_torchrl.training.options import ROWS, TrainConfig
 from omnet_torchrl.training.options import row as row_of
 
-SCRIPTS = {
-    "sac": "examples/omnet_sac.py",
-    "td3": "examples/omnet_td3.py",
-    "dqn": "examples/minatar_dqn.py",
-    "tasks": "examples/multitask.py",
-}
+SCRIPTS = {loss: f"examples/{job}.py" for job, loss in reversed(JOBS.items())}  # the first of a loss
 NOTES = Path(__file__).parents[1] / "reference" / "rows.yaml"
 
 

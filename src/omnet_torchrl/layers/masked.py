@@ -165,14 +165,12 @@ class MaskedMLP(IndexedMLP):
         shapes = linear_shapes(in_features, out_features, depth, num_cells)
         sparsities = each_sparsity(sparsity, len(shapes), "linear layer")
         layer_kwargs: list[dict[str, Any]] = []
+        source: dict[str, Any] = {"generator": generator, "device": device}
         for i, (shape, s) in enumerate(zip(shapes, sparsities, strict=True)):
-            source: dict[str, Any] = {"generator": generator, "device": device}
             masks = draw_masks(mask_fn, num_subnets, shape, s, **source)
             layer_kwargs.append({"masks": masks, "init_fn": init_fn, "name": f"masks of layer {i}"})
             if mask_bias and i + 1 < len(shapes):
-                layer_kwargs[-1]["bias_masks"] = draw_masks(
-                    mask_fn, num_subnets, shape[:1], s, generator=generator, device=device
-                )
+                layer_kwargs[-1]["bias_masks"] = draw_masks(mask_fn, num_subnets, shape[:1], s, **source)
         ours: dict[str, Any] = {"layer_class": MaskedLinear, "layer_kwargs": layer_kwargs, "device": device}
         super().__init__(in_features, out_features, depth, num_cells, **ours, **kwargs)
         # MLP keeps what it was built from; the masks live in the layers, and a second copy would follow no move.

@@ -68,10 +68,14 @@ def check_actor(actor: Any, critic: Any, *, stochastic: bool) -> None:
         )
 
 
+class BatchShapeError(ValueError):
+    """What a batch has under a key is of another shape than the loss expects."""
+
+
 def check_shape(key: NestedKey, value: Tensor, expected: Sequence[int]) -> None:
-    """Raise a ``ValueError`` unless what a batch has under a key is of the shape that the loss expects."""
+    """Raise a :class:`BatchShapeError` unless what a batch has under a key is of the shape that the loss expects."""
     if value.shape != expected:
-        raise ValueError(
+        raise BatchShapeError(
             f"the batch's {key!r} must have shape {tuple(expected)}, got {tuple(value.shape)}: reshape it, give the batch its "
             "batch size, or take networks that were built for its environment."
         )
@@ -110,8 +114,8 @@ def called_with(
             _replace(network, params, detach, replaced)
             yield
     except (RuntimeError, TypeError, ValueError) as error:
-        kind = type(error)  # a lack of memory is another
-        if inputs is None or kind not in (RuntimeError, TypeError, ValueError) or str(error).startswith("the batch's"):
+        kind = type(error)  # a lack of memory, and a shape of the batch that is named already, are others
+        if inputs is None or kind not in (RuntimeError, TypeError, ValueError):
             raise
         given = ", ".join(f"{key!r} {tuple(value.shape)} {value.dtype}" for key, value in inputs.items(True, True))
         raise kind(f"a network of the loss must be able to read the batch and its 'next', got {given}: {error}") from error

@@ -184,7 +184,7 @@ class OMNetSACLoss(TDLoss, SACLoss):
     @dispatch
     def forward(self, tensordict: TensorDictBase, *, draws: TensorDictBase | None = None) -> TensorDictBase:
         """All three losses of a batch, with :meth:`draw`'s draws unless they are given; writes the priority."""
-        draws = self._drawn(tensordict, draws)
+        draws = self.drawn(tensordict, draws)
         loss_qvalue, qvalue_data = self.qvalue_loss(tensordict, draws=draws)
         loss_actor, actor_data = self.actor_loss(tensordict, draws=draws)
         loss_alpha = self._reduced(self.alpha_loss(actor_data["log_prob"], subnet=draws.get("actor")), tensordict)
@@ -211,7 +211,7 @@ class OMNetSACLoss(TDLoss, SACLoss):
         Returns:
             tuple: the loss, reduced, and ``{"log_prob": (*batch,), "action": (*batch, action_dim)}``, detached.
         """
-        draws = self._drawn(tensordict, draws)
+        draws = self.drawn(tensordict, draws)
         actor_params = self._params("actor_network_params", params)
         options = {"noise": draws.get("noise", None), "seed": dropout_seed(draws, "actor"), "params": actor_params}
         action, log_prob = self.act(tensordict, draws.get("actor"), **options)
@@ -280,7 +280,7 @@ class OMNetSACLoss(TDLoss, SACLoss):
         self, batch: TensorDictBase, draws: TensorDictBase, params: TensorDictBase
     ) -> tuple[Tensor, dict[str, Tensor]]:
         loss_actor, data = self.actor_loss(batch, draws=draws, params=params)
-        task = self._drawn(batch, draws).get("actor")
+        task = self.drawn(batch, draws).get("actor")
         loss_alpha = self._reduced(self.alpha_loss(data["log_prob"], params=params, subnet=task), batch)
         outputs = {"loss_actor": loss_actor.detach(), "loss_alpha": loss_alpha.detach(), "entropy": -data["log_prob"].mean()}
         return loss_actor + loss_alpha, outputs | of_tasks(data)

@@ -230,8 +230,11 @@ class SubnetLoss(LossModule):
             draws |= self._draw_noise((*lead, *action.shape), parameter.dtype, delayed, source)
         return TensorDict(draws, batch_size=lead, device=device)
 
-    def _drawn(self, tensordict: TensorDictBase, draws: TensorDictBase | None) -> TensorDictBase:
-        """The draws, made here where there are none; with ``choose="batch"``, and the indices of the batch's tasks."""
+    def drawn(self, tensordict: TensorDictBase, draws: TensorDictBase | None) -> TensorDictBase:
+        """The draws that an update of a batch is made with: ``draws`` of :meth:`draw`, or made here where they are ``None``.
+
+        With ``choose="batch"``, the indices of the batch's tasks are among them.
+        """
         draws = self.draw(tensordict) if draws is None else draws
         if self.choose == "uniform":
             return draws

@@ -155,7 +155,7 @@ class OMNetTD3Loss(TDLoss, TD3Loss):
     @dispatch
     def forward(self, tensordict: TensorDictBase, *, draws: TensorDictBase | None = None) -> TensorDictBase:
         """Both losses of a batch, with :meth:`draw`'s draws unless they are given; writes the priority."""
-        draws = self._drawn(tensordict, draws)
+        draws = self.drawn(tensordict, draws)
         loss_qvalue, critic = self.qvalue_loss(tensordict, draws=draws)
         loss_actor, actor = self.actor_loss(tensordict, draws=draws)
         tensordict.set(self.tensor_keys.priority, critic.pop("td_error"))
@@ -174,7 +174,7 @@ class OMNetTD3Loss(TDLoss, TD3Loss):
             tuple: the loss, reduced, and ``{"state_action_value_actor": (V, *batch)}``, detached; with ``bc``, also
             ``bc_loss``; of several tasks, ``loss_actor_task (T,)`` and ``bc_loss_task``.
         """
-        draws = self._drawn(tensordict, draws)
+        draws = self.drawn(tensordict, draws)
         options = {"params": self._params("actor_network_params", params), "seed": dropout_seed(draws, "actor")}
         action = self.deterministic_action(tensordict, draws.get("actor"), **options)
         qvalue = self._value_of_policy(tensordict, action, draws, params)

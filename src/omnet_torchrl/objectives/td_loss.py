@@ -71,7 +71,7 @@ class TDLoss(SubnetLoss):
             in the second and the last. Of several tasks, also the mean of each: ``td_error_task (T,)``, ``qvalue_task``,
             ``loss_qvalue_task``.
         """
-        draws = self._drawn(tensordict, draws)
+        draws = self.drawn(tensordict, draws)
         target, next_value = self._target(tensordict, draws, params)
         pred = self._prediction(tensordict, draws, self._params(self._critic, params))
         loss = distance_loss(pred, target.expand_as(pred), loss_function=self.loss_function)
@@ -88,7 +88,7 @@ class TDLoss(SubnetLoss):
 
         Arguments as in :meth:`qvalue_loss`.
         """
-        return self._target(tensordict, self._drawn(tensordict, draws), params)[0]
+        return self._target(tensordict, self.drawn(tensordict, draws), params)[0]
 
     @torch.no_grad()
     def _target(

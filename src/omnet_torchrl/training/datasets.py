@@ -27,13 +27,13 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from omnet_torchrl.envs import TasksEnv, task_names
+from omnet_torchrl.envs import task_names
 from omnet_torchrl.envs.suites import META_WORLD
 from omnet_torchrl.training.loop.environments import env_options, make_env
 from omnet_torchrl.training.options import load_config
 from omnet_torchrl.training.policy import load_policy
 from omnet_torchrl.training.record.checkpoint import Checkpointer, load_replay
-from omnet_torchrl.training.record.datasets import KEYS, write_dataset
+from omnet_torchrl.training.record.datasets import KEYS, tasks_of, write_dataset
 from omnet_torchrl.training.record.folder import RunFolder
 from omnet_torchrl.transforms import SubnetPrimer
 
@@ -81,7 +81,7 @@ def record_policy(run: str | Path, folder: str | Path, frames: int, *, seed: int
     opened = RunFolder.open(run)
     config, policy = load_config(opened.config_path), load_policy(run)
     fixed = torch.arange(policy.num_subnets) if len(task_names(config.env)) > 1 else None
-    primer = SubnetPrimer(policy.num_subnets, fixed=fixed, **({} if fixed is not None else {"generator": seed}))
+    primer = SubnetPrimer(policy.num_subnets, fixed=fixed, generator=seed)
     options = {"observation_offset": config.observation_offset, **env_options(config)}
     env = make_env(config.env, primer, seed=seed, **options)
     kind = ExplorationType.RANDOM if stochastic else ExplorationType.DETERMINISTIC
@@ -162,11 +162,7 @@ def record(env: EnvBase, policy: TensorDictModuleBase, frames: int) -> TensorDic
         raise ValueError(f"frames must be a multiple of the {count} task(s), got {frames}.")
     with torch.no_grad():
         played = env.rollout(frames // count, policy, break_when_any_done=False)
-    return played.select(*KEYS).transpose(0, -1) if isinstance(_base(env), TasksEnv) else played.select(*KEYS)
-
-
-def _base(env: EnvBase) -> EnvBase:
-    return getattr(env, "base_env", env)
+    return played.select(*KEYS).transpose(0, -1) if tasks_of(env) else played.select(*KEYS)
 
 
 def _source(run: RunFolder, config: Any, frames: int | None) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def loss_gradients(
         total = compute(batch, draws, given)[0]
         if actors_too and network.role == "critic":
             action = loss.actor_loss(batch, draws=draws, params=given)[1]["action"]
-            asked = loss._drawn(batch, draws).get("value")
+            asked = loss.drawn(batch, draws).get("value")
             total = total - loss.value(batch, action, asked, params=given.get(network.group)).mean()
         return total
 

@@ -164,8 +164,10 @@ class Workers:
 
     def _dead(self) -> list[str]:
         """The processes that have ended, and how; an error of an environment is on the terminal."""
-        processes = [each for each in getattr(self._collector, "procs", ()) if not each._closed]
-        codes = {number: each.exitcode for number, each in enumerate(processes)}
+        codes = {}
+        for number, process in enumerate(getattr(self._collector, "procs", ())):
+            with contextlib.suppress(ValueError):  # one that TorchRL has closed says nothing any more
+                codes[number] = process.exitcode
         return [f"worker {number} has ended with exit code {code}" for number, code in codes.items() if code is not None]
 
     def shutdown(self) -> None:

@@ -264,11 +264,12 @@ def _models() -> Iterator[None]:
         yield
         return
     said: dict[str, None] = {}
+    before = mujoco.get_mju_user_warning()
     mujoco.set_mju_user_warning(lambda text: said.setdefault(text))
     try:
         yield
     finally:
-        mujoco.set_mju_user_warning(None)
+        mujoco.set_mju_user_warning(before)
     for text in said:
         if "deprecated" not in text:
             warnings.warn(f"MuJoCo: {text}", stacklevel=2)

@@ -148,7 +148,7 @@ def unknown(key: str) -> str:
 def refused(error: OmegaConfBaseException) -> str:
     """What OmegaConf refuses, in one line: the option, the type that it must have, and what came."""
     name = re.sub(r"\[\d+\]", "", str(error.full_key or "options"))
-    value = error.value._value() if isinstance(error.value, Node) else error.value
+    value = OmegaConf.create({"value": error.value}).value if isinstance(error.value, Node) else error.value
     if isinstance(error, ConfigKeyError):
         return unknown(name)
     if name not in OPTIONS or not isinstance(error, ValidationError | ConfigTypeError):

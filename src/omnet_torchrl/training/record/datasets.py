@@ -8,7 +8,6 @@ renamed: a folder that is there is whole. Files hold tensors, numbers and string
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -21,7 +20,16 @@ from torch import Tensor
 from torchrl.envs import EnvBase, TransformedEnv
 
 from omnet_torchrl.envs import TasksEnv
-from omnet_torchrl.training.record.files import CheckpointError, one_line, read_file, replace_file, seal, writing
+from omnet_torchrl.training.record.files import (
+    CheckpointError,
+    check_file,
+    fingerprint,
+    one_line,
+    read_file,
+    replace_file,
+    seal,
+    writing,
+)
 
 FORMAT = 1
 # What a transition has; of several tasks, "subnet" too, the number of its task, which "next" has as well.
@@ -43,7 +51,7 @@ def write_dataset(folder: str | Path, transitions: TensorDictBase, env: EnvBase,
     Raises:
         ValueError: the folder exists; transitions that lack a key, are empty, or are not of the environment's spaces.
     """
-    path, tasks = Path(folder).expanduser().resolve(), _tasks(env)
+    path, tasks = Path(folder).expanduser().resolve(), tasks_of(env)
     if path.exists():
         raise ValueError(f"the dataset's folder must be new, got {path}, which exists: choose another, or delete it.")
     missing = [key for key in KEYS if transitions.get(key, None) is None]
@@ -62,7 +70,7 @@ def write_dataset(folder: str | Path, transitions: TensorDictBase, env: EnvBase,
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         data.memmap(temporary / "transitions", copy_existing=True)  # they may be another dataset's
-        files = {name: _fingerprint(temporary / name) for name in _files(temporary)}
+        files = {name: fingerprint(temporary / name) for name in _files(temporary)}
     said = {"format": FORMAT, "transitions": data.numel(), "tasks": tasks, "spaces": spaces, "mean_return": _returns(data)}
     plain = json.loads(json.dumps({**said, **fields, "files": files}, default=str))
     replace_file(temporary / "dataset.json", json.dumps({**plain, "sha256": seal(plain)}, indent=1).encode())
@@ -104,12 +112,12 @@ def read_dataset(folder: str | Path, env: EnvBase | None = None) -> tuple[Tensor
         if extra := _files(path) - known:
             raise CheckpointError(f"{min(extra)} is none of its files.")
         for name, expected in what["files"].items():
-            _check_file(path / name, name, expected)
+            check_file(path / name, name, expected)
         data = TensorDict.load_memmap(path / "transitions", allow_pickle=False)
     except Exception as error:  # whatever a damaged file leads to
         raise ValueError(f"the dataset in {path} is damaged ({one_line(error)}): record it anew, or copy it again.") from error
     if env is not None:
-        if (expected_tasks := list(_tasks(env))) != what["tasks"]:
+        if (expected_tasks := list(tasks_of(env))) != what["tasks"]:
             got = ", ".join(what["tasks"]) or "a single one"
             raise ValueError(f"the dataset must be of the tasks {', '.join(expected_tasks) or 'of one'}, got {got} in {path}.")
         _check_spaces(what["spaces"], spaces_of(env), "dataset", "the environment")
@@ -124,7 +132,7 @@ def spaces_of(env: EnvBase) -> dict[str, Any]:
     return {"observation": env.observation_spec["observation"].shape[-1], "action": size, **bounds}
 
 
-def _tasks(env: EnvBase) -> tuple[str, ...]:
+def tasks_of(env: EnvBase) -> tuple[str, ...]:
     """The names of several tasks; none of one."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
@@ -151,18 +159,3 @@ def _returns(data: TensorDictBase) -> list[float | None]:
 
 def _files(path: Path) -> set[str]:
     return {str(file.relative_to(path).as_posix()) for file in (path / "transitions").rglob("*") if not file.is_dir()}
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _check_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{name} is missing")
-    got = _fingerprint(path)
-    if got["size"] != expected["size"]:
-        raise CheckpointError(f"{name} must have {expected['size']} bytes, got {got['size']}")
-    if got != expected:
-        raise CheckpointError(f"{name} is not what was written")

@@ -24,8 +24,11 @@ class WriteError(OSError):
     """A file of a run can't be written: the disk is full, or the folder is gone."""
 
 
-def fingerprint(content: bytes | memoryview) -> dict[str, Any]:
-    """What tells a content from every other one: its ``size`` in bytes, and its ``sha256``."""
+def fingerprint(content: bytes | memoryview | Path) -> dict[str, Any]:
+    """What tells a content, or that of a file, from every other one: its ``size`` in bytes, and its ``sha256``."""
+    if isinstance(content, Path):  # which may be larger than memory
+        with content.open("rb") as file:
+            return {"size": content.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
@@ -44,17 +47,31 @@ def read_file(path: Path, expected: Mapping[str, Any] | None = None) -> bytes:
     Raises:
         CheckpointError: there is no such file, it can't be read, or it is another one.
     """
+    with _reading(path, path.name, expected):
+        content = path.read_bytes()
+        if expected is not None and fingerprint(content)["sha256"] != expected["sha256"]:
+            raise CheckpointError(f"{path.name} is not what was written.")
+    return content
+
+
+def check_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:
+    """As :func:`read_file`, of a file that may be larger than memory, and that errors call ``name``."""
+    with _reading(path, name, expected):
+        if fingerprint(path)["sha256"] != expected["sha256"]:
+            raise CheckpointError(f"{name} is not what was written.")
+
+
+@contextlib.contextmanager
+def _reading(path: Path, name: str, expected: Mapping[str, Any] | None) -> Iterator[None]:
+    """Before, check that there is a file of the expected size; within, an error of reading it is a CheckpointError."""
     try:
         if not path.is_file():
-            raise CheckpointError(f"{path.name} {'is no file' if os.path.lexists(path) else 'is missing'}.")
+            raise CheckpointError(f"{name} {'is no file' if os.path.lexists(path) else 'is missing'}.")
         if expected is not None and path.stat().st_size != expected["size"]:
-            raise CheckpointError(f"{path.name} must have {expected['size']} bytes, got {path.stat().st_size}.")
-        content = path.read_bytes()
+            raise CheckpointError(f"{name} must have {expected['size']} bytes, got {path.stat().st_size}.")
+        yield
     except (OSError, MemoryError) as error:
-        raise CheckpointError(f"{path.name} can't be read ({one_line(error)}).") from error
-    if expected is not None and fingerprint(content)["sha256"] != expected["sha256"]:
-        raise CheckpointError(f"{path.name} is not what was written.")
-    return content
+        raise CheckpointError(f"{name} can't be read ({one_line(error)}).") from error
 
 
 def one_line(error: BaseException) -> str:
