@@ -4,9 +4,9 @@
     python examples/offline_tasks.py data/replay data/expert data/replay+data/expert --sizes 1_000 10_000 100_000
 
 ``python -m omnet_torchrl.training.datasets`` records datasets. TD3+BC ("A Minimalist Approach to Offline Reinforcement
-Learning", Fujimoto and Gu, 2021) trains each row on random transitions of each; offline.csv has the return of each task,
-offline.png shows it against the number of transitions. The masks of pathways_data are chosen by the data: before the first
-update (DAPD's single shot) or, with --follow, every 1,000 updates until then. Those of pathways are random.
+Learning", Fujimoto and Gu, 2021) trains each row on random transitions of each; offline.csv has the returns, offline.png shows
+them. Masks are random, but those of pathways_data are chosen by the data: before the first update (DAPD's single shot) or,
+with --follow, every 1,000 updates until then.
 """
 
 import argparse
@@ -33,8 +33,8 @@ CELLS, SPARSITY, CALL = (256, 256), 0.5, 50  # hidden units, of the masks, and u
 
 def main(arguments=None):
     args, records = parse(arguments), []
-    args.data = args.data or short_run(args.out)
     args.out.mkdir(parents=True, exist_ok=True)
+    args.data = args.data or short_run(args.out)
     what = read_dataset(args.data[0].split("+")[0])[1]
     env = make_env(what["env"], num_envs=len(what["tasks"]) * args.episodes, sum_episodes=False, **what["env_options"])
     sets = {name: torch.cat([read_dataset(part, env)[0] for part in name.split("+")]) for name in args.data}
@@ -45,9 +45,9 @@ def main(arguments=None):
             data = data[torch.randperm(len(data))[:size]]
             train(*learner, row, data, args)
             found = evaluate(learner[0], env, seed=args.seed, tasks=what["tasks"])
-            key = (name, row, len(data), args.seed)
-            records += [(*key, task, round(found[f"eval/return_{task}"], 1)) for task in what["tasks"]]
-            print(*records[-len(what["tasks"]) :], sep="\n", flush=True)
+            for task in what["tasks"]:
+                records.append((name, row, len(data), args.seed, task, round(found[f"eval/return_{task}"], 1)))
+                print(*records[-1], sep="  ", flush=True)
     with (args.out / "offline.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("data", "row", "transitions", "seed", "task", "return"), *records])
     draw(records, args.out / "offline.png")
@@ -57,10 +57,9 @@ def make(row, env, args):
     """Actor, update and normalisation of a row."""
     specs, count = (env.observation_spec["observation"][0], env.action_spec[0]), len(env.base_env.tasks) // args.episodes
     normalize = RunningNormalization(specs[0].shape[-1])
+    kinds = [{"network_class": SharedMLP, "num_networks": n, "heads": row == "multi_head"} for n in (1, 2)]
     if row.startswith("pathways"):
         kinds = [{"sparsity": SPARSITY, "generator": args.seed}] * 2
-    else:
-        kinds = [{"network_class": SharedMLP, "num_networks": n, "heads": row == "multi_head"} for n in (1, 2)]
     kinds = [{"normalize": normalize, "num_cells": CELLS, **kind} for kind in kinds]
     actor = make_deterministic_actor(*specs, num_subnets=count, **kinds[0])
     qvalue = make_qvalue(*specs, num_subnets=2 * count, **kinds[1])  # 2t and 2t + 1 are task t's
@@ -85,8 +84,8 @@ def train(actor, update, normalize, row, data, args):
 
 def short_run(out):
     """Datasets of a short run of examples/multitask.py: its replay, and episodes of its policy."""
-    command = [sys.executable, Path(__file__).with_name("multitask.py"), "--config-name", "quick_start_multitask"]
-    subprocess.run([*command, "total_frames=20_000", "eval.interval=20_000", f"folder={out / 'run'}"], check=True)
+    options = ["--config-name=quick_start_multitask", "total_frames=20_000", "eval.interval=20_000", f"folder={out / 'run'}"]
+    subprocess.run([sys.executable, Path(__file__).with_name("multitask.py"), *options], check=True)
     return [str(record_replay(out / "run", out / "replay")), str(record_policy(out / "run", out / "policy", 20_000))]
 
 
@@ -98,8 +97,9 @@ def draw(records, path):
             found = [(record[2], record[5]) for record in records if record[:2] == (name, row)]
             sizes = sorted({size for size, _ in found})
             axes.plot(sizes, [fmean(value for each, value in found if each == size) for size in sizes], marker="o", label=row)
-        axes.set(title=name, xlabel="transitions of each task", ylabel="mean return of the tasks", xscale="log")
-    axes.legend()
+        title = "+".join(Path(part).name for part in name.split("+"))
+        axes.set(title=title, xlabel="transitions of each task", ylabel="mean return of the tasks", xscale="log")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(ROWS))
     save(figure, path)
 
 
