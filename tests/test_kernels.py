@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_update import BATCH, CLOSE, assert_outputs_close, assert_same_state, build, make_batch, make_parts, make_update, train
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from omnet_torchrl.updates import compiled as compiled_module
@@ -131,3 +132,26 @@ def test_what_was_changed_in_place_is_rounded_anew(monkeypatch):
         after = a.mul_(3) @ b
     assert before.tolist() == [[1, 1], [1, 1]]
     assert after.tolist() == [[3, 3], [3, 3]]
+
+
+def test_a_product_is_written_as_it_is_read():
+    """(A B)^T, where nothing reads A B, is B^T A^T; a product that is read both ways stays."""
+    a, b, weight = torch.randn(3, 8, 4), torch.randn(3, 8, 5), torch.randn(5, 4)
+
+    def gradient(state, inputs):
+        turned = (inputs[0].mT @ inputs[1]).mT
+        kept = inputs[0].mT @ inputs[1] * 2.0
+        return {"turned": state[0] - turned.sum(0), "both": (kept.mT @ kept).mT}
+
+    graph = make_fx(lambda *every: list(gradient(every[:1], every[1:]).values()))(weight, a, b)
+    targets = [node.target for node in graph.graph.nodes]
+    compiled_module._as_they_are_read(graph)
+    graph.graph.eliminate_dead_code()
+    products = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.bmm.default)
+    assert len(products) == targets.count(torch.ops.aten.bmm.default) == 3
+    transposed = [all(user.target is compiled_module.TRANSPOSE for user in node.users) for node in products]
+    assert transposed == [False, False, False]
+    code = compiled_module.CompiledFunction(gradient, [weight], [a, b])
+    got, expected = code(compiled_module.as_bytes([weight]), [a, b]), gradient([weight], [a, b])
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value)

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from omnet_torchrl.updates.kernels import DECOMPOSITIONS
 from omnet_torchrl.updates.private import as_if_compiling, inductor, trace
 
-VIEW_AS = torch.ops.aten.view.dtype
+TRANSPOSE, VIEW_AS = torch.ops.aten.transpose.int, torch.ops.aten.view.dtype
 
 
 class CompiledFunction:
@@ -52,6 +52,7 @@ class CompiledFunction:
         with as_if_compiling(), quiet():
             graph = trace(flat, *map(_copy, every))
         _reading_bytes(graph)
+        _as_they_are_read(graph)
         self.used = _without_unused_inputs(graph)
         self.count = count
         self.code = translate(graph, [_copy(every[i]) for i in self.used])
@@ -130,6 +131,24 @@ def _reading_bytes(graph: GraphModule) -> None:
             source = source.args[0]
         if dtype == torch.uint8 and source.target is torch.ops.aten.ne.Scalar and source.args[0].op == "placeholder":
             node.replace_all_uses_with(source.args[0])
+
+
+def _as_they_are_read(graph: GraphModule) -> None:
+    """Have the products that are only read transposed written that way: (A B)^T is B^T A^T.
+
+    Of several networks, autograd makes the gradients of the weights (in, out), and the weights are (out, in): whatever reads
+    both would go through one of them across its rows.
+    """
+    make = graph.graph.call_function
+    for product in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.bmm.default):
+        readers = list(product.users)
+        if not all(node.target is TRANSPOSE and {dim % 3 for dim in node.args[1:]} == {1, 2} for node in readers):
+            continue
+        with graph.graph.inserting_before(product):
+            turned = [make(TRANSPOSE, (matrix, 1, 2)) for matrix in reversed(product.args)]
+            other = make(product.target, tuple(turned))
+        for node in readers:
+            node.replace_all_uses_with(other)
 
 
 def _without_unused_inputs(graph: GraphModule) -> list[int]:
