@@ -155,3 +155,49 @@ def test_a_product_is_written_as_it_is_read():
     got, expected = code(compiled_module.as_bytes([weight]), [a, b]), gradient([weight], [a, b])
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value)
+
+
+@pytest.mark.parametrize(
+    ("channels", "out", "options", "patches"),
+    [
+        (4, 16, {}, True),
+        (3, 5, {"stride": 2, "bias": False}, True),
+        (40, 5, {}, False),
+        (4, 6, {"padding": 1}, False),
+        (4, 6, {"groups": 2}, False),
+        (4, 6, {"dilation": 2}, False),
+    ],
+)
+def test_a_convolution_of_few_numbers_is_a_product(channels, out, options, patches):
+    layer = torch.nn.Conv2d(channels, out, 3, **options)
+    images, state = torch.randn(7, channels, 10, 9), [each.detach() for each in layer.parameters()]
+    names = [name for name, _ in layer.named_parameters()]
+
+    def step(state, inputs):
+        own = [each.detach().requires_grad_() for each in state]
+        output = torch.func.functional_call(layer, dict(zip(names, own, strict=True)), (inputs[0],))
+        gradients = torch.autograd.grad(output.square().sum(), own)
+        return {"output": output.detach(), **dict(zip(names, gradients, strict=True))}
+
+    expected = step(state, [images])
+    graph = make_fx(lambda *every: list(step(list(every[:-1]), [every[-1]]).values()))(*state, images)
+    graph = compiled_module.decomposed(graph, [*state, images])
+    left = [node.target for node in graph.graph.nodes if "convolution" in str(node.target)]
+    assert len(left) == (0 if patches else 2)
+    code = compiled_module.CompiledFunction(step, state, [images])
+    for name, value in code(state, [images]).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(("rows", "turned"), [(8, False), (32, True), (256, False)])
+def test_a_layer_of_few_rows_multiplies_from_the_other_side(rows, turned):
+    layer, inputs = torch.nn.Linear(300, 20), torch.randn(rows, 300)
+    state = [each.detach() for each in layer.parameters()]
+
+    def ask(weight, bias, inputs):
+        return torch.nn.functional.linear(inputs, weight, bias)
+
+    graph = compiled_module.decomposed(make_fx(ask)(*state, inputs), [*state, inputs])
+    (product,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    assert product.meta["val"].shape == ((20, rows) if turned else (rows, 20))
+    torch.testing.assert_close(graph(*state, inputs), ask(*state, inputs))

@@ -23,6 +23,8 @@ from omnet_torchrl.updates.private import has_onednn_mm, lower_to_onednn, onednn
 WORTH = 2**21  # multiply-adds of a product: below, oneDNN's longer call outweighs its kernels
 MAX_PRODUCTS = 32  # of a batch, which oneDNN makes one by one
 SMALL = 4096  # of the size of a layer's bias, not of its weights
+FEW_ROWS, MANY_INPUTS = range(16, 65), 256  # of a product that is faster with the weight, as it lies, on the left
+MAX_PATCH = 128  # numbers that a unit of a convolution sees, for which a matrix of patches is worth its memory
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -92,7 +94,9 @@ def _layer_norm(
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """The bias apart, for Inductor to fuse with what follows; the dimension between keeps it from undoing that."""
-    return _biased(torch.mm(a, b).unsqueeze(0), bias, beta, alpha).squeeze(0)
+    turn = a.shape[0] in FEW_ROWS and a.shape[1] >= MANY_INPUTS and b.stride(0) == 1 and b.device.type == "cpu"
+    product = torch.mm(b.t(), a.t()).t() if turn else torch.mm(a, b)
+    return _biased(product.unsqueeze(0), bias, beta, alpha).squeeze(0)
 
 
 def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -113,6 +117,47 @@ def _mm(a: Tensor, b: Tensor) -> Any:
     if a.shape[0] == 1:
         return (a.t() * b).sum(0, keepdim=True)
     return mm(a, b)
+
+
+def _convolution(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], *how: Any
+) -> Any:
+    """A convolution of few numbers per unit as a product of matrices: oneDNN takes longer to begin one than to compute it."""
+    if not _has_small_patches(input, weight, padding, *how):
+        return NotImplemented
+    patches = _patches(input, weight, stride)
+    output = (patches.flatten(0, 2) @ _flat(weight).t()).unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
+    return (output if bias is None else output + bias.view(-1, 1, 1)).contiguous()
+
+
+def _convolution_backward(
+    gradient: Tensor, input: Tensor, weight: Tensor, sizes: Any, stride: Sequence[int], padding: Sequence[int], *how: Any
+) -> Any:
+    """See :func:`_convolution`; of the first layer, which nobody asks for the gradient of its input."""
+    *others, (of_input, of_weight, _) = how
+    if of_input or not of_weight or not _has_small_patches(input, weight, padding, *others):
+        return NotImplemented
+    patches, rows = _patches(input, weight, stride), gradient.permute(0, 2, 3, 1).flatten(0, 2)
+    out, channels, *kernel = weight.shape
+    change = (rows.t() @ patches.flatten(0, 2)).view(out, *kernel, channels).permute(0, 3, 1, 2)
+    return None, change.contiguous(), rows.sum(0)
+
+
+def _has_small_patches(
+    input: Tensor, weight: Tensor, padding: Sequence[int], dilation: Sequence[int], transposed: bool, _: Any, groups: int
+) -> bool:
+    plain = weight.ndim == 4 and groups == 1 and not transposed and not any(padding) and set(dilation) == {1}
+    return plain and input.device.type == "cpu" and weight[0].numel() <= MAX_PATCH
+
+
+def _patches(input: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
+    """What each unit sees of ``(B, C, H, W)``: ``(B, H', W', kernel * C)``, the channels last, as they mostly lie."""
+    seen = input.unfold(2, weight.shape[2], stride[0]).unfold(3, weight.shape[3], stride[-1])
+    return materialised(seen.permute(0, 2, 3, 4, 5, 1).flatten(3))
+
+
+def _flat(weight: Tensor) -> Tensor:
+    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def _index_select(tensor: Tensor, dim: int, index: Tensor) -> Any:
@@ -187,4 +232,6 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.bmm.default: bmm,
     torch.ops.aten.addmm.default: _addmm,
     torch.ops.aten.baddbmm.default: _baddbmm,
+    torch.ops.aten.convolution.default: _convolution,
+    torch.ops.aten.convolution_backward.default: _convolution_backward,
 }
