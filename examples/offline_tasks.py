@@ -3,10 +3,9 @@
     python examples/offline_tasks.py --updates 2_000 --sizes 1_000 10_000    # in minutes, from the datasets of a short run
     python examples/offline_tasks.py data/replay data/expert data/replay+data/expert --sizes 1_000 10_000 100_000
 
-``python -m omnet_torchrl.training.datasets`` records datasets. TD3+BC ("A Minimalist Approach to Offline Reinforcement
-Learning", Fujimoto and Gu, 2021) trains each row on random transitions of each; offline.csv has the returns, offline.png shows
-them. Masks are random, but those of pathways_data are chosen by the data: before the first update (DAPD's single shot) or,
-with --follow, every 1,000 updates until then.
+``python -m omnet_torchrl.training.datasets`` records datasets. TD3+BC (Fujimoto and Gu, 2021) trains each row on random
+transitions of each; offline.csv and offline.png have returns or, of Meta-World, success. Masks are random, but those of
+pathways_data are chosen by the data: before the first update (DAPD's single shot) or, with --follow, every 1,000 until then.
 """
 
 import argparse
@@ -46,10 +45,11 @@ def main(arguments=None):
             train(*learner, row, data, args)
             found = evaluate(learner[0], env, seed=args.seed, tasks=what["tasks"])
             for task in what["tasks"]:
-                records.append((name, row, len(data), args.seed, task, round(found[f"eval/return_{task}"], 1)))
+                scores = round(found[f"eval/return_{task}"], 1), found.get(f"eval/success_{task}", "")
+                records.append((name, row, len(data), args.seed, task, *scores))
                 print(*records[-1], sep="  ", flush=True)
     with (args.out / "offline.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("data", "row", "transitions", "seed", "task", "return"), *records])
+        csv.writer(file).writerows([("data", "row", "transitions", "seed", "task", "return", "success"), *records])
     draw(records, args.out / "offline.png")
 
 
@@ -57,10 +57,9 @@ def make(row, env, args):
     """Actor, update and normalisation of a row."""
     specs, count = (env.observation_spec["observation"][0], env.action_spec[0]), len(env.base_env.tasks) // args.episodes
     normalize = RunningNormalization(specs[0].shape[-1])
-    kinds = [{"network_class": SharedMLP, "num_networks": n, "heads": row == "multi_head"} for n in (1, 2)]
-    if row.startswith("pathways"):
-        kinds = [{"sparsity": SPARSITY, "generator": args.seed}] * 2
-    kinds = [{"normalize": normalize, "num_cells": CELLS, **kind} for kind in kinds]
+    shared = [{"network_class": SharedMLP, "num_networks": n, "heads": row == "multi_head"} for n in (1, 2)]
+    masked = [{"sparsity": SPARSITY, "generator": args.seed}] * 2
+    kinds = [{"normalize": normalize, "num_cells": CELLS, **each} for each in (masked if "pathways" in row else shared)]
     actor = make_deterministic_actor(*specs, num_subnets=count, **kinds[0])
     qvalue = make_qvalue(*specs, num_subnets=2 * count, **kinds[1])  # 2t and 2t + 1 are task t's
     # The batch's "subnet" is the task, which trains its own subnetworks; the actor stays near the data.
@@ -92,13 +91,14 @@ def short_run(out):
 def draw(records, path):
     """One panel for each dataset: the mean over tasks against the number of transitions."""
     figure, names = Figure(figsize=(9, 3.5), layout="constrained"), sorted({record[0] for record in records})
+    score, what = (5, "return") if records[0][6] == "" else (6, "success")
     for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
         for row in ROWS:
-            found = [(record[2], record[5]) for record in records if record[:2] == (name, row)]
+            found = [(record[2], record[score]) for record in records if record[:2] == (name, row)]
             sizes = sorted({size for size, _ in found})
             axes.plot(sizes, [fmean(value for each, value in found if each == size) for size in sizes], marker="o", label=row)
         title = "+".join(Path(part).name for part in name.split("+"))
-        axes.set(title=title, xlabel="transitions of each task", ylabel="mean return of the tasks", xscale="log")
+        axes.set(title=title, xlabel="transitions of each task", ylabel=f"mean {what} of the tasks", xscale="log")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(ROWS))
     save(figure, path)
 

@@ -144,6 +144,7 @@ def test_the_example_trains_each_row_on_each_dataset_and_size(example, tmp_path,
     assert len(figures[-1].axes) == 3
     assert (tmp_path / "out" / "offline.png").exists()
     assert len({line["return"] for line in lines}) > len(lines) / 2
+    assert {line["success"] for line in lines} == {""}, "HalfCheetah's tasks are never solved"
     example.main([data[0], *options, "--rows", "pathways_data"])
     again = [line for line in lines if (line["data"], line["row"]) == (data[0], "pathways_data")]
     with (tmp_path / "out" / "offline.csv").open() as file:
@@ -190,11 +191,26 @@ def test_the_cells_of_the_benchmark_are_commands_that_exist(example, tmp_path, c
     assert capsys.readouterr().out.count("\n") == len(steps) - 1, "what is there is not made again"
 
 
-def test_the_benchmarks_table_is_over_seeds(tmp_path):
+@pytest.mark.parametrize(
+    ("successes", "expected"), [(None, "25 ± 10"), ([("0.0", "0.4"), ("0.2", "0.6"), ("0.4", "0.8")], "0.40 ± 0.20")]
+)
+def test_the_benchmarks_table_is_over_seeds(successes, expected, tmp_path):
     import offline
 
     for seed, values in enumerate([(10, 20), (20, 30), (30, 40)]):
         (tmp_path / f"seed{seed}").mkdir()
-        lines = [f"x/medium+y/expert,pathways,1000,{seed},{task},{value}\n" for task, value in enumerate(values)]
-        (tmp_path / f"seed{seed}" / "offline.csv").write_text("data,row,transitions,seed,task,return\n" + "".join(lines))
-    assert offline.table(tmp_path).splitlines()[2:] == ["| medium+expert | pathways | 1,000 | 25 ± 10 | 3 |"]
+        scores = zip(values, successes[seed] if successes else ("", ""), strict=True)
+        lines = [f"x/medium+y/expert,pathways,1000,{seed},{task},{value},{each}\n" for task, (value, each) in enumerate(scores)]
+        header = "data,row,transitions,seed,task,return,success\n"
+        (tmp_path / f"seed{seed}" / "offline.csv").write_text(header + "".join(lines))
+    assert offline.table(tmp_path).splitlines()[2:] == [f"| medium+expert | pathways | 1,000 | {expected} | 3 |"]
+
+
+def test_the_example_draws_success_where_the_tasks_have_it(example, tmp_path, figures):
+    records = [("a", row, size, 0, task, 5.0, 0.5) for row in example.ROWS for size in (10, 20) for task in "xy"]
+    example.draw(records, tmp_path / "offline.png")
+    (axes,) = figures[-1].axes
+    assert axes.get_ylabel() == "mean success of the tasks"
+    assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 0.5]] * len(example.ROWS)
+    example.draw([(*record[:6], "") for record in records], tmp_path / "offline.png")
+    assert figures[-1].axes[0].get_ylabel() == "mean return of the tasks"

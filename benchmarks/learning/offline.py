@@ -58,19 +58,23 @@ def commands(folder: Path) -> list[tuple[Path, list[str]]]:
 
 
 def table(folder: Path) -> str:
-    """A row for each dataset, size and method: the mean return of the tasks, over seeds."""
+    """A row for each dataset, size and method: the mean return of the tasks or, where there is one, success, over seeds."""
     found: dict[tuple[str, str, int], dict[str, list[float]]] = {}
     for path in sorted(folder.glob("seed*/offline.csv")):
         with path.open() as file:
             for line in csv.DictReader(file):
                 name = "+".join(Path(part).name for part in line["data"].split("+"))
                 seeds = found.setdefault((name, line["row"], int(line["transitions"])), {})
-                seeds.setdefault(line["seed"], []).append(float(line["return"]))
-    lines = ["| data | row | transitions of each task | return, mean of the tasks | seeds |", "|---|---|---|---|---|"]
+                seeds.setdefault(line["seed"], []).append(float(line["success"] or line["return"]))
+    lines = [
+        "| data | row | transitions of each task | return or success, mean of the tasks | seeds |",
+        "|---|---|---|---|---|",
+    ]
     for (name, row, size), seeds in found.items():
         means = [fmean(values) for values in seeds.values()]
-        spread = f" ± {stdev(means):.0f}" if len(means) > 1 else ""
-        lines.append(f"| {name} | {row} | {size:,} | {fmean(means):.0f}{spread} | {len(means)} |")
+        digits = 0 if max(map(abs, means)) > 1 else 2
+        spread = f" ± {stdev(means):.{digits}f}" if len(means) > 1 else ""
+        lines.append(f"| {name} | {row} | {size:,} | {fmean(means):.{digits}f}{spread} | {len(means)} |")
     return "\n".join(lines)
 
 
