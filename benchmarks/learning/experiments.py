@@ -292,7 +292,7 @@ EXPERIMENTS = {
     "td3_quick": Experiment(
         "OMNet-TD3 and TD3, as in the quick start",
         tuple(
-            Variant(name, ROWS[name].label, name, options)
+            Variant(name, ROWS[name].label, name, (*options, ("exploration.noise", 0.3)))
             for name, options in (("omnet_td3", _QUICK_START), ("td3", _QUICK_START[2:]))
         ),
         tasks=("InvertedDoublePendulum-v4",),
