@@ -16,7 +16,7 @@ from conftest import make_batch, specs
 from experiments import EXAMPLES, EXPERIMENTS, TASKS, Cell, Variant, select
 from omegaconf import OmegaConf
 from rates import Rate, Rates
-from records import SIZES, config_of
+from records import SIZES, Record, _is, config_of
 
 from omnet_torchrl.training.build import build
 from omnet_torchrl.training.command_line import check_overrides
@@ -348,3 +348,15 @@ def test_a_rate_is_measured_with_the_examples_own_clock(monkeypatch):
     rate = rates.measure(Cell(Variant("sac", "SAC", "sac", options), "InvertedPendulum-v4", 0, 60), "cpu", 1)
     assert 0 <= rate.random < rate.training < 10
     assert rate.update == pytest.approx(rate.training)
+
+
+def test_the_runs_of_every_experiment_are_told_by_their_options():
+    """Also where an option is a list, as the width of MinAtar's networks is."""
+    for experiment in EXPERIMENTS.values():
+        for variant in experiment.variants:
+            own = Record(Path(), config_of(variant, experiment.tasks[0]), "finished", {})
+            assert _is(own, variant, experiment.tasks[0])
+    source, dense = (each for each in EXPERIMENTS["minatar_structures"].variants[:2])
+    assert config_of(source, "MinAtar/breakout").network.num_cells == [1_000]
+    assert "network.num_cells=[1000]" in source.overrides("MinAtar/breakout", 0, 10)
+    assert not _is(Record(Path(), config_of(dense, "MinAtar/breakout"), "finished", {}), source, "MinAtar/breakout")

@@ -40,7 +40,7 @@ class Variant:
         places = {"{cells}": str(results / task), "{seed}": str(seed)}
         own = []
         for name, value in self.options:
-            text = "null" if value is None else str(value)
+            text = "null" if value is None else str(_listed(value))
             for place in places if isinstance(value, str) else ():
                 text = text.replace(place, places[place])
             own.append(f"{name}={text}")
@@ -60,8 +60,13 @@ class Variant:
             node = options
             for group in groups:
                 node = node.setdefault(group, {})
-            node[leaf] = value
+            node[leaf] = _listed(value)
         return options
+
+
+def _listed(value: Any) -> Any:
+    """A value as Hydra takes it: a list is a tuple here, so that variants have a hash."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
@@ -171,17 +176,17 @@ def _precisions(*options: tuple[str, Any]) -> tuple[Variant, ...]:
 
 # A window of 3 x 3 has 9 % of a grid of 10 x 10: 1,000 units with one each keep as many weights as 90 that see everything.
 _GAMES = ("MinAtar/breakout", "MinAtar/space_invaders")
-_GAME = (("max_episode_steps", 10_000),)
+_GAME = (("max_episode_steps", 10_000), ("log_interval", 5_000))
 
 
 def _structures() -> tuple[Variant, ...]:
     """Structures of the first layer, its weights learned or fixed, with equally many kept weights."""
     variants: list[Variant] = []
     # The run whose weights an L1 penalty thins out: its largest ones are the structure of the others. The coefficient is ours.
-    source = (("network.channels", None), ("network.num_cells", [1_000]), ("loss.l1", 1e-5))
+    source = (("network.channels", None), ("network.num_cells", (1_000,)), ("loss.l1", 1e-5))
     variants.append(Variant("dqn_l1_source", "dense, with an L1 penalty", "dqn", (*source, *_GAME)))
     for name in ("dense", "random", "spatial", "predictive", "l1"):
-        units = [90] if name == "dense" else [1_000]
+        units = (90,) if name == "dense" else (1_000,)
         layer = (("network.channels", None), ("network.num_cells", units))
         layer += () if name == "dense" else (("network.structure", name),)
         layer += (("network.structure_run", "{cells}/dqn_l1_source/seed{seed}"),) if name == "l1" else ()
