@@ -347,3 +347,37 @@ def test_an_optimiser_of_other_parameters_is_told_which_and_names_few():
     one_line(error, "and 18 more; others: 10")
     assert str(error.value).count("qvalue_network_params") == 3
     assert Update(loss, torch.optim.Adam(loss.parameters()), compile=False)(batch_of("sac"))["loss_qvalue"].isfinite()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda init: MaskedMLP(12, 2, num_cells=[8], init_fn=init),
+        lambda init: UnitMaskedMLP(12, 2, num_cells=[8], init_fn=init),
+        lambda init: EnsembleMLP(12, 2, num_cells=[8], num_subnets=2, init_fn=init),
+        lambda init: RedrawnMLP(12, 2, num_cells=[8], init_fn=init),
+        lambda init: SharedMLP(12, 2, num_cells=[8], num_subnets=2, init_fn=init),
+        lambda init: MaskedConv2d(4, 6, 3, masks=bernoulli_masks(2, (6, 4, 3, 3), 0.5, generator=0), init_fn=init),
+    ],
+    ids=["masked", "unit", "ensemble", "redrawn", "shared", "convolution"],
+)
+def test_an_init_fn_that_is_no_function_says_what_one_is(build):
+    with pytest.raises(TypeError, match=r"init_fn must be a function .*xavier_uniform_, got 'xavier'\."):
+        build("xavier")
+    torch.manual_seed(0)
+    weights = [weight for weight in build(nn.init.zeros_).parameters() if weight.ndim > 1]
+    assert weights
+    assert not any(weight.any() for weight in weights)
+
+
+def test_layers_with_another_number_of_masks_are_refused():
+    masks = torch.ones(3, 4, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"masks must be one for all layers or num_subnets=2, got 3\."):
+        EnsembleLinear(5, 4, num_subnets=2, masks=masks)
+    assert EnsembleLinear(5, 4, num_subnets=3, masks=masks).masks.equal(masks)
+    assert EnsembleLinear(5, 4, num_subnets=2, masks=masks[:1]).masks.equal(masks[:1].expand(2, -1, -1))
+
+
+def test_a_schedule_of_a_loss_says_that_it_takes_an_update():
+    with pytest.raises(TypeError, match=r"update must be an Update, got OMNetSACLoss: of a loss, MaskSchedule\(Update\(loss\)"):
+        MaskSchedule(LOSSES["sac"](), density=0.5)

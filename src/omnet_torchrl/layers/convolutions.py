@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omnet_torchrl.layers.indexed import IndexedLayer, IndexedMLP, InitFn, as_index, check_subnet
+from omnet_torchrl.layers.indexed import IndexedLayer, IndexedMLP, InitFn, as_index, check_subnet, initialise
 from omnet_torchrl.layers.masked import apply_masks
 from omnet_torchrl.masks import check_masks
 
@@ -67,10 +67,7 @@ class MaskedConv2d(IndexedLayer, nn.Conv2d):
         """Draw the weight and the bias anew; masks stay."""
         super().reset_parameters()
         if self.init_fn is not None:
-            with torch.no_grad():
-                self.init_fn(self.weight)
-                if self.bias is not None:
-                    self.bias.zero_()
+            initialise(self.weight, self.bias, self.init_fn)
 
     def forward(self, input: Tensor, subnet: Tensor | int) -> Tensor:  # type: ignore[override]
         """Convolve each image with the kernels of its subnetwork."""

@@ -59,6 +59,8 @@ class EnsembleLinear(IndexedLinear):
         self.register_parameter("bias", nn.Parameter(torch.empty(num_subnets, out_features, **kwargs)) if bias else None)
         if masks is not None:
             check_masks(masks, (out_features, in_features), name)
+            if len(masks) not in (1, num_subnets):
+                raise ValueError(f"{name} must be one for all layers or num_subnets={num_subnets}, got {len(masks)}.")
             masks = masks.expand(num_subnets, -1, -1).to(self.weight.device, copy=True)
         self.register_buffer("masks", masks)
         self.reset_parameters()

@@ -234,6 +234,9 @@ def initialise(weight: Tensor, bias: Tensor | None, init_fn: InitFn | None) -> N
     """Fill a weight ``(out, in)`` and its bias: with ``init_fn`` and zeros, or as :class:`torch.nn.Linear` does."""
     with torch.no_grad():
         if init_fn is not None:
+            if not callable(init_fn):
+                expected = "a function that fills a weight in place, such as torch.nn.init.xavier_uniform_"
+                raise TypeError(f"init_fn must be {expected}, got {init_fn!r}.")
             init_fn(weight)
             if bias is not None:
                 bias.zero_()

@@ -125,8 +125,8 @@ def _convolution(
     """A convolution of few numbers per unit as a product of matrices: oneDNN takes longer to begin one than to compute it."""
     if not _has_small_patches(input, weight, padding, *how):
         return NotImplemented
-    patches = _patches(input, weight, stride)
-    output = (patches.flatten(0, 2) @ _flat(weight).t()).unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
+    patches, kernels = _patches(input, weight, stride), weight.permute(2, 3, 1, 0).flatten(0, 2)
+    output = (patches.flatten(0, 2) @ kernels).unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
     return (output if bias is None else output + bias.view(-1, 1, 1)).contiguous()
 
 
@@ -154,10 +154,6 @@ def _patches(input: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
     """What each unit sees of ``(B, C, H, W)``: ``(B, H', W', kernel * C)``, the channels last, as they mostly lie."""
     seen = input.unfold(2, weight.shape[2], stride[0]).unfold(3, weight.shape[3], stride[-1])
     return materialised(seen.permute(0, 2, 3, 4, 5, 1).flatten(3))
-
-
-def _flat(weight: Tensor) -> Tensor:
-    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def _index_select(tensor: Tensor, dim: int, index: Tensor) -> Any:

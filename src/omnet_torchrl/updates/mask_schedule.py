@@ -124,6 +124,10 @@ class MaskSchedule:
         reset_moments: bool = True,
         seed: int = 0,
     ):
+        if not isinstance(update, Update):
+            raise TypeError(
+                f"update must be an Update, got {type(update).__name__}: of a loss, MaskSchedule(Update(loss), ...)."
+            )
         layers = layers or ("global" if method == "saliency" else "erk")
         given = {"method": method, "layers": layers, "scored_under": scored_under, "scored_by": scored_by}
         for name, value in {**given, "grown_weights": grown_weights}.items():
