@@ -105,6 +105,20 @@ def test_the_figures_of_their_own_kind_are_drawn(name, tmp_path):
         assert "| DroQ | missing | missing | missing | 0.1 of 5 (paper: 0.03) |" in text
 
 
+@pytest.mark.parametrize(
+    "name", ["td3_quick", "minatar_structures", "minatar", "tasks", "dapd", "dapd_quick", "adaptive_quick", "precision_quick"]
+)
+def test_each_row_of_an_experiment_is_found_and_drawn(name, tmp_path):
+    experiment, root = EXPERIMENTS[name], tmp_path / "results"
+    cells = [cell for cell in experiment.cells([0]) if cell.task == experiment.tasks[0]]
+    for i, cell in enumerate(cells):
+        write_run(root, cell, 100 * (1 + i))
+    text = written(root, name)
+    for i, cell in enumerate(cells):
+        assert f"| {cell.variant.label} | {100 * (1 + i)} (n=1) |" in text
+    assert (tmp_path / "output" / f"{name}.png").stat().st_size > 10_000
+
+
 @pytest.fixture
 def without_pictures(monkeypatch):
     """Most of a report's time."""
