@@ -392,8 +392,8 @@ def test_td3_bc_of_tasks_is_compiled_and_logs_each(compiler):  # noqa: F811
     assert {"bc_loss", "bc_loss_task", "loss_actor_task", "loss_qvalue_task"} <= set(metrics[0].keys())
     for name, value in metrics[0].items():
         assert torch.equal(metrics[1][name], value), name
-    for name, value in eager.loss.state_dict().items():
-        assert torch.equal(traced.loss.state_dict()[name], value), name
+    for name, value in eager.loss.state_dict().items():  # gradients of several networks are rounded otherwise
+        torch.testing.assert_close(traced.loss.state_dict()[name], value, msg=name)
     torch.testing.assert_close(metrics[0]["loss_actor_task"].sum(), metrics[0]["loss_actor"])
 
 

@@ -302,7 +302,7 @@ EXPERIMENTS = {
         ),
         tasks=("InvertedDoublePendulum-v4",),
         seeds=3,
-        frames=5_000,
+        frames=8_000,
     ),
     "dapd": Experiment(
         "95 % sparse: masks that follow the weights, and masks that stay",
