@@ -4,8 +4,8 @@
     python examples/offline_tasks.py data/replay data/expert data/replay+data/expert --sizes 1_000 10_000 100_000
 
 ``python -m omnet_torchrl.training.datasets`` records datasets. TD3+BC (Fujimoto and Gu, 2021) trains each row on random
-transitions of each; offline.csv and offline.png have returns or, of Meta-World, success. Masks are random, but those of
-pathways_data are chosen by the data: before the first update (DAPD's single shot) or, with --follow, every 1,000 until then.
+transitions of each; offline.csv has returns and, of Meta-World, success. The masks of pathways are random; the data chooses
+those of pathways_data, before the first update (DAPD's single shot) or, with --follow, every 1,000 updates until then.
 """
 
 import argparse

@@ -201,3 +201,13 @@ def test_a_layer_of_few_rows_multiplies_from_the_other_side(rows, turned):
     (product,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
     assert product.meta["val"].shape == ((20, rows) if turned else (rows, 20))
     torch.testing.assert_close(graph(*state, inputs), ask(*state, inputs))
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_product_that_onednn_makes_is_not_turned(faster, chosen, monkeypatch):
+    monkeypatch.setattr(kernels, "onednn_is_faster", lambda: faster)
+    bias, a, b = torch.randn(20), torch.randn(32, 300), torch.randn(20, 300).t()
+    graph = make_fx(lambda *inputs: kernels._addmm(*inputs))(bias, a, b)
+    (product,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    assert product.meta["val"].shape == ((32, 20) if faster else (20, 32))
+    torch.testing.assert_close(graph(bias, a, b), bias + a @ b)

@@ -56,7 +56,7 @@ def test_the_papers_experiments_have_the_papers_size():
         400_000,
         6_000,
         8_000,
-    }  # maze, readings, quick, MinAtar, four tasks, adaptive masks in the quick start
+    }  # maze, readings, quick, MinAtar, four tasks, adaptive masks and TD3 in the quick start
     assert len(EXPERIMENTS["table1"].cells()) == 8 * 4 * 10
     assert (len(EXPERIMENTS["controls"].cells()), len(EXPERIMENTS["readings"].cells())) == (10 * 4 * 10, 11 * 2)
     new = {cell.path for cell in EXPERIMENTS["readings"].cells()} - {cell.path for cell in select(["fig2a", "controls"])}

@@ -134,10 +134,10 @@ def _reading_bytes(graph: GraphModule) -> None:
 
 
 def _as_they_are_read(graph: GraphModule) -> None:
-    """Have the products that are only read transposed written that way: (A B)^T is B^T A^T.
+    """Have products that are only read transposed written that way: (A B)^T is B^T A^T.
 
-    Of several networks, autograd makes the gradients of the weights (in, out), and the weights are (out, in): whatever reads
-    both would go through one of them across its rows.
+    Autograd makes the gradients of several networks' weights as (in, out), while the weights are (out, in). An optimiser that
+    reads both would read one of them against its order in memory.
     """
     make = graph.graph.call_function
     for product in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.bmm.default):

@@ -23,7 +23,7 @@ from omnet_torchrl.updates.private import has_onednn_mm, lower_to_onednn, onednn
 WORTH = 2**21  # multiply-adds of a product: below, oneDNN's longer call outweighs its kernels
 MAX_PRODUCTS = 32  # of a batch, which oneDNN makes one by one
 SMALL = 4096  # of the size of a layer's bias, not of its weights
-FEW_ROWS, MANY_INPUTS = range(16, 65), 256  # of a product that is faster with the weight, as it lies, on the left
+FEW_ROWS, MANY_INPUTS = range(16, 65), 256  # of a product that MKL makes faster with the weight, as it lies, on the left
 MAX_PATCH = 128  # numbers that a unit of a convolution sees, for which a matrix of patches is worth its memory
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -94,7 +94,8 @@ def _layer_norm(
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """The bias apart, for Inductor to fuse with what follows; the dimension between keeps it from undoing that."""
-    turn = a.shape[0] in FEW_ROWS and a.shape[1] >= MANY_INPUTS and b.stride(0) == 1 and b.device.type == "cpu"
+    few = a.shape[0] in FEW_ROWS and a.shape[1] >= MANY_INPUTS and b.stride(0) == 1 and b.device.type == "cpu"
+    turn = few and not _preferred(a, a.shape[0] * a.shape[1] * b.shape[1])
     product = torch.mm(b.t(), a.t()).t() if turn else torch.mm(a, b)
     return _biased(product.unsqueeze(0), bias, beta, alpha).squeeze(0)
 
@@ -122,7 +123,7 @@ def _mm(a: Tensor, b: Tensor) -> Any:
 def _convolution(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], *how: Any
 ) -> Any:
-    """A convolution of few numbers per unit as a product of matrices: oneDNN takes longer to begin one than to compute it."""
+    """A convolution as a product of matrices, where a unit sees few numbers: faster there than oneDNN's own."""
     if not _has_small_patches(input, weight, padding, *how):
         return NotImplemented
     patches, kernels = _patches(input, weight, stride), weight.permute(2, 3, 1, 0).flatten(0, 2)
@@ -133,7 +134,7 @@ def _convolution(
 def _convolution_backward(
     gradient: Tensor, input: Tensor, weight: Tensor, sizes: Any, stride: Sequence[int], padding: Sequence[int], *how: Any
 ) -> Any:
-    """See :func:`_convolution`; of the first layer, which nobody asks for the gradient of its input."""
+    """The gradients of weight and bias, see :func:`_convolution`; where the input's is asked for, oneDNN makes all three."""
     *others, (of_input, of_weight, _) = how
     if of_input or not of_weight or not _has_small_patches(input, weight, padding, *others):
         return NotImplemented
