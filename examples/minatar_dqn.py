@@ -22,7 +22,7 @@ from omnet_torchrl.grids import make_grid_qvalue_actor
 from omnet_torchrl.training import Evaluation, Exploring, Run, Trainer, describe, make_collector, make_env
 from omnet_torchrl.training.build import grid_options, loss_options, make_topology, update_options
 from omnet_torchrl.training.command_line import execute
-from omnet_torchrl.training.grid import prepare_grid
+from omnet_torchrl.training.grid import freeze_hidden, structure_options
 from omnet_torchrl.training.loop.environments import env_options
 from omnet_torchrl.training.loop.streams import derived_seed
 
@@ -39,8 +39,9 @@ def train(run: Run) -> float:
     env = make_env(config.env, num_envs=config.num_envs, seed=derived_seed(config.seed, "environments"), **env_options(config))
 
     # One network and N masks; the first layer may have a structure, the hidden layers may keep their first weights.
-    actor = make_grid_qvalue_actor(env.observation_spec, env.action_spec, **grid_options(config), device=device)
-    prepare_grid(config, actor)
+    structure = structure_options(config, env.observation_spec)
+    actor = make_grid_qvalue_actor(env.observation_spec, env.action_spec, **grid_options(config), **structure, device=device)
+    freeze_hidden(config, actor)
 
     # The subnetwork that is drawn at reset acts greedily on its own values all episode, but for epsilon.
     env.append_transform(SubnetPrimer(actor.num_subnets, generator=config.seed))

@@ -27,7 +27,7 @@ from omnet_torchrl import (
     hashed_masks,
     make_qvalue,
 )
-from omnet_torchrl.layers import EnsembleLinear, MaskedLinear, RedrawnLinear
+from omnet_torchrl.layers import EnsembleLinear, MaskedLinear, RedrawnLinear, StructuredLinear
 from omnet_torchrl.masks import random_bits
 from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.structures import l1_structure
@@ -414,12 +414,12 @@ def test_a_run_with_a_structure_keeps_its_hidden_layers_and_goes_on(structure, t
     assert differing(result(tmp_path / "parts"), result(tmp_path / "whole")) == []
     fresh = compose(tmp_path / "fresh", options_of("dqn", network=network), Stopping([], 10**9))
     (first, last), (first_before, last_before) = (
-        [layer for layer in trainer.update.loss.value_network.modules() if isinstance(layer, MaskedLinear)]
+        [layer for layer in trainer.update.loss.value_network.modules() if isinstance(layer, MaskedLinear | StructuredLinear)]
         for trainer in (whole, fresh)
     )
     assert torch.equal(first.weight, first_before.weight)
     assert not torch.equal(last.weight, last_before.weight)
-    assert set(first.masks.sum(-1).unique().tolist()) == {36 if structure == "spatial" else 9}
+    assert set(first.structure.sum(-1).unique().tolist()) == {36 if structure == "spatial" else 9}
 
 
 def test_a_structure_is_learned_by_an_l1_penalty_and_then_given_to_another_run(tmp_path):
@@ -433,9 +433,10 @@ def test_a_structure_is_learned_by_an_l1_penalty_and_then_given_to_another_run(t
     for name, own in {"plain": [], "l1": ["loss.l1=0.01"], "learned": learned}.items():
         run(name, *own)
     networks = {name: load_policy(tmp_path / name) for name in ("plain", "l1", "learned")}
-    layers = {name: next(m for m in net.modules() if isinstance(m, MaskedLinear)) for name, net in networks.items()}
+    kinds = MaskedLinear | StructuredLinear
+    layers = {name: next(m for m in net.modules() if isinstance(m, kinds)) for name, net in networks.items()}
     assert layers["l1"].weight.abs().sum() < 0.95 * layers["plain"].weight.abs().sum()
-    assert torch.equal(layers["learned"].masks[0], l1_structure(layers["l1"].weight, 9))
+    assert torch.equal(layers["learned"].structure, l1_structure(layers["l1"].weight, 9))
     assert "must have this run's (8, 400) weights, got (16, 400)" in run("other", *learned, "network.num_cells=[8]")
 
 

@@ -22,8 +22,6 @@ from torch import Tensor
 
 from omnet_torchrl.envs import MinAtarEnv
 from omnet_torchrl.envs.minatar import GAMES
-from omnet_torchrl.layers import MaskedLinear
-from omnet_torchrl.masks import bernoulli_masks
 from omnet_torchrl.training.grid import GRID, structure
 from omnet_torchrl.training.options import to_config
 
@@ -33,8 +31,6 @@ SHOWN = 8  # units
 def masks(game: str, seed: int, units: int, results: Path = RESULTS) -> dict[str, Tensor]:
     """Each structure that there is, boolean, ``(units, cells * channels)``, by its name."""
     channels = MinAtarEnv(game).observation_spec["observation"].shape[-1]
-    size = GRID**2 * channels
-    layer = MaskedLinear(size, units, masks=bernoulli_masks(1, (units, size), 0.0))
     found = {}
     for variant in EXPERIMENTS["minatar_structures"].variants:
         options = variant.nested()
@@ -46,7 +42,7 @@ def masks(game: str, seed: int, units: int, results: Path = RESULTS) -> dict[str
             continue
         network = {**options["network"], "num_cells": [units], "structure_run": str(source) if kind == "l1" else None}
         config = to_config({"algorithm": "dqn", "env": f"MinAtar/{game}", "seed": seed, "network": network})
-        found[kind] = structure(config, layer)
+        found[kind] = structure(config, channels)
     return found
 
 

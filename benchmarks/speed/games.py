@@ -28,6 +28,8 @@ from torchrl.envs import GymEnv, SerialEnv
 from omnet_torchrl import OMNetDQNLoss, OMNetSACLoss, OMNetTD3Loss, Update, make_actor, make_deterministic_actor, make_qvalue
 from omnet_torchrl.envs import MinAtarEnv
 from omnet_torchrl.grids import make_grid_qvalue_actor
+from omnet_torchrl.layers import MaskedLinear
+from omnet_torchrl.structures import set_structure, spatial_structure
 from omnet_torchrl.training.record.metrics import read_metrics
 
 ENVS, BATCH = 8, 32
@@ -133,6 +135,17 @@ def dqn(env: MinAtarEnv, num_subnets: int, sparsity: float, num_target_subnets: 
     return Update(loss, lr=2.5e-4, tau=1.0, target_update_interval=1_000)
 
 
+def structured(env: MinAtarEnv, kept: bool) -> Update:
+    """The update of a DQN with 1,000 hidden units that see windows of 3 x 3: under masks, or with the weights kept alone."""
+    structure = spatial_structure(1_000, env.observation_spec["observation"].shape[-3:], generator=0)
+    options = {"channels": None, "num_cells": [1_000], "num_subnets": 1, "sparsity": 0.0, "generator": 0}
+    options["structure"] = structure if kept else None
+    actor = make_grid_qvalue_actor(env.observation_spec, env.action_spec, **options)
+    if not kept:
+        set_structure(next(each for each in actor.modules() if isinstance(each, MaskedLinear)), structure)
+    return Update(OMNetDQNLoss(actor, delay_value=True), lr=2.5e-4, tau=1.0, target_update_interval=1_000)
+
+
 def continuous(kind: str) -> tuple[Update, TensorDict]:
     """The update of OMNet-SAC or OMNet-TD3 at Hopper-v4's sizes, and a batch."""
     from torchrl.data import Bounded, Unbounded
@@ -173,6 +186,11 @@ def main() -> None:
     seconds = best(args.rounds, {"five": lambda: updates(many, data), "dense": lambda: updates(one, data)}, largest=False)
     print(f"update, ms: 5 masked subnetworks {1000 * seconds['five']:.3f}, dense {1000 * seconds['dense']:.3f}: ", end="")
     print(f"{seconds['five'] / seconds['dense']:.2f}", flush=True)
+
+    weights, masks = structured(env, True), structured(env, False)
+    seconds = best(args.rounds, {"kept": lambda: updates(weights, data), "masks": lambda: updates(masks, data)}, largest=False)
+    print(f"update of 1,000 units of a structure, ms: masks {1000 * seconds['masks']:.3f}, kept weights alone ", end="")
+    print(f"{1000 * seconds['kept']:.3f}: {seconds['kept'] / seconds['masks']:.2f}", flush=True)
 
     (sac, batch), (td3, _) = continuous("sac"), continuous("td3")
     blocks = {"sac": lambda: updates(sac, batch, 20), "td3": lambda: updates(td3, batch, 20)}

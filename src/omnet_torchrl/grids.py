@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torchrl.data import Composite, TensorSpec
 
 from omnet_torchrl.deterministic import SubnetQValueActor
-from omnet_torchrl.layers import IndexedSequential, MaskedConv2d, MaskedMLP
+from omnet_torchrl.layers import IndexedSequential, MaskedConv2d, MaskedMLP, StructuredLinear
 from omnet_torchrl.masks import as_generator, bernoulli_masks, each_sparsity
 from omnet_torchrl.specs import check_discrete_spec
+from omnet_torchrl.structures import set_structure
 
 KERNEL = 3  # rows and columns of a kernel, MinAtar's own
 
@@ -50,6 +51,7 @@ def make_grid_qvalue_actor(
     num_cells: Sequence[int] = (128,),
     layer_norm: bool = False,
     network_class: Callable[..., nn.Module] = MaskedMLP,
+    structure: Tensor | None = None,
     sparsity: float | Sequence[float] | None = None,
     generator: torch.Generator | int | None = None,
     device: torch.device | str | None = None,
@@ -68,7 +70,10 @@ def make_grid_qvalue_actor(
         channels (int or None): of a masked convolution of 3 x 3 with ReLU. ``None``: none.
         num_cells, layer_norm, sparsity, generator, device, ...: as in :func:`~omnet_torchrl.make_actor`; of several
             sparsities, the convolution's is the first.
-        network_class: of the perceptron; :class:`~omnet_torchrl.MaskedMLP` with a convolution.
+        network_class: of the perceptron; :class:`~omnet_torchrl.MaskedMLP` with a convolution or a structure.
+        structure (Tensor or None): boolean, ``(num_cells[0], rows * columns * C)``: the inputs of the first hidden units, see
+            :mod:`~omnet_torchrl.structures`; that layer is a :class:`~omnet_torchrl.layers.StructuredLinear`, and there is no
+            convolution. ``None`` (default): all of them.
 
     Raises:
         TypeError, ValueError, KeyError: actions that are not discrete, observations that are no grid.
@@ -90,13 +95,18 @@ def make_grid_qvalue_actor(
     norm = {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": n} for n in num_cells]} if layer_norm else {}
     options = {"out_features": spec.space.n, "num_cells": num_cells, "activation_class": nn.ReLU, "device": device}
     options |= {**norm, **kwargs} | ({} if sparsity is None else {"sparsity": sparsity, "generator": as_generator(generator)})
+    if structure is not None and (channels is not None or network_class is not MaskedMLP):
+        raise ValueError(f"a structure asks for channels=None and MaskedMLP, got channels={channels} and {network_class}.")
     layers = _layers(shape, channels, network_class, options)
+    if structure is not None:
+        set_structure(layers[1][0], structure)
+        layers[1][0] = StructuredLinear(layers[1][0], structure)
     return SubnetQValueActor(IndexedSequential(*layers), spec, [observation_key, subnet_key], action_key)
 
 
 def _layers(
     shape: torch.Size, channels: int | None, network_class: Callable[..., nn.Module], options: dict[str, Any]
-) -> list[nn.Module]:
+) -> list[Any]:
     if channels is None:
         return [GridInput(), network_class(in_features=math.prod(shape), **options)]
     if network_class is not MaskedMLP:
@@ -112,7 +122,7 @@ def _grid(spec: TensorSpec, key: NestedKey) -> torch.Size:
     return shape[-3:]
 
 
-def _convolution(shape: torch.Size, channels: int, options: dict[str, Any]) -> list[nn.Module]:
+def _convolution(shape: torch.Size, channels: int, options: dict[str, Any]) -> list[Any]:
     """A masked convolution, and a perceptron of these options on what it gives."""
     rows, columns, depth = shape
     each = each_sparsity(options.get("sparsity", 0.5), len(options["num_cells"]) + 2, "convolution and linear layer")

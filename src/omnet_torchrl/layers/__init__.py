@@ -1,8 +1,9 @@
 """Layers that are N layers, and multi-layer perceptrons that are N of them, behind one index.
 
 :mod:`~omnet_torchrl.layers.indexed` has the index's contract. Each other file has one way to be N networks, but for
-:mod:`~omnet_torchrl.layers.dropout`, whose noise is data, :mod:`~omnet_torchrl.layers.normalization`, for observations, and
-:mod:`~omnet_torchrl.layers.sparse`, for one that is deployed.
+:mod:`~omnet_torchrl.layers.dropout`, whose noise is data, :mod:`~omnet_torchrl.layers.normalization`, for observations,
+:mod:`~omnet_torchrl.layers.sparse`, for one that is deployed, and :mod:`~omnet_torchrl.layers.structured`, where all N are
+one.
 """
 
 from omnet_torchrl.layers.convolutions import IndexedSequential, MaskedConv2d
@@ -14,4 +15,5 @@ from omnet_torchrl.layers.normalization import RunningNormalization
 from omnet_torchrl.layers.redrawn import RedrawnLinear, RedrawnMLP
 from omnet_torchrl.layers.shared import SharedMLP, SharedTaskLayerNorm, SharedTaskLinear
 from omnet_torchrl.layers.sparse import SparseLinear, sparsified
+from omnet_torchrl.layers.structured import StructuredLinear
 from omnet_torchrl.layers.units import UnitLayerNorm, UnitLinear, UnitMaskedMLP

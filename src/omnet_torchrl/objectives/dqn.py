@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
-from torch import Tensor, square
+from torch import Tensor, nn, square
 from torchrl.data import TensorSpec
 from torchrl.objectives import DQNLoss
 
+from omnet_torchrl.layers.indexed import IndexedLayerNorm
 from omnet_torchrl.objectives.draws import dropout_seed
 from omnet_torchrl.objectives.networks import check_shape, prepare_networks, refuse_arguments
 from omnet_torchrl.objectives.subnet_loss import LossStep
@@ -133,8 +134,10 @@ class OMNetDQNLoss(TDLoss, DQNLoss):
         if not 0 <= l1 < float("inf"):
             raise ValueError(f"l1 must be in [0, inf), got {l1}.")
         self.target_reduction, self.l1 = target_reduction, l1
-        named = self.value_network_params.items(True, True)
-        matrices = [name for name, each in named if name[-1] == "weight" and each.ndim > 1]  # LayerNorm's are vectors
+        norms = nn.LayerNorm | IndexedLayerNorm
+        scales = {name for name, layer in self.value_network.named_modules() if isinstance(layer, norms)}
+        named = self.value_network_params.keys(True, True)
+        matrices = [name for name in named if name[-1] == "weight" and ".".join(name[:-1]) not in scales]
         self._hidden = tuple(matrices[:-1])
         self._init_subnets(replacement, trained=num_trained_subnets, target=num_target_subnets)
 

@@ -18,7 +18,7 @@ from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.modules import SubnetQValueOperator
 from omnet_torchrl.objectives import OMNetDQNLoss, OMNetSACLoss, OMNetTD3Loss, SubnetLoss
 from omnet_torchrl.specs import check_action_spec
-from omnet_torchrl.training.grid import prepare_grid
+from omnet_torchrl.training.grid import freeze_hidden, structure_options
 from omnet_torchrl.training.loop.streams import derived_seed
 from omnet_torchrl.training.options import NetworkConfig, TopologyConfig, TrainConfig, row
 from omnet_torchrl.training.options.rows import TARGET_ENTROPY, dropout, network_sparsity, target_entropy
@@ -52,7 +52,7 @@ def build(
     qvalue: Any = actor
     loss: SubnetLoss
     if isinstance(actor, SubnetQValueActor):
-        prepare_grid(config, actor)
+        freeze_hidden(config, actor)
         loss = OMNetDQNLoss(actor, **loss_options(config, action_spec))
         networks = [list(actor.parameters())]
     else:
@@ -74,6 +74,7 @@ def make_policy(
 ) -> AnyActor:
     """The policy of a run, whatever the row: of a DQN, its network."""
     options = policy_options(config) | ({} if normalize is None else {"normalize": normalize})
+    options |= structure_options(config, observation_spec)
     return MAKE[options.pop("loss")](observation_spec, action_spec, **options, device=device)
 
 
@@ -206,7 +207,9 @@ def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator 
     network, sizes = config.network, {}
     for name, module in (("actor", actor), ("critic", qvalue)) if actor is not qvalue else (("network", qvalue),):
         weights = list(module.parameters())
-        first = weights[0].shape[1 if weights[0].ndim == 4 else -1]  # a convolution's kernels, or a linear layer's weights
+        first = next(
+            getattr(layer, of) for layer in module.modules() for of in ("in_channels", "in_features") if hasattr(layer, of)
+        )
         shape = [first, *network.num_cells, weights[-1].shape[-1]]
         trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
         total = sum(weight.numel() for weight in module.parameters())

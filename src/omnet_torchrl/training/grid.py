@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torchrl.data import TensorSpec
 
 from omnet_torchrl.deterministic import SubnetQValueActor
 from omnet_torchrl.envs import MinAtarEnv
-from omnet_torchrl.layers import MaskedConv2d, MaskedLinear
+from omnet_torchrl.layers import MaskedConv2d, MaskedLinear, StructuredLinear
 from omnet_torchrl.structures import (
     l1_structure,
     predict_inputs,
     predictive_structure,
     random_structure,
-    set_structure,
     spatial_structure,
 )
 from omnet_torchrl.training.loop.streams import derived_seed
@@ -25,22 +25,16 @@ GRID = 10  # rows and columns of MinAtar's games
 PREDICTION_FRAMES = 100_000  # of a random policy, from which cells are predicted
 
 
-def prepare_grid(config: TrainConfig, qvalue: SubnetQValueActor) -> None:
-    """Give the first layer its structure, and keep the hidden layers as they are, where the options ask for it."""
-    network = config.network
-    layers = [each for each in qvalue.modules() if isinstance(each, MaskedLinear | MaskedConv2d)]
-    if network.structure is not None:
-        first = layers[0]
-        assert isinstance(first, MaskedLinear)  # no convolution with a structure
-        set_structure(first, structure(config, first), generator=derived_seed(config.seed, "structure weights"))
-    for layer in layers[:-1] if network.freeze_hidden else ():
-        layer.requires_grad_(False)
+def structure_options(config: TrainConfig, observation_spec: TensorSpec) -> dict[str, Tensor]:
+    """The argument ``structure`` of :func:`~omnet_torchrl.grids.make_grid_qvalue_actor`, where the options ask for one."""
+    if config.network.structure is None:
+        return {}
+    return {"structure": structure(config, observation_spec["observation"].shape[-1])}
 
 
-def structure(config: TrainConfig, layer: MaskedLinear) -> Tensor:
-    """The mask of the first layer: a function of the seed and, where it follows predictions, of a random policy's games."""
-    units, size = layer.weight.shape
-    channels = size // GRID**2
+def structure(config: TrainConfig, channels: int) -> Tensor:
+    """The inputs of the first layer's units: a function of the seed and, where it follows predictions, of a random policy."""
+    units, size = config.network.num_cells[0], GRID**2 * channels
     generator, kind = derived_seed(config.seed, "structure"), config.network.structure
     if kind == "spatial":
         return spatial_structure(units, (GRID, GRID, channels), generator=generator)
@@ -48,17 +42,24 @@ def structure(config: TrainConfig, layer: MaskedLinear) -> Tensor:
     if kind == "random":
         return random_structure(units, size, fan_in, generator=generator)
     if kind == "l1":
-        return l1_structure(_trained_weight(config, layer), fan_in)
+        return l1_structure(_trained_weight(config, (units, size)), fan_in)
     game = config.env.removeprefix(MINATAR)
     return predictive_structure(units, _predictions(game, config.seed), fan_in, generator=generator)
 
 
-def _trained_weight(config: TrainConfig, layer: MaskedLinear) -> Tensor:
+def freeze_hidden(config: TrainConfig, qvalue: SubnetQValueActor) -> None:
+    """Keep the hidden layers as they are, where the options ask for it: the output layer alone is trained."""
+    layers = [each for each in qvalue.modules() if isinstance(each, MaskedLinear | MaskedConv2d | StructuredLinear)]
+    for layer in layers[:-1] if config.network.freeze_hidden else ():
+        layer.requires_grad_(False)
+
+
+def _trained_weight(config: TrainConfig, shape: tuple[int, int]) -> Tensor:
     """The first layer's weights of the run that was trained with an L1 penalty."""
     policy = load_policy(str(config.network.structure_run))
-    first = next(each for each in policy.modules() if isinstance(each, MaskedLinear | MaskedConv2d))
-    if first.weight.shape != layer.weight.shape:
-        sizes = f"{tuple(layer.weight.shape)} weights, got {tuple(first.weight.shape)}"
+    first = next(each for each in policy.modules() if isinstance(each, MaskedLinear | MaskedConv2d | StructuredLinear))
+    if first.weight.shape != shape:
+        sizes = f"{shape} weights, got {tuple(first.weight.shape)}"
         raise ValueError(f"the first layer of network.structure_run must have this run's {sizes}: use another run.")
     return first.weight
 

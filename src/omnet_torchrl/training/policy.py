@@ -67,7 +67,7 @@ def load_policy(folder: str | Path, subnet: int | None = None, *, device: torch.
         warnings.simplefilter("ignore")
         try:
             make, specs, options = _networks(run.info)
-            actor = make(*specs, **options, device=where)
+            actor = make(*specs, **options, **_structure(state["policy"], specs[0]), device=where)
         except Exception as error:  # whatever an edited file leads to
             advice = f"was it edited, or has the run not begun ({type(error).__name__}: {one_line(error)})?"
             raise ValueError(f"{run.path}/run.json must say what the actor is made of: {advice}") from error
@@ -115,6 +115,16 @@ def _networks(info: Mapping[str, Any]) -> tuple[Any, tuple[TensorSpec, TensorSpe
     if options.get("normalize"):
         given["normalize"] = RunningNormalization(kept["observation"])
     return MAKE[options["loss"]], _specs(kept), {**given, "network_class": NETWORKS[options["network_class"]]}
+
+
+def _structure(state: Mapping[str, Tensor], observation_spec: TensorSpec) -> dict[str, Tensor]:
+    """The structure of a checkpoint's first layer, where it has one: which of its weights there are."""
+    starts = next((name for name in state if name.endswith(".starts")), None)
+    if starts is None:
+        return {}
+    rows, columns = (state[starts.removesuffix("starts") + name] for name in ("rows", "columns"))
+    structure = torch.zeros(len(state[starts]) - 1, observation_spec.shape.numel(), dtype=torch.bool)
+    return {"structure": structure.index_put((rows.cpu(), columns.cpu()), torch.tensor(True))}
 
 
 def _specs(kept: Mapping[str, Any]) -> tuple[TensorSpec, TensorSpec]:
