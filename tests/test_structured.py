@@ -139,9 +139,10 @@ def test_a_network_for_grids_has_a_structure():
     layer = next(each for each in actor.modules() if isinstance(each, StructuredLinear))
     assert torch.equal(layer.structure, structure)
     assert layer.weight.abs().max() <= 1 / 6
-    for wrong in ({}, {"channels": None, "network_class": RedrawnMLP}):
-        with pytest.raises(ValueError, match="a structure asks for channels=None and MaskedMLP, got channels="):
-            make_grid_qvalue_actor(*specs, **options, **wrong)
+    with pytest.raises(ValueError, match="channels must be None with a structure, which is of the first layer, got 16"):
+        make_grid_qvalue_actor(*specs, **options)
+    with pytest.raises(ValueError, match=r"a structure, network_class must be MaskedMLP, got .*RedrawnMLP"):
+        make_grid_qvalue_actor(*specs, **options, channels=None, network_class=RedrawnMLP)
 
 
 @pytest.mark.parametrize(

@@ -95,23 +95,28 @@ def make_grid_qvalue_actor(
     norm = {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": n} for n in num_cells]} if layer_norm else {}
     options = {"out_features": spec.space.n, "num_cells": num_cells, "activation_class": nn.ReLU, "device": device}
     options |= {**norm, **kwargs} | ({} if sparsity is None else {"sparsity": sparsity, "generator": as_generator(generator)})
-    if structure is not None and (channels is not None or network_class is not MaskedMLP):
-        raise ValueError(f"a structure asks for channels=None and MaskedMLP, got channels={channels} and {network_class}.")
-    layers = _layers(shape, channels, network_class, options)
-    if structure is not None:
-        set_structure(layers[1][0], structure)
-        layers[1][0] = StructuredLinear(layers[1][0], structure)
+    layers = _layers(shape, channels, network_class, structure, options)
     return SubnetQValueActor(IndexedSequential(*layers), spec, [observation_key, subnet_key], action_key)
 
 
 def _layers(
-    shape: torch.Size, channels: int | None, network_class: Callable[..., nn.Module], options: dict[str, Any]
-) -> list[Any]:
-    if channels is None:
-        return [GridInput(), network_class(in_features=math.prod(shape), **options)]
-    if network_class is not MaskedMLP:
-        raise ValueError(f"a convolution has masks over weights, and network_class must be MaskedMLP, got {network_class}.")
-    return _convolution(shape, channels, options)
+    shape: torch.Size,
+    channels: int | None,
+    network_class: Callable[..., nn.Module],
+    structure: Tensor | None,
+    options: dict[str, Any],
+) -> list[nn.Module]:
+    if (channels is not None or structure is not None) and network_class is not MaskedMLP:
+        raise ValueError(f"with a convolution or a structure, network_class must be MaskedMLP, got {network_class}.")
+    if channels is not None:
+        if structure is not None:
+            raise ValueError(f"channels must be None with a structure, which is of the first layer, got {channels}.")
+        return _convolution(shape, channels, options)
+    perceptron: Any = network_class(in_features=math.prod(shape), **options)
+    if structure is not None:
+        set_structure(perceptron[0], structure)
+        perceptron[0] = StructuredLinear(perceptron[0], structure)
+    return [GridInput(), perceptron]
 
 
 def _grid(spec: TensorSpec, key: NestedKey) -> torch.Size:
@@ -122,7 +127,7 @@ def _grid(spec: TensorSpec, key: NestedKey) -> torch.Size:
     return shape[-3:]
 
 
-def _convolution(shape: torch.Size, channels: int, options: dict[str, Any]) -> list[Any]:
+def _convolution(shape: torch.Size, channels: int, options: dict[str, Any]) -> list[nn.Module]:
     """A masked convolution, and a perceptron of these options on what it gives."""
     rows, columns, depth = shape
     each = each_sparsity(options.get("sparsity", 0.5), len(options["num_cells"]) + 2, "convolution and linear layer")
