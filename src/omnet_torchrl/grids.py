@@ -71,9 +71,8 @@ def make_grid_qvalue_actor(
         num_cells, layer_norm, sparsity, generator, device, ...: as in :func:`~omnet_torchrl.make_actor`; of several
             sparsities, the convolution's is the first.
         network_class: of the perceptron; :class:`~omnet_torchrl.MaskedMLP` with a convolution or a structure.
-        structure (Tensor or None): boolean, ``(num_cells[0], rows * columns * C)``: the inputs of the first hidden units, see
-            :mod:`~omnet_torchrl.structures`; that layer is a :class:`~omnet_torchrl.layers.StructuredLinear`, and there is no
-            convolution. ``None`` (default): all of them.
+        structure (Tensor or None): boolean, ``(num_cells[0], rows * columns * C)``, of a first layer without a convolution,
+            which is a :class:`~omnet_torchrl.layers.StructuredLinear`; see :mod:`~omnet_torchrl.structures`. ``None``: none.
 
     Raises:
         TypeError, ValueError, KeyError: actions that are not discrete, observations that are no grid.
@@ -85,13 +84,7 @@ def make_grid_qvalue_actor(
         5
     """
     spec = check_discrete_spec(action_spec)
-    if isinstance(observation_spec, Composite):
-        observation_spec = observation_spec[observation_key]
-    shape = observation_spec.shape[-3:]
-    if len(shape) != 3:
-        raise ValueError(
-            f"the observation must be a grid (*batch, rows, columns, C), got shape {tuple(observation_spec.shape)}."
-        )
+    shape = _grid(observation_spec, observation_key)
     norm = {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": n} for n in num_cells]} if layer_norm else {}
     options = {"out_features": spec.space.n, "num_cells": num_cells, "activation_class": nn.ReLU, "device": device}
     options |= {**norm, **kwargs} | ({} if sparsity is None else {"sparsity": sparsity, "generator": as_generator(generator)})

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Adam
 from torchrl.data import TensorSpec
 
@@ -207,12 +208,8 @@ def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator 
     network, sizes = config.network, {}
     for name, module in (("actor", actor), ("critic", qvalue)) if actor is not qvalue else (("network", qvalue),):
         weights = list(module.parameters())
-        first = next(
-            getattr(layer, of) for layer in module.modules() for of in ("in_channels", "in_features") if hasattr(layer, of)
-        )
-        shape = [first, *network.num_cells, weights[-1].shape[-1]]
-        trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
-        total = sum(weight.numel() for weight in module.parameters())
+        shape = [_inputs(module), *network.num_cells, weights[-1].shape[-1]]
+        trained, total = (sum(w.numel() for w in weights if w.requires_grad or each) for each in (False, True))
         fixed = "" if trained == total else f", {trained:,} of them trained"
         sizes[name] = f"{' - '.join(map(str, shape))}, {total:,} parameters{fixed}"
     kept = ""
@@ -254,6 +251,11 @@ def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator 
         lines["observations"] = "normalised by running mean and variance"
     compared = row(config.algorithm).loss == "sac" and config.env in TARGET_ENTROPY  # the tasks of the paper's comparison
     return lines | ({"training FLOPs": _flops(config, actor)} if compared else {})
+
+
+def _inputs(module: nn.Module) -> int:
+    """What the first layer reads: channels, or numbers."""
+    return next(getattr(layer, of) for layer in module.modules() for of in ("in_channels", "in_features") if hasattr(layer, of))
 
 
 def _flops(config: TrainConfig, actor: AnyActor) -> str:

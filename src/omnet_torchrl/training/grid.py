@@ -27,9 +27,8 @@ PREDICTION_FRAMES = 100_000  # of a random policy, from which cells are predicte
 
 def structure_options(config: TrainConfig, observation_spec: TensorSpec) -> dict[str, Tensor]:
     """The argument ``structure`` of :func:`~omnet_torchrl.grids.make_grid_qvalue_actor`, where the options ask for one."""
-    if config.network.structure is None:
-        return {}
-    return {"structure": structure(config, observation_spec["observation"].shape[-1])}
+    channels = observation_spec["observation"].shape[-1]
+    return {} if config.network.structure is None else {"structure": structure(config, channels)}
 
 
 def structure(config: TrainConfig, channels: int) -> Tensor:
@@ -43,8 +42,7 @@ def structure(config: TrainConfig, channels: int) -> Tensor:
         return random_structure(units, size, fan_in, generator=generator)
     if kind == "l1":
         return l1_structure(_trained_weight(config, (units, size)), fan_in)
-    game = config.env.removeprefix(MINATAR)
-    return predictive_structure(units, _predictions(game, config.seed), fan_in, generator=generator)
+    return predictive_structure(units, _predictions(config.env.removeprefix(MINATAR), config.seed), fan_in, generator=generator)
 
 
 def freeze_hidden(config: TrainConfig, qvalue: SubnetQValueActor) -> None:
@@ -59,8 +57,8 @@ def _trained_weight(config: TrainConfig, shape: tuple[int, int]) -> Tensor:
     policy = load_policy(str(config.network.structure_run))
     first = next(each for each in policy.modules() if isinstance(each, MaskedLinear | MaskedConv2d | StructuredLinear))
     if first.weight.shape != shape:
-        sizes = f"{shape} weights, got {tuple(first.weight.shape)}"
-        raise ValueError(f"the first layer of network.structure_run must have this run's {sizes}: use another run.")
+        sizes = f"this run's {shape} weights, got {tuple(first.weight.shape)}"
+        raise ValueError(f"the first layer of network.structure_run must have {sizes}: use another run.")
     return first.weight
 
 
