@@ -4,9 +4,12 @@ import pytest
 import torch
 from conftest import OBS, small_actor, small_deterministic_actor, small_qvalue_actor, specs
 from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
 from test_training import make_trainer, transitions
 from test_update import compiler  # noqa: F401
+from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import EGreedyModule
 
 from omnet_torchrl import CompiledPolicy, make_actor
 
@@ -179,3 +182,15 @@ def test_on_a_gpu_it_acts_as_the_actor_does():
     policy.prepare(state)
     assert policy(state.copy()).keys() == {"observation", "subnet", "action"}
     torch.testing.assert_close(act(policy, state), act(policy.actor, state), rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_that_holds_one_loads_what_it_has_stored():
+    def make():
+        policy = CompiledPolicy(small_qvalue_actor(), compile=False)
+        return TensorDictSequential(policy, EGreedyModule(policy.actor.spec))
+
+    first, second = make(), make()
+    second.load_state_dict(first.state_dict())
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    nn.Sequential(second).load_state_dict(nn.Sequential(first).state_dict())

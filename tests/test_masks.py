@@ -1,5 +1,6 @@
 """Masks: what is drawn, from where, and what the statistics of a set of masks say."""
 
+import copy
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 from omnet_torchrl import (
     MaskedLinear,
+    MaskedMLP,
     SubnetModule,
     bernoulli_masks,
     bernoulli_module_masks,
@@ -17,6 +19,7 @@ from omnet_torchrl import (
     unit_masks,
     unused_fraction,
 )
+from omnet_torchrl.layers import EnsembleLinear, MaskedConv2d
 from omnet_torchrl.masks import as_generator, check_masks, check_module_masks
 
 
@@ -333,3 +336,25 @@ def test_no_warning_where_every_unit_has_an_input():
     # Warnings are errors here.
     check_masks(DEAD | torch.eye(3, 4, dtype=torch.bool), (3, 4))
     check_masks(torch.zeros(2, 3, dtype=torch.bool), (3,))
+
+
+def test_masks_that_are_given_stay_the_givers():
+    masks = bernoulli_masks(2, (4, 4), 0.5, generator=0)
+    kernels = masks.view(2, 4, 4, 1, 1)
+    network, before = nn.Linear(4, 4), masks.clone()
+    modules = [
+        *(MaskedLinear(4, 4, masks=masks, bias_masks=masks[..., 0]) for _ in range(2)),
+        *(MaskedConv2d(4, 4, 1, masks=kernels) for _ in range(2)),
+        *(SubnetModule(network, {"weight": masks}) for _ in range(2)),
+        EnsembleLinear(4, 4, num_subnets=2, masks=masks),
+    ]
+    for module in modules:
+        for buffer in module.buffers():
+            buffer.fill_(True)
+        assert torch.equal(masks, before)
+
+
+def test_masks_may_be_views_of_one():
+    one = torch.ones(4, 4, dtype=torch.bool)
+    net = MaskedMLP(in_features=4, out_features=4, num_cells=[4], mask_fn=lambda n, shape, _, **__: one.expand(n, *shape))
+    net.load_state_dict(copy.deepcopy(net).state_dict())

@@ -89,3 +89,11 @@ def test_actors_and_critics_are_extracted_sparse():
         torch.testing.assert_close(sparse[key], dense[key])
     actor = sparsified(make_actor(*specs, num_cells=(8,), num_subnets=2, sparsity=0.2, generator=0).extract(0))
     assert not any(isinstance(module, nn.Linear) for module in actor.modules())
+
+
+def test_subnetworks_must_be_extracted_first():
+    net = MaskedMLP(in_features=8, out_features=1, num_cells=[8], num_subnets=2, sparsity=0.5, generator=0)
+    for module in (net, nn.Sequential(net)):
+        with pytest.raises(TypeError, match="a MaskedMLP is several subnetworks: extract one"):
+            sparsified(module)
+    assert isinstance(sparsified(layer()), SparseLinear)

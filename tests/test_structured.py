@@ -162,3 +162,33 @@ def test_a_network_for_grids_has_a_structure():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_reset_draws_it_anew():
+    _, structured = networks()
+    loss = OMNetDQNLoss(SubnetQValueActor(structured, SPACES["one-hot"]), delay_value=True)
+    update = Update(loss, lr=0.01, compile=False)
+    before = {name: value.clone() for name, value in loss.named_parameters()}
+    update.reset()
+    assert not [name for name, value in loss.named_parameters() if torch.equal(value, before[name])]
+    layer = StructuredLinear(nn.Linear(400, 200), random_structure(200, 400, 36, generator=0))
+    layer.reset_parameters()
+    for parameter in (layer.weight, layer.bias):
+        assert 0.15 < parameter.abs().max() <= 1 / 6
+
+
+def test_a_generator_decides_the_masks_of_a_network_for_grids():
+    specs = Binary(shape=(10, 10, 4), dtype=torch.bool), OneHot(3)
+    for options in ({}, {"channels": None}, {"sparsity": 0.3}):
+        buffers = []
+        for seed in range(2):
+            torch.manual_seed(seed)
+            buffers.append(list(make_grid_qvalue_actor(*specs, generator=0, **options).buffers()))
+        assert all(torch.equal(a, b) for a, b in zip(*buffers, strict=True))
+
+
+def test_a_mask_of_the_bias_is_refused():
+    masks = torch.ones(2, 7, 9, dtype=torch.bool)
+    layer = MaskedLinear(9, 7, masks=masks, bias_masks=masks[..., 0])
+    with pytest.raises(ValueError, match="one bias for all subnetworks: build it with mask_bias=False"):
+        StructuredLinear(layer, masks[0])

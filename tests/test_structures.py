@@ -163,3 +163,11 @@ def test_a_structure_for_each_subnetwork():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_without_a_generator_each_draw_is_another():
+    layers = [MaskedLinear(16, 8, masks=torch.ones(1, 8, 16, dtype=torch.bool)) for _ in range(2)]
+    torch.manual_seed(0)
+    for layer in layers:
+        set_structure(layer, random_structure(8, 16, 4, generator=0))
+    assert not torch.equal(layers[0].weight, layers[1].weight)

@@ -219,3 +219,13 @@ def test_meta_worlds_tasks_side_by_side():
         make_task("Meta-World/reach-v2")
     with pytest.raises(ValueError, match=r"num_goals must be in \[1, 50\], got 51"):
         make_task("Meta-World/reach-v3", num_goals=51)
+
+
+def test_a_reset_takes_a_seed():
+    env = TasksEnv([gymnasium.make("Pendulum-v1") for _ in range(2)])
+    first, again, other = (env.reset(seed=seed)["observation"] for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(env.reset()["observation"], first)
+    env.close()

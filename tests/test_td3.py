@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ACT, OBS, make_batch, small_deterministic_actor, small_qvalue, specs
+from conftest import ACT, OBS, make_batch, small_actor, small_deterministic_actor, small_qvalue, small_qvalue_actor, specs
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from test_objectives import Constant, LinearCritics, constant_batch, draws_of
@@ -478,3 +478,26 @@ def test_other_mistakes_are_refused_where_they_enter():
     td = TensorDict(observation=torch.zeros(4, OBS), action=torch.zeros(4, ACT), subnet=torch.tensor(0))
     with pytest.raises(ValueError, match="must have action_dim=2 outputs, got 1"):
         wide(td)
+
+
+def test_every_actor_is_called_with_tensors():
+    observation, subnet = torch.randn(7, OBS), torch.tensor(1)
+    for make in (small_actor, small_deterministic_actor, small_qvalue_actor):
+        actor = make()
+        batch = actor(TensorDict(observation=observation, subnet=subnet.expand(7), batch_size=[7]))
+        output = actor(observation=observation, subnet=subnet)
+        assert len(output) == len(actor.out_keys)
+        for key, value in zip(actor.out_keys, output, strict=True):
+            if make is not small_actor:  # whose actions are drawn
+                torch.testing.assert_close(value, batch[key])
+
+
+@pytest.mark.parametrize("batch_size", [[], [3], [3, 2]])
+def test_the_mean_of_all_values_is_of_whatever_is_there(batch_size):
+    actor = small_qvalue_actor()
+    observation = torch.randn(3, 2, OBS)
+    policy = actor.mean_policy()
+    found = policy(TensorDict(observation=observation, batch_size=batch_size))["action_value"]
+    every = [actor.extract(k)(TensorDict(observation=observation))["action_value"] for k in range(actor.num_subnets)]
+    torch.testing.assert_close(found, torch.stack(every).mean(0))
+    assert policy(observation=observation[0])[0].shape == actor.extract(0)(observation=observation[0])[0].shape

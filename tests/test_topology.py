@@ -170,3 +170,12 @@ def test_masks_are_the_same_on_a_gpu():
     there = {name: score.cuda() for name, score in scores.items()}
     for name, mask in topology.global_top_k(scores, 0.3).items():
         assert torch.equal(mask, topology.global_top_k(there, 0.3)[name].cpu())
+
+
+def test_random_growth_without_a_generator_is_another_each_time():
+    mask = torch.zeros(1_000, dtype=torch.bool).index_fill(0, torch.arange(100), True)
+    torch.manual_seed(0)
+    first, second = (topology.drop_and_grow(mask, 0.5, keep=torch.arange(1_000.0), grow=None) for _ in range(2))
+    assert not torch.equal(first, second)
+    same = [topology.drop_and_grow(mask, 0.5, keep=torch.arange(1_000.0), grow=None, generator=3) for _ in range(2)]
+    assert torch.equal(*same)

@@ -76,6 +76,7 @@ class SubnetDeterministicActor(_IndexedSequential, TensorDictSequential):
         self.num_subnets, self.subnet_key, self.action_key = num_subnets, in_keys[-1], action_key
         self.spec = Composite({action_key: spec})
 
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
         """Write the action of the subnetwork that the index names."""
         output = super().forward(tensordict, *args, **kwargs)
@@ -160,7 +161,8 @@ class _MeanValue(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         inputs = [tensordict.get(key) for key in self.in_keys]
         every = torch.arange(get_num_subnets(self.network.module), device=inputs[0].device)
-        values = self.network.module(*inputs, every.reshape(-1, *(1 for _ in tensordict.batch_size)))
+        # One index for all of what is there, whatever the batch size says of it.
+        values = torch.stack([self.network.module(*inputs, subnet) for subnet in every.unbind()])
         return tensordict.set(self.out_keys[0], values.mean(0))
 
 

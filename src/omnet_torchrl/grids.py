@@ -87,7 +87,8 @@ def make_grid_qvalue_actor(
     shape = _grid(observation_spec, observation_key)
     norm = {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": n} for n in num_cells]} if layer_norm else {}
     options = {"out_features": spec.space.n, "num_cells": num_cells, "activation_class": nn.ReLU, "device": device}
-    options |= {**norm, **kwargs} | ({} if sparsity is None else {"sparsity": sparsity, "generator": as_generator(generator)})
+    given = {"sparsity": sparsity, "generator": None if generator is None else as_generator(generator)}
+    options |= {**norm, **kwargs, **{name: value for name, value in given.items() if value is not None}}
     layers = _layers(shape, channels, network_class, structure, options)
     return SubnetQValueActor(IndexedSequential(*layers), spec, [observation_key, subnet_key], action_key)
 

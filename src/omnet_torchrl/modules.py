@@ -215,7 +215,7 @@ class SubnetModule(nn.Module):
         # Neither a buffer's name nor the keys of a loss's parameters may hold a dot.
         self._buffer_of = {name: "masks-" + name.replace(".", "-") for name in masks}
         for name, buffer in self._buffer_of.items():
-            self.register_buffer(buffer, masks[name].to(network.get_parameter(name).device))
+            self.register_buffer(buffer, masks[name].to(network.get_parameter(name).device, copy=True))
 
     def forward(self, *inputs: Any) -> Any:
         """Call the network for each index asked."""

@@ -173,7 +173,7 @@ def set_structure(layer: MaskedLinear, structure: Tensor, *, generator: torch.Ge
     Args:
         layer (MaskedLinear): every subnetwork of it gets the structure.
         structure (Tensor): boolean, ``(H, D)``, or ``(N, H, D)``, one for each subnetwork.
-        generator (torch.Generator, int or None): where the weights come from, see :func:`~omnet_torchrl.masks.as_generator`.
+        generator (torch.Generator, int or None): where the weights come from, see :func:`random_structure`.
 
     Raises:
         ValueError: another shape, or a unit without inputs.
@@ -189,7 +189,7 @@ def set_structure(layer: MaskedLinear, structure: Tensor, *, generator: torch.Ge
     layer.masks.copy_(structure.expand_as(layer.masks))
     # Of several subnetworks, which share the weights, the one that keeps most.
     bound = (kept.amax(0) if structure.ndim == 3 else kept).double().rsqrt()
-    generator = as_generator(generator)
+    generator = torch.default_generator if generator is None else as_generator(generator)
     for parameter in (layer.weight, layer.bias):
         if parameter is not None:
             uniform = torch.rand(parameter.shape, generator=generator, dtype=torch.float64, device=generator.device)

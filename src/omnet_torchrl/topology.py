@@ -133,7 +133,9 @@ def uniform_densities(weights: Tensors, density: float) -> dict[str, float]:
     return dict.fromkeys(weights, density)
 
 
-def drop_and_grow(mask: Tensor, fraction: float, *, keep: Tensor, grow: Tensor | None, generator: int | None = None) -> Tensor:
+def drop_and_grow(
+    mask: Tensor, fraction: float, *, keep: Tensor, grow: Tensor | None, generator: torch.Generator | int | None = None
+) -> Tensor:
     """Replace a fraction of a layer's kept weights: those of the smallest ``keep`` go, those of the largest ``grow`` come.
 
     RigL: ``keep`` is the magnitude of the weights and ``grow`` that of the dense gradient. SET: the same ``keep``, and random
@@ -147,7 +149,7 @@ def drop_and_grow(mask: Tensor, fraction: float, *, keep: Tensor, grow: Tensor |
     Keyword Args:
         keep (Tensor): finite scores of the mask's shape.
         grow (Tensor or None): finite scores of the mask's shape; ``None``: random.
-        generator (int or None): the seed of random growth, see :func:`~omnet_torchrl.masks.as_generator`.
+        generator (torch.Generator, int or None): of random growth. ``None``: torch's global generator.
 
     Returns:
         Tensor: boolean, of the mask's shape and with as many ``True``.
@@ -157,7 +159,7 @@ def drop_and_grow(mask: Tensor, fraction: float, *, keep: Tensor, grow: Tensor |
     kept = int(mask.sum())
     replaced = min(round(fraction * kept), mask.numel() - kept)
     if grow is None:
-        drawn = as_generator(generator)
+        drawn = torch.default_generator if generator is None else as_generator(generator)
         grow = torch.rand(mask.shape, generator=drawn, dtype=torch.float64, device=drawn.device).to(mask.device)
     stays = _top(_outside(keep, mask), kept - replaced)
     comes = _top(_outside(grow, ~mask), replaced)

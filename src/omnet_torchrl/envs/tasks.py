@@ -85,7 +85,9 @@ class TasksEnv(EnvBase):
     def _set_seed(self, seed: int | None) -> None:
         self._seeds = [None if seed is None else seed + i for i in range(len(self.envs))]
 
-    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDictBase:
+    def _reset(self, tensordict: TensorDictBase | None = None, *, seed: int | None = None, **kwargs: object) -> TensorDictBase:
+        if seed is not None:
+            self._set_seed(seed)
         observation = self._views["observation"]
         for i in self._chosen(tensordict, "_reset"):
             observation[i] = self.envs[i].reset(seed=self._seeds[i])[0]

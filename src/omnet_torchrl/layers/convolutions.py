@@ -61,7 +61,7 @@ class MaskedConv2d(IndexedLayer, nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, **kwargs)
         check_masks(masks, self.weight.shape)
         self.num_subnets = masks.shape[0]
-        self.register_buffer("masks", masks.to(self.weight.device))
+        self.register_buffer("masks", masks.to(self.weight.device, copy=True))
 
     def reset_parameters(self) -> None:
         """Draw the weight and the bias anew; masks stay."""

@@ -96,8 +96,8 @@ class MaskedLinear(SharedLinear):
                     f"got bias={bias} and {bias_masks.shape[0]} rows."
                 )
         super().__init__(in_features, out_features, bias, masks.shape[0], init_fn, device=device, dtype=dtype)
-        self.register_buffer("masks", masks.to(self.weight.device))
-        self.register_buffer("bias_masks", None if bias_masks is None else bias_masks.to(self.weight.device))
+        self.register_buffer("masks", masks.to(self.weight.device, copy=True))
+        self.register_buffer("bias_masks", None if bias_masks is None else bias_masks.to(self.weight.device, copy=True))
 
     def select(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the shared weight and the bias under each mask of ``index (R,)``."""

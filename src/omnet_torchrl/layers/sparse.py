@@ -84,7 +84,10 @@ class SparseLinear(nn.Module):
 
 
 def sparsified(module: Module) -> Module:
-    """Replace every :class:`torch.nn.Linear` in ``module``, in place, by a :class:`SparseLinear`; returns ``module``.
+    """Replace every :class:`torch.nn.Linear` in ``module``, in place, by a :class:`SparseLinear`; returns the module.
+
+    Raises:
+        TypeError: the module has subnetworks, which share weights: extract one of them first.
 
     Examples:
         >>> from omnet_torchrl import MaskedMLP
@@ -92,6 +95,11 @@ def sparsified(module: Module) -> Module:
         >>> [type(layer).__name__ for layer in sparsified(net.extract(0))]
         ['SparseLinear', 'Tanh', 'SparseLinear']
     """
+    shared = next((each for each in module.modules() if hasattr(each, "num_subnets")), None)
+    if shared is not None:
+        raise TypeError(f"a {type(shared).__name__} is several subnetworks: extract one, as extract(0, sparse=True) does.")
+    if isinstance(module, nn.Linear):
+        return SparseLinear(module)  # type: ignore[return-value]
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):

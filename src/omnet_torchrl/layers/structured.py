@@ -29,7 +29,7 @@ class StructuredLinear(IndexedLayer):
         ``(*broadcast batch, out_features)``. ``weight`` is ``(E,)``, row by row, of the E kept weights.
 
     Raises:
-        ValueError: a structure of another shape or type, inputs of another size or type.
+        ValueError: a structure of another shape or type, a layer with masks of its bias, inputs of another size or type.
 
     Examples:
         >>> from omnet_torchrl.structures import random_structure
@@ -48,6 +48,8 @@ class StructuredLinear(IndexedLayer):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.num_subnets = getattr(layer, "num_subnets", 1)
+        if getattr(layer, "bias_masks", None) is not None:
+            raise ValueError("a layer with a structure has one bias for all subnetworks: build it with mask_bias=False.")
         if structure.shape != layer.weight.shape or structure.dtype != torch.bool:
             got = f"{structure.dtype} of {tuple(structure.shape)}"
             raise ValueError(f"structure must be boolean of the weight's shape {tuple(layer.weight.shape)}, got {got}.")
@@ -58,6 +60,14 @@ class StructuredLinear(IndexedLayer):
             self.register_buffer(name, each.to(torch.int32))
         self.weight = nn.Parameter(layer.weight.detach()[rows, columns])
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw weights and biases anew, as :func:`~omnet_torchrl.structures.set_structure` does; the structure stays."""
+        bound = self.starts.diff().clamp(min=1).to(self.weight.dtype).rsqrt()
+        self.weight.uniform_(-1, 1).mul_(bound[self.rows])
+        if self.bias is not None:
+            self.bias.uniform_(-1, 1).mul_(bound)
 
     def forward(self, input: Tensor, subnet: Tensor | int) -> Tensor:
         """Map ``(*batch, in_features)`` to ``(*broadcast batch, out_features)``."""

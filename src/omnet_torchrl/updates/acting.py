@@ -52,6 +52,7 @@ class CompiledPolicy(TensorDictModuleBase):
         self._code: dict[Question, CompiledFunction] = {}
         self._noise: dict[Question, Tensor] = {}  # like what a random action needs
         self._state: list[Tensor] = []
+        self.register_load_state_dict_pre_hook(_under_its_name)
 
     def prepare(self, tensordict: TensorDictBase) -> None:
         """Compile actions of the current exploration type, for inputs like those of ``tensordict``, whose values don't matter.
@@ -117,3 +118,9 @@ class CompiledPolicy(TensorDictModuleBase):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The actor's."""
         return self.actor.load_state_dict(*args, **kwargs)
+
+
+def _under_its_name(_: Any, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    """The actor's state, as a module that holds a :class:`CompiledPolicy` has stored it, as the part by which it is loaded."""
+    for name in [name for name in state if name.startswith(prefix) and not name.startswith(f"{prefix}actor.")]:
+        state[f"{prefix}actor.{name.removeprefix(prefix)}"] = state.pop(name)
