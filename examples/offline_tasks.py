@@ -26,8 +26,7 @@ from omnet_torchrl.training import evaluate, make_env, read_dataset
 from omnet_torchrl.training.datasets import record_policy, record_replay
 from omnet_torchrl.training.record.plots import save
 
-ROWS = ("pathways", "pathways_data", "shared_tasks", "multi_head")
-CELLS, SPARSITY, CALL = (256, 256), 0.5, 50  # hidden units, of the masks, and updates made in one call
+ROWS, CELLS, SPARSITY, CALL = ("pathways", "pathways_data", "shared_tasks", "multi_head"), (256, 256), 0.5, 50  # updates a call
 
 
 def main(arguments=None):
@@ -83,9 +82,10 @@ def train(actor, update, normalize, row, data, args):
 
 def short_run(out):
     """Datasets of a short run of examples/multitask.py: its replay, and episodes of its policy."""
-    options = ["--config-name=quick_start_multitask", "total_frames=20_000", "eval.interval=20_000", f"folder={out / 'run'}"]
-    subprocess.run([sys.executable, Path(__file__).with_name("multitask.py"), *options], check=True)
-    return [str(record_replay(out / "run", out / "replay")), str(record_policy(out / "run", out / "policy", 20_000))]
+    command = [sys.executable, Path(__file__).with_name("multitask.py"), "--config-name=quick_start_multitask", "resume=auto"]
+    subprocess.run([*command, "total_frames=20_000", "eval.interval=20_000", f"folder={out / 'run'}"], check=True)
+    parts = {"replay": record_replay, "policy": lambda run, folder: record_policy(run, folder, 20_000)}
+    return [str(out / name if (out / name).exists() else record(out / "run", out / name)) for name, record in parts.items()]
 
 
 def draw(records, path):

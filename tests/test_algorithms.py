@@ -33,7 +33,7 @@ from omnet_torchrl.metrics import sac_flops
 from omnet_torchrl.structures import l1_structure
 from omnet_torchrl.training import Evaluation, Exploring, Trainer, load_policy, make_env
 from omnet_torchrl.training import grid as grid_module
-from omnet_torchrl.training.build import build, make_topology, network_options, training_flops
+from omnet_torchrl.training.build import build, describe, make_topology, network_options, training_flops
 from omnet_torchrl.training.loop import evaluation as evaluation_module
 from omnet_torchrl.training.loop.environments import env_options
 from omnet_torchrl.training.loop.streams import derived_seed
@@ -440,6 +440,20 @@ def test_a_structure_is_learned_by_an_l1_penalty_and_then_given_to_another_run(t
     assert "must have this run's (8, 400) weights, got (16, 400)" in run("other", *learned, "network.num_cells=[8]")
 
 
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ({"structure": "round"}, "network.structure must be null or one of random, spatial, predictive, l1, got 'round'"),
+        ({"structure": "random", "channels": 16}, "network.channels must be null with network.structure"),
+        ({"structure": "random", "mask_bias": True}, "network.mask_bias must be false with network.structure"),
+        ({"structure": "l1"}, "network.structure=l1 and network.structure_run must be given together"),
+    ],
+)
+def test_options_that_contradict_a_structure(network, message):
+    with pytest.raises(ValueError, match=message):
+        to_config({"env": "MinAtar/breakout", "algorithm": "dqn", "network": {"channels": None, **network}})
+
+
 def test_epsilon_is_a_function_of_the_frame():
     config = to_config(options_of("omnet_dqn", exploration={"epsilon_start": 1.0, "epsilon_end": 0.2, "epsilon_frames": 100}))
     env = make_env(config.env, num_envs=2)
@@ -580,3 +594,34 @@ def test_masks_choose_the_network(role):
     assert unit["network_class"] is UnitMaskedMLP
     qvalue = make_qvalue(Unbounded((3,)), Bounded(-1, 1, (2,)), **unit)
     assert qvalue.extract(0).module.num_cells == [128, 64]
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"sparsity": [0, 0.5, 0.5]},
+        {"dense_input": True},
+        {"dense_output": True},
+        {"masks": "unit", "channels": None},
+        {"channels": None, "sparsity": [0, 0.5]},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*units .* lose every one")
+def test_the_layers_of_a_network_for_grids_are_counted_with_its_convolution(network):
+    config = to_config({"algorithm": "omnet_dqn", "env": "MinAtar/breakout", "network": network, "compile": False})
+    env = make_env(config.env, num_envs=config.num_envs)
+    algorithm = build(config, env.observation_spec, env.action_spec)
+    assert "parameters" in describe(config, algorithm.actor, algorithm.actor)["network"]
+    masks = [buffer for name, buffer in algorithm.actor.named_buffers() if name.endswith("masks")]
+    dense = [bool(each.all()) for each in masks]
+    if network.get("masks") != "unit":
+        assert dense == [
+            not network.get("dense_output") and dense[0],
+            *[False] * (len(masks) - 2),
+            bool(network.get("dense_output")),
+        ]
+
+
+def test_a_number_of_layers_without_the_convolution_is_refused():
+    with pytest.raises(ValueError, match="one number for each of 3 layers, the convolution first, got"):
+        to_config({"algorithm": "omnet_dqn", "env": "MinAtar/breakout", "network": {"sparsity": [0, 0.5]}})

@@ -226,11 +226,63 @@ def test_a_failed_run_is_said(tmp_path, capsys):
     assert "unknown option 'num_subnets'" in (tmp_path / "InvertedPendulum-v4" / "broken" / "seed0.log").read_text()
 
 
-def test_a_diverged_run_is_done(tmp_path):
+@pytest.mark.parametrize(
+    ("status", "frames", "done"),
+    [
+        ("diverged", 7, True),
+        ("finished", 60, True),
+        ("finished", 30, False),
+        ("interrupted", 60, False),  # in the last evaluation
+        ("failed", 60, False),  # as the last checkpoint was written
+        ("interrupted", 90, True),
+    ],
+)
+def test_a_cell_is_done_with_its_last_evaluation_or_when_it_has_diverged(status, frames, done, tmp_path):
     folder = tmp_path / cell().path
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"status": "diverged", "frames": 7}))
-    assert run.is_done(cell(), tmp_path)
+    (folder / "run.json").write_text(json.dumps({"status": status, "frames": frames}))
+    assert run.is_done(cell(), tmp_path) == done
+
+
+def ended(monkeypatch, status, code, order, slow=()):
+    """Runs that end at once: their ``run.json``."""
+
+    def process(self, arguments, output, held):
+        folder = Path(next(each for each in arguments if each.startswith("folder=")).removeprefix("folder="))
+        self._processes.add(folder)
+        if folder.parent.name in slow:
+            time.sleep(0.5)
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"status": status, "frames": 500_000}))
+        order.append(folder.parent.name)
+        self._processes.discard(folder)
+        return code
+
+    monkeypatch.setattr(run.Runner, "_process", process)
+
+
+def test_a_run_that_diverges_has_not_failed(tmp_path, monkeypatch):
+    ended(monkeypatch, "diverged", 1, [])
+    assert runner(tmp_path).run([cell()]) == {"diverged at 500,000 frames": 1}
+
+
+def test_a_cell_waits_for_the_run_that_its_structure_is_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "WAIT_S", 0.01)
+    rows = ["dqn_l1", "dqn_l1_source", "dqn_dense"]
+    cells = {each.variant.name: each for each in select(["minatar_structures"], rows, ["MinAtar/breakout"], seeds=[0])}
+    order = []
+    ended(monkeypatch, "finished", 0, order, slow=["dqn_l1_source"])
+    assert runner(tmp_path, 3).run([cells["dqn_l1_source"], cells["dqn_l1"], cells["dqn_dense"]])
+    assert order == ["dqn_dense", "dqn_l1_source", "dqn_l1"]
+    (outcome,) = runner(tmp_path / "other").run([cells["dqn_l1"]])
+    assert outcome.startswith("left for later (")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_measurement_is_a_run_that_there_is(name):
+    row = {"algorithm": name, "total_frames": rates.INIT + rates.FRAMES, "init_random_frames": rates.INIT}
+    task = {"dqn": "MinAtar/breakout", "tasks": "HalfCheetah/forward+backward"}.get(ROWS[name].loss, "Hopper-v4")
+    to_config({**row, "env": task})
 
 
 def test_cells_without_checkpoints_or_damaged_are_named_and_one_that_was_left_half_made_is_made_anew(tmp_path):

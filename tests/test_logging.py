@@ -249,3 +249,12 @@ def test_a_logger_that_hangs_while_it_starts_costs_no_time():
     go_on.set()
     wait_until(lambda: tracker.closed)
     assert tracker.rows == [(1, 0.0, {"x": 1.0})]
+
+
+def test_the_variables_of_wandb_are_read_for_wandb_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "shared")
+    folder = RunFolder.create(tmp_path / "run")
+    for kind, mode in (("csv", None), ("tensorboard", None), ("wandb", "disabled")):
+        make_logger(kind, folder, mode=mode).close()
+    with pytest.raises(ValueError, match=r"WANDB_MODE must be one of .*, got 'shared'"):
+        check_logger("wandb")

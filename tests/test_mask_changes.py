@@ -132,6 +132,9 @@ def test_a_freeze_rule_that_is_never_met_is_said_at_the_end(tmp_path):
     (said,) = (text for text in trainer.reporter.said if "never frozen" in text)
     newest = list(logged(trainer, "masks/overlap").values())[-1]
     assert f"(topology.freeze_overlap=1, newest {newest:.3g}): lower it, or give topology.end" in said
+    trainer.config.topology.end, said = 60, []
+    trainer.masks.say_if_never_frozen({}, said.append)
+    assert said[0].endswith("newest nan): lower it.")
     (tmp_path / "second").mkdir()
     trainer, _ = run(tmp_path / "second", topology={"freeze_overlap": 0.01, "warm_up_frames": 35, "end": None})
     assert trainer.masks.schedule.frozen_at == 40

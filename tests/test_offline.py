@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,9 +187,10 @@ def test_the_cells_of_the_benchmark_are_commands_that_exist(example, tmp_path, c
     assert len(steps) == len(offline.RUNS) + len(offline.DATASETS) + offline.SEEDS
     assert {name for mix in offline.MIXES for name in mix} <= set(offline.DATASETS)
     steps[0][0].parent.mkdir(parents=True)
-    steps[0][0].touch()
-    offline.main(["--folder", str(tmp_path), "--commands"])
-    assert capsys.readouterr().out.count("\n") == len(steps) - 1, "what is there is not made again"
+    for status, missing in {"interrupted": len(steps), "diverged": len(steps), "finished": len(steps) - 1}.items():
+        steps[0][0].write_text(json.dumps({"status": status}))
+        offline.main(["--folder", str(tmp_path), "--commands"])
+        assert capsys.readouterr().out.count("\n") == missing, "what is there is not made again"
 
 
 @pytest.mark.parametrize(

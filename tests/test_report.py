@@ -352,3 +352,14 @@ def test_the_committed_results_can_be_read():
         warnings.simplefilter("ignore")  # several runs may be one cell
         found = assign(records, EXPERIMENTS["fig2a"].cells())
     assert select(["fig2a"], rows=["omnet"], tasks=["Hopper-v4"], seeds=[0])[0].path in found
+
+
+def test_a_run_that_diverged_later_counts_and_the_budget_is_one_that_runs_have(tmp_path):
+    root = tmp_path / "results"
+    cells = select(["fig2a"], rows=["omnet"], tasks=["Hopper-v4"], seeds=range(2), frames=30_000)
+    write_run(root, cells[0], 100, frames=15_000)
+    write_run(root, cells[1], 200, status="diverged", frames=25_000)
+    assert "| OMNet | 150 [-485, 785] (n=2) |" in written(root, "fig2a", "--frames", "15000")
+    found = report.find([root])
+    assert sorted(record.frames for record in found) == [15_000, 25_000]
+    assert "score at 25,000 frames" in written(root, "fig2a")

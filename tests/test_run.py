@@ -203,6 +203,19 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_results(tmp
         assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize(("reached", "begun_anew"), [(36, True), (40, False)])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(reached, begun_anew, tmp_path):
+    train(Run(options(tmp_path, num_envs=4, checkpoint={"interval": 33})))  # which saves at 36
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "metrics.csv").write_text(f"frames,seconds,name,value\n{reached},0.1,train/episode_return,1.0\n")
+    folder_module.RunFolder.open(tmp_path / "run").write_info(status="running", saved=None, frames=0)
+    if begun_anew:
+        assert train(Run({"resume": str(tmp_path / "run")})) == "finished"
+    else:
+        with pytest.raises(ValueError, match="has no checkpoint in it, and would start from frame 0"):
+            Run({"resume": str(tmp_path / "run")})
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_the_first_frame_leaves_a_run_that_can_go_on(number, tmp_path, monkeypatch, capsys):
 

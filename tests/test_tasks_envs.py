@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
+from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector
-from torchrl.envs import Compose, RewardScaling, RewardSum, StepCounter, TransformedEnv
+from torchrl.envs import Compose, DoubleToFloat, RewardScaling, RewardSum, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from omnet_torchrl import SubnetPrimer
 from omnet_torchrl.envs import TasksEnv, make_half_cheetah, make_task, task_names
 from omnet_torchrl.envs.suites import MT10, half_cheetah_reward
+from omnet_torchrl.training.loop.border import Border
+from omnet_torchrl.training.loop.generators import OwnGlobals
+from omnet_torchrl.training.loop.resumption import collection_state, load_collection
 
 
 class Count(gymnasium.Env):
@@ -229,3 +233,34 @@ def test_a_reset_takes_a_seed():
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(env.reset()["observation"], first)
     env.close()
+
+
+def test_tasks_that_rest_succeed_no_more():
+    envs = [Border(Count(1, 4, success_at=2), OwnGlobals(0)), Border(Count(2, 4, success_at=1), OwnGlobals(0))]
+    env = TasksEnv(envs, success=True)
+    env.set_seed(0)
+    state = env.reset()
+    for rests in (False, True):
+        envs[0].resting = rests
+        step = env.step(state.set("action", torch.zeros(2, 2)))
+        state = step["next"].exclude("reward")
+    assert step["next", "success"].flatten().tolist() == [False, True]
+
+
+def test_success_goes_on_with_the_episodes():
+    def make():
+        env = TasksEnv([Border(Count(1, 9, success_at=2), OwnGlobals(0)), Border(Count(2, 9), OwnGlobals(0))], success=True)
+        policy = TensorDictModule(torch.nn.Linear(2, 2), ["observation"], ["action"])
+        env = TransformedEnv(env, Compose(DoubleToFloat(), SubnetPrimer(2, fixed=torch.arange(2))))
+        env.set_seed(0)
+        options = {"auto_register_policy_transforms": False, "track_traj_ids": False}
+        return Collector(env, policy, frames_per_batch=2, total_frames=40, **options)
+
+    whole, parts = make(), make()
+    going, seen = iter(whole), []
+    for _ in range(4):
+        next(going)
+    load_collection(parts, {**collection_state(whole), "frames": 8})
+    for collector in (going, iter(parts)):
+        seen.append([next(collector)["next", "success"].flatten().tolist() for _ in range(3)])
+    assert seen[0] == seen[1] == [[True, False]] * 3

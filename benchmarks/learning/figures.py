@@ -161,7 +161,7 @@ def _line(panel: Axes, records: Sequence[Record], metric: str, axis: str, end: i
         if record.diverged and record.frames < end:
             frames, values = record.curve(metric, end)
             panel.plot(_place([record], np.asarray(frames[-1:]), axis), values[-1:], "x", color=colour, markersize=8)
-    going = [record for record in records if not record.diverged] or records
+    going = [record for record in records if not record.diverged or record.frames >= end] or records
     going = [record for record in going if record.frames >= end] or going
     frames, values = common_curve([record.curve(metric, end) for record in going])
     if not len(frames):

@@ -6,13 +6,14 @@
 
 "Efficient Reinforcement Learning by Discovering Neural Pathways" (Arnob et al., 2024) asks it of Meta-World and HalfCheetah:
 the return against the number of transitions, on medium-replay, medium, and medium with expert. Where a command is cut off, the
-same command begins that step anew.
+same command begins that step anew; a run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shlex
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def commands(folder: Path) -> list[tuple[Path, list[str]]]:
             f"total_frames={frames}",
         ]
         made = [python, str(ROOT / "examples" / "multitask.py"), *options, "progress=false", f"folder={folder / 'runs' / name}"]
-        steps.append((folder / "runs" / name / "tasks.png", [*made, "resume=auto"]))
+        steps.append((folder / "runs" / name / "run.json", [*made, "resume=auto"]))
     for name, run in DATASETS.items():
         source, target = folder / "runs" / run, folder / "data" / name
         played = [] if name == "replay" else ["--frames", str(FRAMES)]
@@ -55,6 +56,11 @@ def commands(folder: Path) -> list[tuple[Path, list[str]]]:
         options = ["--sizes", *map(str, SIZES), "--seed", str(seed), "--out", str(out)]
         steps.append((out / "offline.csv", [python, str(ROOT / "examples" / "offline_tasks.py"), *data, *options]))
     return steps
+
+
+def is_done(made: Path) -> bool:
+    """Whether a step is done: of a run, which has a folder from its start on, whether it has finished."""
+    return made.exists() and (made.name != "run.json" or json.loads(made.read_text())["status"] == "finished")
 
 
 def table(folder: Path) -> str:
@@ -89,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(table(args.folder))
         return
     for made, command in commands(args.folder.resolve()):
-        if made.exists():
+        if is_done(made):
             continue
         if args.commands:
             print(shlex.join(command))

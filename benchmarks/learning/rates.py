@@ -29,7 +29,7 @@ from omnet_torchrl.training.record.metrics import read_metrics
 
 NUMBERS = ("random_seconds", "seconds", "update_seconds")
 COLUMNS = ("machine", "device", "threads", "row", "task", *NUMBERS, "frames", "date", "load")
-INIT, FRAMES = 500, 60  # of a measurement: random frames, then frames with updates
+INIT, FRAMES = 512, 64  # of a measurement: random frames, then frames with updates; multiples of a row's environments
 
 
 class Rate(NamedTuple):
@@ -104,13 +104,13 @@ def machine(device: str) -> str:
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
-def measure(cell: Cell, device: str, threads: int) -> Rate:
-    """Of a short run, compiled as a long one is."""
+def measure(cell: Cell, device: str, threads: int, root: Path = Path()) -> Rate:
+    """Of a short run, compiled as a long one is; ``root`` is where the cells are, one of which it may need."""
     with tempfile.TemporaryDirectory() as folder:
         frames = [f"total_frames={INIT + FRAMES}", f"init_random_frames={INIT}", "eval.interval=1000000", "eval.episodes=1"]
         frames += ["checkpoint.interval=0", "log_interval=20", "progress=false", f"folder={folder}/run"]
         machine_share = [f"device={device}", f"num_threads={threads}"]
-        arguments = [*cell.variant.overrides(cell.task, cell.seed, INIT + FRAMES), *frames, *machine_share]
+        arguments = [*cell.variant.overrides(cell.task, cell.seed, INIT + FRAMES, root), *frames, *machine_share]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, str(cell.variant.example), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)

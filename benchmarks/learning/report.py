@@ -19,11 +19,11 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median_high
 from typing import NamedTuple
 
 import figures
 import maze_pictures
-import numpy as np
 import tables
 from csv_files import finite, read_rows
 from experiments import EXPERIMENTS, Experiment, known
@@ -88,7 +88,7 @@ def budget(experiment: Experiment, runs: dict, frames: int | None) -> int:
         (record.config.seed, record.frames) for tasks in runs.values() for records in tasks.values() for record in records
     ]
     own = [number for seed, number in reached if seed < experiment.seeds]
-    return frames or min(experiment.frames, int(np.median(own or [number for _, number in reached])))
+    return frames or min(experiment.frames, median_high(own or [number for _, number in reached]))
 
 
 def counted(experiment: Experiment, runs: dict, end: int) -> dict[str, dict[str, list[Record]]]:

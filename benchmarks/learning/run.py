@@ -35,6 +35,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,6 +47,7 @@ from omnet_torchrl.training.options import ROWS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # What every cell measures beside its returns, and how.
+WAIT_S = 1.0  # between two looks at a run that another cell needs
 WATCHED = ("eval.bias_episodes=10", "progress=false")
 
 
@@ -64,9 +66,16 @@ def frames_of(folder: Path) -> int:
 
 
 def is_done(cell: Cell, root: Path) -> bool:
-    """Whether a cell has its frames, or has diverged on the way."""
+    """Whether a cell has its frames and their last evaluation, or has diverged on the way."""
     info = state(root / cell.path)
-    return info.get("status") == "diverged" or info.get("frames", 0) >= cell.frames
+    status, frames = info.get("status"), info.get("frames", 0)
+    return status == "diverged" or frames > cell.frames or (frames == cell.frames and status not in ("failed", "interrupted"))
+
+
+def source(cell: Cell, root: Path) -> Path | None:
+    """The folder of the run that a cell takes its structure from."""
+    options = dict(each.split("=", 1) for each in cell.variant.overrides(cell.task, cell.seed, cell.frames, root))
+    return Path(options["network.structure_run"]) if "network.structure_run" in options else None
 
 
 def command(cell: Cell, root: Path, *options: str) -> list[str]:
@@ -118,6 +127,7 @@ class Runner:
         self.threads, self.devices = threads_each(jobs), devices(device)
         self.outcomes: Counter[str] = Counter()
         self._processes: set[subprocess.Popen] = set()
+        self._left: set[Path] = set()  # the folders of the cells that are still to end
         self._stop, self._print = threading.Event(), threading.Lock()
 
     def run(self, cells: Sequence[Cell]) -> Counter[str]:
@@ -125,6 +135,7 @@ class Runner:
         waiting: queue.SimpleQueue[Cell] = queue.SimpleQueue()
         for cell in cells:
             waiting.put(cell)
+        self._left = {self.root / cell.path for cell in cells}
         workers = [threading.Thread(target=self._work, args=(waiting, slot)) for slot in range(self.jobs)]
         before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -156,7 +167,16 @@ class Runner:
                 cell = waiting.get_nowait()
             except queue.Empty:
                 return
-            outcome = self._cell(cell, slot)
+            needed = source(cell, self.root)
+            if needed is not None and state(needed).get("status") != "finished":
+                if needed in self._left:
+                    waiting.put(cell)
+                    self._stop.wait(WAIT_S)
+                    continue
+                outcome = f"left for later ({needed} has not finished)"
+            else:
+                outcome = self._cell(cell, slot)
+            self._left.discard(self.root / cell.path)
             self.outcomes[outcome] += 1
             if outcome != "done before":
                 self.say(f"{cell.path}: {outcome}")
@@ -181,7 +201,7 @@ class Runner:
             with log.open("a") as output:
                 code = self._process(command(cell, self.root, *options), output, held)
             info = state(folder)
-            if code and info.get("status") != "interrupted" and not self._stop.is_set():
+            if code and info.get("status") not in ("interrupted", "diverged") and not self._stop.is_set():
                 return f"failed (exit status {code}, see {log})"
             return f"{info.get('status', 'no run.json')} at {info.get('frames', 0):,} frames"
 
@@ -248,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{len(cells)} cells, {len(missing)} missing; {args.jobs} at a time, each with {threads} thread(s) on {device}")
     if args.dry_run:
         known = rates.Rates(root / "rates.csv", device, threads)
-        measure = None if args.no_measure else rates.measure
+        measure = None if args.no_measure else partial(rates.measure, root=root)
         print(rates.forecast(missing, lambda cell: frames_of(root / cell.path), known, args.jobs, measure))
         return
     outcomes = Runner(root, args.jobs, args.device, args.option).run(missing)

@@ -62,18 +62,18 @@ def every_score(variants: Sequence[Variant], runs: Runs, end: int) -> dict[str, 
 
 
 def returns(variants: Sequence[Variant], tasks: Sequence[str], runs: Runs, end: int) -> str:
-    """Mean score and interval of each row and task, with the number of seeds and of those that diverged."""
+    """Mean score and interval of each row and task, with the number of seeds and of those that diverged until then."""
     lines = [f"| score at {end:,} frames | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
     for variant in variants:
-        cells = [_cell(scores(variant, task, runs, end), runs.get(variant.name, {}).get(task, [])) for task in tasks]
+        cells = [_cell(scores(variant, task, runs, end), runs.get(variant.name, {}).get(task, []), end) for task in tasks]
         lines.append(f"| {variant.label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(values: Sequence[float], records: Sequence[Record]) -> str:
+def _cell(values: Sequence[float], records: Sequence[Record], end: int) -> str:
     if not values:
         return "missing"
-    diverged = sum(record.diverged for record in records)
+    diverged = sum(record.diverged and record.frames < end for record in records)
     seeds = f"n={len(values)}" + (f", {diverged} diverged" if diverged else "")
     return f"{interval(mean_interval(values))} ({seeds})"
 

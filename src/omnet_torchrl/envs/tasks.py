@@ -102,9 +102,13 @@ class TasksEnv(EnvBase):
         terminated, truncated, success = (self._views[name] for name in (*ENDS, "success"))
         for i in self._chosen(tensordict, "_step"):
             observation[i], reward[i], terminated[i], truncated[i], info = self.envs[i].step(actions[i])
-            if self._success:
+            if self._success and not getattr(self.envs[i], "resting", False):
                 success[i] |= bool(info["success"])
         return self._observe().set("reward", rewards)
+
+    def load_success(self, success: Tensor) -> None:
+        """Which tasks have succeeded in the episodes that go on, boolean, ``(T, 1)``: after they were played again."""
+        self._state["success"].copy_(success)
 
     def _chosen(self, tensordict: TensorDictBase | None, key: str) -> Sequence[int]:
         """The places that a reset or a step is of; the others stay as they are."""

@@ -214,7 +214,8 @@ def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator 
         sizes[name] = f"{' - '.join(map(str, shape))}, {total:,} parameters{fixed}"
     kept = ""
     if network.masks == "unit":
-        kept = f", {' - '.join(map(str, qvalue.module.extract(0).num_cells))} hidden units"
+        masked = next(each for each in qvalue.modules() if isinstance(each, UnitMaskedMLP))
+        kept = f", {' - '.join(map(str, masked.extract(0).num_cells))} hidden units"
     if row(config.algorithm).loss == "tasks":
         each = f"{network.num_subnets} tasks, each with {config.loss.num_target_subnets} critics and an actor"
         of = {

@@ -30,6 +30,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from omnet_torchrl.envs import task_names
 from omnet_torchrl.training.build import policy_options
 from omnet_torchrl.training.command_line import argument, check_job, merge_overrides
 from omnet_torchrl.training.loop.environments import check_env, env_options, instances
@@ -91,7 +92,7 @@ class Run:
             self.config = _resumed(self.folder, overrides, self.config if auto else None)
         self.config.resume = None
         check_job(self.config.algorithm, job)
-        check_logger(self.config.logger)
+        check_logger(self.config.logger, self.config.wandb.mode)
         notes = check_env(self.config.env, normalized=self.config.normalize_observations, **env_options(self.config))
         self.device = resolve_device(self.config.device)
         if not self.resumed:
@@ -323,7 +324,9 @@ def _check_files(folder: RunFolder, stored: TrainConfig) -> None:
     with contextlib.suppress(ValueError):
         reached = max(max(frames) for frames, _ in read_metrics(folder.metrics_path).values())
     saved = info.get("saved") is not None or any(session["frames"] for session in info["sessions"])
-    if info["status"] in ("finished", "diverged") or saved or 0 < stored.checkpoint.interval < reached:
+    # The first checkpoint is of the first step at or beyond the interval, and comes after that step's records.
+    interval, step = stored.checkpoint.interval, stored.environments * len(task_names(stored.env))
+    if info["status"] in ("finished", "diverged") or saved or 0 < interval <= reached - step:
         raise ValueError(
             f"{folder.path} can't be resumed: its run (status: {info['status']}) has no checkpoint in it, and would start from "
             "frame 0: put its checkpoints back, or start another run."

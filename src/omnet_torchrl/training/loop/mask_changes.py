@@ -67,7 +67,8 @@ class MaskChanges:
             newest = "; ".join(
                 f"{name}={value:g}, newest {last.get(RULES[name], math.nan):.3g}" for name, value in rules.items()
             )
-            say(f"warning: the masks were never frozen (topology.{newest}): lower it, or give topology.end.")
+            advice = "lower it" if self.config.topology.end is not None else "lower it, or give topology.end"
+            say(f"warning: the masks were never frozen (topology.{newest}): {advice}.")
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps; nothing without a schedule."""

@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
 
+from omnet_torchrl.envs import TasksEnv
 from omnet_torchrl.training.loop.backends import Workers
 from omnet_torchrl.training.loop.border import ReplayError
 from omnet_torchrl.training.loop.environments import recorders
@@ -48,6 +49,8 @@ def load_collection(collector: Collector, state: dict[str, Any]) -> None:
     collection = {"env_state_dict": state["transforms"], "frames": state["frames"], "iter": -1}
     collector.load_state_dict(collection, strict=False)
     collector._carrier = carrier.update(stored)
+    if isinstance(collector.env.base_env, TasksEnv) and "success" in stored:
+        collector.env.base_env.load_success(stored["success"])
 
 
 def setting(config: TrainConfig, update: Update) -> dict[str, dict[str, Any]]:

@@ -32,7 +32,7 @@ def check_contradictions(config: TrainConfig) -> None:
 
 def _check_network(config: TrainConfig) -> None:
     network, limit = config.network, config.network.num_subnets
-    sparsity, layers = network.sparsity, len(network.num_cells) + (network.masks != "unit")
+    sparsity, layers = network.sparsity, len(network.num_cells) + (network.masks != "unit") + (network.channels is not None)
     unknown = {"unit": ("mask_bias", "dense_input", "dense_output"), "redrawn": ("mask_bias",)}.get(network.masks, ())
     for name in unknown:
         if getattr(network, name):
@@ -47,6 +47,7 @@ def _check_network(config: TrainConfig) -> None:
     dense = " and ".join(f"network.{name}=true" for name in ("dense_input", "dense_output") if getattr(network, name))
     if isinstance(sparsity, list) and len(sparsity) != layers:
         of = "linear layers" if network.masks != "unit" else "hidden layers with network.masks=unit"
+        of = "layers, the convolution first" if network.channels is not None else of
         raise ValueError(f"network.sparsity must have one number for each of {layers} {of}, got {sparsity}.")
     if isinstance(sparsity, list) and dense:
         raise ValueError(f"network.sparsity must be one number with {dense}, got {sparsity}: write 0 in the list instead.")
@@ -71,23 +72,22 @@ def _check_loss(config: TrainConfig) -> None:
     if grid and kind != "dqn":
         rows = f"{', '.join(name for name in ROWS if ROWS[name].loss == 'dqn')}, with minatar_dqn.py and env={config.env}"
         raise ValueError(f"algorithm must be one of {rows}, got {config.algorithm}.")
-    for name in ("channels", "structure"):
-        if getattr(network, name) is not None and not (grid and network.critic == "masked" and network.masks == "weight"):
+    for name, off in {"channels": "null", "structure": "null", "freeze_hidden": "false"}.items():
+        if getattr(network, name) and not (grid and network.critic == "masked" and network.masks == "weight"):
             needs = f"env={MINATAR}<game>, network.critic=masked and network.masks=weight"
-            raise ValueError(f"network.{name} must be null but with {needs}, got {getattr(network, name)!r}.")
+            raise ValueError(f"network.{name} must be {off} but with {needs}, got {getattr(network, name)!r}.")
     if network.structure is not None:
         if network.structure not in STRUCTURES:
             raise ValueError(f"network.structure must be null or one of {', '.join(STRUCTURES)}, got {network.structure!r}.")
         if network.channels is not None:
             raise ValueError("network.channels must be null with network.structure, which is of the first layer, got both.")
+        if network.mask_bias:
+            raise ValueError("network.mask_bias must be false with network.structure, whose bias is one for all, got true.")
     if (network.structure == "l1") != (network.structure_run is not None):
         given = f"network.structure={network.structure} and network.structure_run={network.structure_run}"
         raise ValueError(f"network.structure=l1 and network.structure_run must be given together, got {given}.")
     if config.loss.l1 and kind != "dqn":
         raise ValueError(f"loss.l1 must be 0 with algorithm={config.algorithm}, got {config.loss.l1}: leave it out.")
-    if network.freeze_hidden and not (grid and network.critic == "masked" and network.masks == "weight"):
-        needs = f"env={MINATAR}<game>, network.critic=masked and network.masks=weight"
-        raise ValueError(f"network.freeze_hidden must be false but with {needs}, got true.")
     if config.observation_offset and grid:
         raise ValueError(f"observation_offset must be 0 with env={config.env}, whose cells are booleans: leave it out.")
     if config.normalize_observations and grid:

@@ -163,7 +163,7 @@ def network_sparsity(network: NetworkConfig) -> float | list[float]:
     """The argument ``sparsity`` of the networks, with ``dense_input`` and ``dense_output`` applied."""
     if not (network.dense_input or network.dense_output):
         return network.sparsity
-    layers = [float(network.sparsity)] * (len(network.num_cells) + 1)
+    layers = [float(network.sparsity)] * (len(network.num_cells) + 1 + (network.channels is not None))
     layers[0] *= not network.dense_input
     layers[-1] *= not network.dense_output
     return layers

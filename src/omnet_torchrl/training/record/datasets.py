@@ -152,8 +152,9 @@ def _check_spaces(got: Mapping[str, Any], expected: Mapping[str, Any], what: str
 
 def _returns(data: TensorDictBase) -> list[float | None]:
     """The mean return of the episodes that ended, of all tasks or of each: rewards over ends."""
-    rewards, ends = (data["next", name].reshape(len(data), -1).double().sum(0) for name in ("reward", "done"))
-    means: Tensor = rewards / ends
+    rewards, done = (data["next", name].reshape(len(data), -1).double() for name in ("reward", "done"))
+    ended, ends = done.flip(0).cumsum(0).flip(0) > 0, done.sum(0)  # the episode that goes on at the end is left out
+    means: Tensor = (rewards * ended).sum(0) / ends
     return [round(mean, 3) if end else None for mean, end in zip(means.tolist(), ends.tolist(), strict=True)]
 
 

@@ -178,9 +178,9 @@ def wandb_mode() -> str:
     return mode
 
 
-def check_logger(kind: str) -> None:
+def check_logger(kind: str, mode: str | None = None) -> None:
     """Raise a ``ValueError`` if ``kind`` is no logger, or one whose package is not installed. Cheap: for before any work."""
-    if kind == "wandb":
+    if kind == "wandb" and mode is None:
         wandb_mode()
     if kind not in KINDS:
         close = difflib.get_close_matches(str(kind), KINDS, n=1)
@@ -214,8 +214,8 @@ def make_logger(
         options: of :func:`wandb.init`: ``project``, ``entity``, ``group``, ... Where one is ``None``, the environment variable
             of wandb holds; the project is then omnet_torchrl.
     """
-    check_logger(kind)
-    mode = mode or wandb_mode()
+    check_logger(kind, mode)
+    mode = mode or (wandb_mode() if kind == "wandb" else "disabled")  # only wandb asks what its environment variables say
     if kind == "csv" or (kind == "wandb" and mode == "disabled"):
         return BackgroundLogger()
     for name, variable in VARIABLES.items():  # which wandb reads once in a process
