@@ -4,6 +4,8 @@
     python examples/dqn_script.py --target-reduction subnet --single    # Bootstrapped DQN with masks for heads
 
 The subnetwork that is drawn at reset acts greedily on its own values all episode; evaluation is greedy on the mean of all.
+The settings are those of RL Baselines3 Zoo. The return reaches 500, the most there is, within some thousand frames, and falls
+back at times.
 """
 
 from __future__ import annotations
@@ -84,14 +86,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-starts", type=int, default=1_000, help="frames before the first update")
     parser.add_argument("--annealing-frames", type=int, default=8_000, help="of epsilon, from 1 to 0.05")
     parser.add_argument("--frames-per-update", type=int, default=2)
-    parser.add_argument("--target-update-interval", type=int, default=200, help="updates between copies of the network")
+    parser.add_argument("--target-update-interval", type=int, default=10, help="updates between copies of the network")
     parser.add_argument("--target-reduction", choices=["min", "mean", "subnet"], default="min")
     parser.add_argument("--single", action="store_true", help="not double: the next action is the best of the target network")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=2.3e-3)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-subnets", type=int, default=5)
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--num-cells", type=int, nargs="+", default=[128, 128])
+    parser.add_argument("--num-cells", type=int, nargs="+", default=[256, 256])
     parser.add_argument("--eval-interval", type=int, default=2_000, help="in frames")
     parser.add_argument("--episodes", type=int, default=10, help="of one evaluation")
     parser.add_argument("--no-compile", action="store_true", help="make each operation by itself, to debug")

@@ -75,6 +75,8 @@ def curves(
                 panel.set_yscale("symlog", linthresh=symlog)
             _dress(panel)
             _limit(panel)
+            if metric.startswith("masks/overlap"):  # a share
+                panel.set_ylim(0, 1.02)
         row[0].set_ylabel(label)
     _legend(figure, grid)
     figure.suptitle(textwrap.fill(title, 44 * len(tasks)))
