@@ -27,8 +27,9 @@ PREDICTION_FRAMES = 100_000  # of a random policy, from which cells are predicte
 
 def structure_options(config: TrainConfig, observation_spec: TensorSpec) -> dict[str, Tensor]:
     """The argument ``structure`` of :func:`~omnet_torchrl.grids.make_grid_qvalue_actor`, where the options ask for one."""
-    channels = observation_spec["observation"].shape[-1]
-    return {} if config.network.structure is None else {"structure": structure(config, channels)}
+    if config.network.structure is None:
+        return {}
+    return {"structure": structure(config, observation_spec["observation"].shape[-1])}
 
 
 def structure(config: TrainConfig, channels: int) -> Tensor:
