@@ -72,7 +72,7 @@ def make_grid_qvalue_actor(
             sparsities, the convolution's is the first.
         network_class: of the perceptron; :class:`~omnet_torchrl.MaskedMLP` with a convolution or a structure.
         structure (Tensor or None): boolean, ``(num_cells[0], rows * columns * C)``, of a first layer without a convolution,
-            which is a :class:`~omnet_torchrl.StructuredLinear`; see :mod:`~omnet_torchrl.structures`. ``None``: none.
+            which is a :class:`~omnet_torchrl.StructuredLinear`; see e.g. :func:`~omnet_torchrl.structures.spatial_structure`.
 
     Raises:
         TypeError, ValueError, KeyError: actions that are not discrete, observations that are no grid.
