@@ -200,7 +200,7 @@ def _structures() -> tuple[Variant, ...]:
 _GAITS = ("HalfCheetah/forward+backward+velocity_0.5+velocity_2",)
 _GAIT = (
     *(("network.num_subnets", 4), ("utd_ratio", 0.25), ("init_random_frames", 20_000), ("eval.interval", 20_000)),
-    ("eval.episodes", 5),
+    *(("eval.episodes", 5), ("log_interval", 4_000)),
 )
 
 
