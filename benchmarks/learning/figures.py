@@ -68,7 +68,7 @@ def curves(
                 _reference(panel, references or {}, task, end)
                 panel.set_xlim(0, end)
                 panel.xaxis.set_major_formatter(FuncFormatter(lambda frames, _: count(frames)))
-                panel.set_title(task)
+                panel.set_title(textwrap.fill(task.replace("+", " + "), 38))
             panel.set_xlabel(AXES[axis])
             largest = max((np.abs(line.get_ydata()).max() for line in panel.lines), default=0.0)
             if symlog is not None and largest > 10 * symlog:
