@@ -10,7 +10,7 @@ from test_update import compiler  # noqa: F401
 from torch import nn
 from torchrl.data import Binary, OneHot
 
-from omnet_torchrl import MaskedLinear, MaskedMLP, OMNetDQNLoss, RedrawnMLP, SubnetQValueActor, Update
+from omnet_torchrl import IndexedSequential, MaskedLinear, MaskedMLP, OMNetDQNLoss, RedrawnMLP, SubnetQValueActor, Update
 from omnet_torchrl.grids import make_grid_qvalue_actor
 from omnet_torchrl.layers import SparseLinear, StructuredLinear
 from omnet_torchrl.structures import l1_structure, random_structure, set_structure, spatial_structure
@@ -192,3 +192,22 @@ def test_a_mask_of_the_bias_is_refused():
     layer = MaskedLinear(9, 7, masks=masks, bias_masks=masks[..., 0])
     with pytest.raises(ValueError, match="one bias for all subnetworks: build it with mask_bias=False"):
         StructuredLinear(layer, masks[0])
+
+
+def test_an_l1_penalty_is_of_weights_and_not_of_scales():
+    layers = networks()[1], nn.BatchNorm1d(3), nn.ReLU(), MaskedLinear(3, 3, masks=torch.ones(2, 3, 3, dtype=torch.bool))
+    loss = OMNetDQNLoss(SubnetQValueActor(IndexedSequential(*layers), SPACES["one-hot"]), l1=1e-3)
+    assert [".".join(name[2:]) for name in loss._hidden] == ["module.0.0.weight", "module.0.2.weight"]
+
+
+@pytest.mark.gpu
+def test_it_is_the_same_on_a_gpu():
+    _, structured = pair()
+    there = copy.deepcopy(structured).cuda()
+    x = torch.randn(6, 9)
+    for layer, inputs in ((structured, x), (there, x.cuda())):
+        layer(inputs, 0).square().sum().backward()
+    torch.testing.assert_close(there.weight.grad.cpu(), structured.weight.grad)
+    for rows in (x, x[:1]):
+        with torch.no_grad():
+            torch.testing.assert_close(there(rows.cuda(), 0).cpu(), structured(rows, 0))

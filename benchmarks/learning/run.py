@@ -46,8 +46,8 @@ from experiments import EXPERIMENTS, Cell, select
 from omnet_torchrl.training.options import ROWS
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# What every cell measures beside its returns, and how.
 WAIT_S = 1.0  # between two looks at a run that another cell needs
+# What every cell measures beside its returns, and how.
 WATCHED = ("eval.bias_episodes=10", "progress=false")
 
 

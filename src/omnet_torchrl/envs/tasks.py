@@ -102,7 +102,7 @@ class TasksEnv(EnvBase):
         terminated, truncated, success = (self._views[name] for name in (*ENDS, "success"))
         for i in self._chosen(tensordict, "_step"):
             observation[i], reward[i], terminated[i], truncated[i], info = self.envs[i].step(actions[i])
-            if self._success and not getattr(self.envs[i], "resting", False):
+            if self._success:
                 success[i] |= bool(info["success"])
         return self._observe().set("reward", rewards)
 

@@ -47,7 +47,7 @@ class StructuredLinear(IndexedLayer):
     def __init__(self, layer: nn.Linear, structure: Tensor):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.num_subnets = getattr(layer, "num_subnets", 1)
+        self._shape, self.num_subnets = (self.out_features, self.in_features), getattr(layer, "num_subnets", 1)
         if getattr(layer, "bias_masks", None) is not None:
             raise ValueError("a layer with a structure has one bias for all subnetworks: build it with mask_bias=False.")
         if structure.shape != layer.weight.shape or structure.dtype != torch.bool:
@@ -78,24 +78,23 @@ class StructuredLinear(IndexedLayer):
                 f"{tuple(input.shape)} of {input.dtype}."
             )
         rows = input.reshape(-1, self.in_features)
+        # One observation of a policy; within an update, whose code is traced, the weight is no parameter.
         if len(rows) == 1 and isinstance(self.weight, nn.Parameter) and not torch.is_grad_enabled():
-            output = torch.mv(self._matrix(), rows[0])  # one observation of a policy
+            output = torch.mv(self._matrix(), rows[0])
         else:
             output = _Product.apply(self.weight, rows, self.rows, self.columns, self.starts).t()
         output = (output if self.bias is None else output + self.bias).view(*input.shape[:-1], self.out_features)
         return output.expand(*torch.broadcast_shapes(index.shape, input.shape[:-1]), self.out_features)
 
     def _matrix(self) -> Tensor:
-        size = (self.out_features, self.in_features)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-            return torch.sparse_csr_tensor(self.starts, self.columns, self.weight, size, check_invariants=False)
+            return torch.sparse_csr_tensor(self.starts, self.columns, self.weight, self._shape, check_invariants=False)
 
     @property
     def structure(self) -> Tensor:
         """Boolean, ``(out_features, in_features)``."""
-        empty = torch.zeros(self.out_features, self.in_features, dtype=torch.bool, device=self.rows.device)
-        return empty.index_put((self.rows, self.columns), torch.tensor(True, device=self.rows.device))
+        return scattered(torch.ones_like(self.rows, dtype=torch.bool), self.rows, self.columns, self._shape)
 
     def extract(self, subnet: int) -> nn.Linear:
         """Return the layer as a plain :class:`torch.nn.Linear`, with zeros for the weights that the structure leaves out."""
@@ -103,7 +102,7 @@ class StructuredLinear(IndexedLayer):
         like = {"device": self.weight.device, "dtype": self.weight.dtype}
         plain = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None, **like)
         with torch.no_grad():
-            plain.weight.copy_(_dense(self.weight, self.rows, self.columns, plain.weight.shape))
+            plain.weight.copy_(scattered(self.weight, self.rows, self.columns, self._shape))
             if self.bias is not None:
                 plain.bias.copy_(self.bias)
         return plain
@@ -116,9 +115,10 @@ class StructuredLinear(IndexedLayer):
 
 
 class _Product(torch.autograd.Function):
-    """Sparse weights times inputs ``(B, in)``: ``(out, B)``. The backward pass is that of the dense product, where it is kept.
+    """Sparse weights times inputs ``(B, in)``: ``(out, B)``.
 
-    The forward pass is a weighted sum of rows of the transposed inputs, which PyTorch has as a bag of embeddings.
+    The forward pass is a weighted sum of rows of the transposed inputs, which PyTorch has as a bag of embeddings. The backward
+    pass makes the gradient of all weights as a dense product, and keeps those of the structure.
     """
 
     generate_vmap_rule = True
@@ -138,9 +138,10 @@ class _Product(torch.autograd.Function):
         weight, input, rows, columns = ctx.saved_tensors
         of_weight, of_input, *_ = ctx.needs_input_grad
         change = (gradient @ input)[rows, columns] if of_weight else None
-        back = gradient.t() @ _dense(weight, rows, columns, (ctx.units, input.shape[1])) if of_input else None
+        back = gradient.t() @ scattered(weight, rows, columns, (ctx.units, input.shape[1])) if of_input else None
         return change, back, None, None, None
 
 
-def _dense(weight: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return weight.new_zeros(shape).index_put((rows, columns), weight)
+def scattered(values: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return a matrix with these values at these places, and zeros elsewhere."""
+    return values.new_zeros(shape).index_put((rows, columns), values)

@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
-from torch import Tensor, nn, square
+from torch import Tensor, square
 from torchrl.data import TensorSpec
 from torchrl.objectives import DQNLoss
 
-from omnet_torchrl.layers.indexed import IndexedLayerNorm
+from omnet_torchrl.layers import StructuredLinear
 from omnet_torchrl.objectives.draws import dropout_seed
 from omnet_torchrl.objectives.networks import check_shape, prepare_networks, refuse_arguments
 from omnet_torchrl.objectives.subnet_loss import LossStep
@@ -134,10 +134,10 @@ class OMNetDQNLoss(TDLoss, DQNLoss):
         if not 0 <= l1 < float("inf"):
             raise ValueError(f"l1 must be in [0, inf), got {l1}.")
         self.target_reduction, self.l1 = target_reduction, l1
-        norms = nn.LayerNorm | IndexedLayerNorm
-        scales = {name for name, layer in self.value_network.named_modules() if isinstance(layer, norms)}
-        named = self.value_network_params.keys(True, True)
-        matrices = [name for name in named if name[-1] == "weight" and ".".join(name[:-1]) not in scales]
+        layers, named = dict(self.value_network.named_modules()), self.value_network_params.items(True, True)
+        weights = [(name, each, layers[".".join(name[:-1])]) for name, each in named if name[-1] == "weight"]
+        # Those of normalisations are vectors; of a structure, too.
+        matrices = [name for name, each, layer in weights if each.ndim > 1 or isinstance(layer, StructuredLinear)]
         self._hidden = tuple(matrices[:-1])
         self._init_subnets(replacement, trained=num_trained_subnets, target=num_target_subnets)
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Adam
 from torchrl.data import TensorSpec
 
@@ -254,7 +253,7 @@ def describe(config: TrainConfig, actor: AnyActor, qvalue: SubnetQValueOperator 
     return lines | ({"training FLOPs": _flops(config, actor)} if compared else {})
 
 
-def _inputs(module: nn.Module) -> int:
+def _inputs(module: torch.nn.Module) -> int:
     """What the first layer reads: channels, or numbers."""
     return next(getattr(layer, of) for layer in module.modules() for of in ("in_channels", "in_features") if hasattr(layer, of))
 

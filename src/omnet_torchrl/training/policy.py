@@ -19,6 +19,7 @@ from omnet_torchrl.builders import make_actor, make_deterministic_actor
 from omnet_torchrl.deterministic import SubnetQValueActor
 from omnet_torchrl.grids import make_grid_qvalue_actor
 from omnet_torchrl.layers import EnsembleMLP, MaskedMLP, RedrawnMLP, RunningNormalization, SharedMLP, UnitMaskedMLP
+from omnet_torchrl.layers.structured import scattered
 from omnet_torchrl.specs import check_action_spec, check_discrete_spec
 from omnet_torchrl.training.device import resolve_device
 from omnet_torchrl.training.record.checkpoint import Checkpointer, check_shapes
@@ -123,8 +124,8 @@ def _structure(state: Mapping[str, Tensor], observation_spec: TensorSpec) -> dic
     if starts is None:
         return {}
     rows, columns = (state[starts.removesuffix("starts") + name] for name in ("rows", "columns"))
-    structure = torch.zeros(len(state[starts]) - 1, observation_spec.shape.numel(), dtype=torch.bool)
-    return {"structure": structure.index_put((rows.cpu(), columns.cpu()), torch.tensor(True))}
+    shape = len(state[starts]) - 1, observation_spec.shape.numel()
+    return {"structure": scattered(torch.ones_like(rows, dtype=torch.bool), rows, columns, shape)}
 
 
 def _specs(kept: Mapping[str, Any]) -> tuple[TensorSpec, TensorSpec]:

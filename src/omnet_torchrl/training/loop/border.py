@@ -69,7 +69,7 @@ class Border(gymnasium.Wrapper):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Step the environment, and keep the action."""
         if self.resting:
-            return self._shown(), 0.0, False, False, {}
+            return self._shown(), 0.0, False, False, {"success": 0.0}
         self._actions.append(np.array(action))
         with self._globals:
             outcome = self.env.step(np.array(action, self.env.action_space.dtype))
