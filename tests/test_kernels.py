@@ -3,9 +3,12 @@
 import pytest
 import torch
 from test_update import BATCH, CLOSE, assert_outputs_close, assert_same_state, build, make_batch, make_parts, make_update, train
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from omnet_torchrl.layers import MaskedLinear
+from omnet_torchrl.masks import bernoulli_masks
 from omnet_torchrl.updates import compiled as compiled_module
 from omnet_torchrl.updates import kernels
 
@@ -200,6 +203,20 @@ def test_a_layer_of_few_rows_multiplies_from_the_other_side(rows, turned):
     graph = compiled_module.decomposed(make_fx(ask)(*state, inputs), [*state, inputs])
     (product,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
     assert product.meta["val"].shape == ((20, rows) if turned else (rows, 20))
+    torch.testing.assert_close(graph(*state, inputs), ask(*state, inputs))
+
+
+@pytest.mark.parametrize(("rows", "turned"), [(8, False), (32, True), (64, True), (256, False)])
+def test_layers_of_several_subnetworks_do_so_too(rows, turned):
+    layer = MaskedLinear(300, 20, masks=bernoulli_masks(3, (20, 300), 0.5, generator=0))
+    state, inputs = [layer.weight.detach(), layer.bias.detach()], torch.randn(3, rows, 300)
+
+    def ask(weight, bias, inputs):
+        return functional_call(layer, {"weight": weight, "bias": bias}, (inputs, torch.arange(3)[:, None]))
+
+    graph = compiled_module.decomposed(make_fx(ask)(*state, inputs), [*state, inputs])
+    (product,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.bmm.default)
+    assert product.meta["val"].shape == ((3, 20, rows) if turned else (3, rows, 20))
     torch.testing.assert_close(graph(*state, inputs), ask(*state, inputs))
 
 

@@ -94,15 +94,21 @@ def _layer_norm(
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """The bias apart, for Inductor to fuse with what follows; the dimension between keeps it from undoing that."""
-    few = a.shape[0] in FEW_ROWS and a.shape[1] >= MANY_INPUTS and b.stride(0) == 1 and b.device.type == "cpu"
-    turn = few and not _preferred(a, a.shape[0] * a.shape[1] * b.shape[1])
-    product = torch.mm(b.t(), a.t()).t() if turn else torch.mm(a, b)
+    product = torch.mm(b.t(), a.t()).t() if _turned(a, b) else torch.mm(a, b)
     return _biased(product.unsqueeze(0), bias, beta, alpha).squeeze(0)
 
 
 def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """See :func:`_addmm`."""
-    return _biased(torch.bmm(a, b), bias, beta, alpha)
+    product = torch.bmm(b.mT, a.mT).mT if _turned(a, b) else torch.bmm(a, b)
+    return _biased(product, bias, beta, alpha)
+
+
+def _turned(a: Tensor, b: Tensor) -> bool:
+    """Whether ``a @ b`` is faster as ``(b' @ a')'``: for MKL, where few rows meet a weight ``b'`` as it lies."""
+    rows, inputs = a.shape[-2:]
+    few = rows in FEW_ROWS and inputs >= MANY_INPUTS and b.stride(-2) == 1 and b.device.type == "cpu"
+    return few and not _preferred(a, rows * inputs * b.shape[-1])
 
 
 def _biased(product: Tensor, bias: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
