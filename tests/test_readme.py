@@ -12,10 +12,19 @@ import torch
 from omnet_torchrl import Update
 from omnet_torchrl.training.command_line import check_overrides
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-COMPOSED, SCHEDULED, BEFORE, LOADED, EXPORTED = (text for language, text in BLOCKS if language == "python")
-DIFF, DQN_DIFF = (text for language, text in BLOCKS if language == "diff")
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(path):
+    """The language and the text of each code block of a page."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / path).read_text(), re.MULTILINE | re.DOTALL)
+
+
+README, BLOCKS = (ROOT / "README.md").read_text(), blocks("README.md")
+COMPOSED, LOADED = (text for language, text in BLOCKS if language == "python")
+BEFORE = blocks("docs/guides/compose.md")[-1][1]
+(DIFF,) = (text for language, text in BLOCKS if language == "diff")
+(DQN_DIFF,) = (text for language, text in blocks("docs/guides/td3_dqn.md") if language == "diff")
 
 
 def patched(text, diff):
@@ -50,9 +59,14 @@ def test_every_option_of_the_commands_exists():
 
 
 def test_the_pictures_and_files_it_names_exist():
-    root = Path(__file__).parent.parent
-    for path in re.findall(r"!\[.*?\]\((.*?)\)|`((?:src|examples|benchmarks)/[\w./]+)`", README):
-        assert (root / "".join(path)).exists(), path
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)|`((?:src|examples|benchmarks)/[\w./]+)`", README):
+        assert (ROOT / "".join(path)).exists(), path
+
+
+def test_the_links_into_a_page_name_a_heading_of_it():
+    for path, heading in re.findall(r"\]\(([\w./]+)#([\w-]+)\)", README):
+        headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.MULTILINE)
+        assert heading in [re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings], path
 
 
 def test_composed_script_is_short_and_runs(tmp_path):
@@ -61,12 +75,6 @@ def test_composed_script_is_short_and_runs(tmp_path):
     assert all(value.isfinite() for value in names["metrics"].values())
     assert names["update"].updates == 2_020
     assert set(names["buffer"][:]["subnet"].tolist()) <= set(range(5))
-
-
-def test_the_masks_of_the_schedule_are_those_of_the_update(tmp_path):
-    names = run(SCHEDULED.replace("lr=1e-3)", "lr=1e-3, compile=False)"), tmp_path)
-    assert names["schedule"].update is names["update"]
-    assert len(names["schedule"]._networks) == 2
 
 
 @pytest.mark.parametrize(
