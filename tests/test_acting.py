@@ -1,5 +1,8 @@
 """CompiledPolicy: the actor's own actions, from its current parameters, and the actor where it can't be compiled."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import OBS, small_actor, small_deterministic_actor, small_qvalue_actor, specs
@@ -194,3 +197,68 @@ def test_a_module_that_holds_one_loads_what_it_has_stored():
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
     nn.Sequential(second).load_state_dict(nn.Sequential(first).state_dict())
+
+
+def replaced_by_loading(actor, values):
+    actor.load_state_dict(values, assign=True)
+
+
+def replaced_as_data(actor, values):
+    for name, tensor in [*actor.named_parameters(), *actor.named_buffers()]:
+        tensor.data = values[name]
+
+
+@pytest.mark.parametrize("replace", [replaced_by_loading, replaced_as_data])
+def test_tensors_that_take_the_place_of_others_are_those_of_the_next_action(replace, compiler):  # noqa: F811
+    policy = make_policy()
+    policy.prepare(frame(4))
+    values = {name: ~each if each.dtype == torch.bool else each + 0.3 for name, each in policy.actor.state_dict().items()}
+    replace(policy.actor, values)
+    torch.testing.assert_close(act(policy, frame(4)), act(policy.actor, frame(4)), **CLOSE)
+    with torch.no_grad():
+        next(policy.actor.parameters()).mul_(3)
+    assert set(policy(frame(4)).keys()) == {"observation", "subnet", "action"}  # compiled, as before
+    torch.testing.assert_close(act(policy, frame(4)), act(policy.actor, frame(4)), **CLOSE)
+    assert len(compiler) == 1
+
+
+def test_parameters_that_it_has_for_a_while_are_those_of_its_actions_for_that_while(compiler):  # noqa: F811
+    policy = make_policy()
+    policy.prepare(frame(4))
+    before = act(policy, frame(4))
+    others = TensorDict.from_module(policy.actor).data.apply(lambda each: ~each if each.dtype == torch.bool else each + 0.3)
+    with others.to_module(policy.actor):
+        within = act(policy, frame(4))
+        torch.testing.assert_close(within, act(policy.actor, frame(4)), **CLOSE)
+    assert not torch.allclose(within, before)
+    torch.testing.assert_close(act(policy, frame(4)), before, **CLOSE)
+
+
+def test_tensors_of_another_type_are_left_to_the_actor(compiler):  # noqa: F811
+    policy = make_policy()
+    policy.prepare(frame(4))
+    policy.actor.double()
+    played = frame(4).apply(lambda value: value.double() if value.is_floating_point() else value)
+    torch.testing.assert_close(act(policy, played), act(policy.actor, played))
+    policy.actor.float()
+    torch.testing.assert_close(act(policy, frame(4)), act(policy.actor, frame(4)), **CLOSE)
+
+
+def sent(policy):
+    return pickle.loads(pickle.dumps(policy))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, sent])
+def test_a_copy_acts_by_its_own_parameters_and_is_prepared_by_itself(copied, compiler):  # noqa: F811
+    policy = make_policy()
+    policy.prepare(frame(4))
+    before, other = act(policy, frame(4)), copied(policy)
+    torch.testing.assert_close(act(other, frame(4)), before, **CLOSE)
+    with torch.no_grad():
+        for parameter in other.actor.parameters():
+            parameter.mul_(2)
+    for _ in range(2):  # as it came, and prepared
+        torch.testing.assert_close(act(other, frame(4)), act(other.actor, frame(4)), **CLOSE)
+        torch.testing.assert_close(act(policy, frame(4)), before, **CLOSE)
+        other.prepare(frame(4))
+    assert len(compiler) == 2

@@ -301,6 +301,51 @@ def test_a_loss_that_was_moved_or_whose_tensors_were_replaced_is_refused(name, c
         update(batch.clone())
 
 
+# Settings ---------------------------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "tau": lambda update: setattr(update, "tau", 0.5),
+    "gamma": lambda update: update.loss.make_value_estimator(gamma=0.5),
+    "gamma, in place": lambda update: update.loss.value_estimator.gamma.fill_(0.5),
+    "gamma, of a state": lambda update: update.loss.load_state_dict(
+        {**update.loss.state_dict(), "_value_estimator.gamma": torch.tensor(0.5)}
+    ),
+    "_target_entropy": lambda update: update.loss.target_entropy.fill_(-7.0),
+    "log_prob_offset": lambda update: setattr(update.loss, "log_prob_offset", 3.0),
+    "value_reduction": lambda update: setattr(update.loss, "value_reduction", "min"),
+    "optim": lambda update: update.optims[0].param_groups[0].update(betas=(0.5, 0.9)),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_change_are_those_of_the_next_call_and_compile_it_once_for_each_value(name, compiler):  # noqa: F811
+    update, reference = (build(make_parts(), compile=compile) for compile in (True, False))
+    for each in (update, reference):
+        batches, draws = stacked(each, 3)
+        each(batches, draws=draws)
+    compiled = len(compiler)
+    for each in (update, reference):
+        SETTINGS[name](each)
+    with pytest.warns(UserWarning, match=f"^{name.split(',')[0]} changed since the update was compiled.*compile=False"):
+        update(batches, draws=draws)
+    reference(batches, draws=draws)
+    assert_same_state(update, reference)
+    assert len(compiler) == 2 * compiled
+    update(batches, draws=draws)
+    assert len(compiler) == 2 * compiled
+
+
+def test_a_setting_that_is_as_it_was_compiles_nothing(compiler):  # noqa: F811
+    update = build(make_parts(), compile=True)
+    batches, draws = stacked(update, 3)
+    update(batches, draws=draws)
+    compiled = len(compiler)
+    update.loss.make_value_estimator()
+    update.loss.load_state_dict(update.loss.state_dict())
+    update(batches, draws=draws)
+    assert len(compiler) == compiled
+
+
 # Copies -----------------------------------------------------------------------------------------------------------------
 
 

@@ -40,7 +40,8 @@ class CompiledPolicy(TensorDictModuleBase):
         Read: the actor's ``in_keys``. Written: the action; by the actor itself, its other outputs too.
 
     .. note:: The noise is drawn from torch's global generator as the actor draws it: the same seed gives the same actions, to
-        rounding. An index out of range is not seen; :class:`~omnet_torchrl.SubnetPrimer` draws none.
+        rounding. An index out of range is not seen; :class:`~omnet_torchrl.SubnetPrimer` draws none. A copy, and what
+        another process gets, is not prepared.
     """
 
     def __init__(self, actor: SubnetPolicy, *, precision: str = "float32", compile: bool = True):
@@ -52,6 +53,7 @@ class CompiledPolicy(TensorDictModuleBase):
         self._code: dict[Question, CompiledFunction] = {}
         self._noise: dict[Question, Tensor] = {}  # like what a random action needs
         self._state: list[Tensor] = []
+        self._places: list[tuple[dict[str, Any], str]] = []  # of these, in the actor
         self.register_load_state_dict_pre_hook(_under_its_name)
 
     def prepare(self, tensordict: TensorDictBase) -> None:
@@ -71,7 +73,7 @@ class CompiledPolicy(TensorDictModuleBase):
             return
         keys = list(params.keys(True, True))
         state = [params.get(key).detach() for key in keys]
-        self._state = as_bytes(state)
+        self._state, self._places = as_bytes(state), [_place(self.actor, key) for key in keys]
         with preserved([], device), torch.no_grad():
             if not question[0]:
                 self._noise[question] = self.actor(example.copy()).get(self.actor.action_key).detach()
@@ -95,13 +97,27 @@ class CompiledPolicy(TensorDictModuleBase):
         """Write an action of the subnetwork that the index names."""
         inputs = [tensordict.get(key, None) for key in self.in_keys]
         question = self._question(inputs)
-        if question not in self._code:
+        if question not in self._code or not self._follow():
             return self.actor(tensordict)
         leaves = [value.contiguous() for value in inputs]
         if question in self._noise:
             leaves.append(torch.randn_like(self._noise[question]))
         with torch.no_grad():
             return tensordict.set(self.actor.action_key, self._code[question](self._state, leaves)["action"])
+
+    def _follow(self) -> bool:
+        """Take over tensors that were put in the place of others since; whether they lie in memory as the others did."""
+        now = [place[name] for place, name in self._places]
+        if all(tensor.data_ptr() == known.data_ptr() for tensor, known in zip(now, self._state, strict=True)):
+            return True
+        state = as_bytes([tensor.detach() for tensor in now])
+        pairs = [[(each.shape, each.stride(), each.dtype, each.device) for each in tensors] for tensors in (state, self._state)]
+        if pairs[0] == pairs[1]:
+            self._state = state
+        return pairs[0] == pairs[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_code": {}, "_noise": {}, "_state": [], "_places": []}
 
     def _question(self, inputs: list[Tensor | None]) -> Question | None:
         """Whether the action is deterministic, and shape, dtype and device of each input; ``None`` where it is not ours."""
@@ -118,6 +134,13 @@ class CompiledPolicy(TensorDictModuleBase):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The actor's."""
         return self.actor.load_state_dict(*args, **kwargs)
+
+
+def _place(module: nn.Module, key: Any) -> tuple[dict[str, Any], str]:
+    """Where a module holds the tensor of a TensorDict of its parameters and buffers."""
+    *path, name = (key,) if isinstance(key, str) else key
+    owner = module.get_submodule(".".join(path))
+    return owner._parameters if name in owner._parameters else owner._buffers, name
 
 
 def _under_its_name(_: Any, state: dict[str, Any], prefix: str, *others: Any) -> None:

@@ -1,13 +1,18 @@
-"""What an update checks of its arguments before anything is built."""
+"""What an update checks of its arguments before anything is built, and what its compiled code takes for given."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from omnet_torchrl.objectives.subnet_loss import SubnetLoss
 from omnet_torchrl.updates.kernels import PRECISIONS
+
+PLAIN = frozenset([bool, int, float, str, type(None)])
 
 
 def check_options(loss: Any, optim: Any, lr: Any, tau: Any, precision: Any, **counts: Any) -> None:
@@ -49,3 +54,49 @@ def checked_norms(given: float | Mapping[str, float] | None, groups: Sequence[st
                 f"max_grad_norm must be a positive number for some of the groups {', '.join(groups)}, got {name}: {norm}."
             )
     return norms
+
+
+class Settings:
+    """What compiled code holds of an update that is no tensor of its state, by name: numbers and words of the loss and of its
+    value estimator (the discount).
+
+    A tensor is read again only where it was written since: nothing waits for a device before.
+    """
+
+    def __init__(self, loss: SubnetLoss):
+        self.loss = loss
+        self._tensors: dict[str, tuple[Tensor, int, str]] = {}
+
+    def read(self, **others: Any) -> tuple[tuple[str, Any], ...]:
+        """As they are now, after some ``others``."""
+        found = others
+        for module in (self.loss, self.loss.value_estimator):
+            for name, value in vars(module).items():
+                if type(value) in PLAIN and name[0] != "_":
+                    found[name] = value
+                elif type(value) is Tensor:
+                    found[name] = self._value(name, value)
+            for name, value in module._buffers.items():
+                if value is not None:
+                    found[name] = self._value(name, value)
+        return tuple(found.items())
+
+    def _value(self, name: str, tensor: Tensor) -> str:
+        known, version, value = self._tensors.get(name, (None, 0, ""))
+        if known is not tensor or version != tensor._version:
+            value = repr(tensor.tolist())
+            self._tensors[name] = tensor, tensor._version, value
+        return value
+
+
+def warn_of_changes(kinds: Iterable[tuple[Any, Any]], kind: tuple[Any, Any]) -> None:
+    """Say which settings changed, where batches of this kind have been compiled with others."""
+    for leaves, settings in kinds:
+        if leaves == kind[0]:
+            changed = ", ".join(name for name, value in kind[1] if (name, value) not in settings)
+            warnings.warn(
+                f"{changed} changed since the update was compiled: it is compiled anew, once for each value, which takes up to "
+                "a minute. Where values change often, compile=False is sooner done.",
+                stacklevel=5,
+            )
+            return

@@ -22,7 +22,7 @@ from torchrl.objectives import SoftUpdate
 from omnet_torchrl.arguments import suggesting
 from omnet_torchrl.objectives.subnet_loss import SubnetLoss
 from omnet_torchrl.updates.adam import adam_groups, copied
-from omnet_torchrl.updates.checks import check_batch, check_options, checked_norms
+from omnet_torchrl.updates.checks import Settings, check_batch, check_options, checked_norms, warn_of_changes
 from omnet_torchrl.updates.compiled import CompiledFunction, as_bytes, preserved
 from omnet_torchrl.updates.cuda_graph import CUDAGraph
 from omnet_torchrl.updates.kernels import PRECISIONS
@@ -39,8 +39,8 @@ class Update:
             requires no gradient is not trained.
         optim (Optimizer, sequence of them or None): ``torch.optim.Adam``, ``AdamW`` or :class:`~omnet_torchrl.LazyAdam`, which
             together hold each parameter that is trained once; in one optimiser or several, with any parameter groups. Masks
-            among them are passed over. A learning rate that changes (a scheduler) takes effect at the next call; other options
-            are compiled in. ``None`` (default): an Adam for each step of the loss.
+            among them are passed over. Other values (of a scheduler; of ``tau``, of the loss's discount) count from the next
+            call on; all but a learning rate are compiled in, once for each value. ``None`` (default): an Adam for each step.
 
     Keyword Args:
         lr (float): learning rate of the optimisers made here, where ``optim`` is ``None``. Defaults to 3e-4.
@@ -109,7 +109,7 @@ class Update:
         self.target_update_interval = target_update_interval
         self.precision, self.compiled, self.updates = precision, compile, 0
         self.steps = steps_of(loss, target_update_interval)
-        self._groups = loss.parameter_groups()
+        self._groups, self._settings = loss.parameter_groups(), Settings(loss)
         self._trained = {
             name: {key: leaf for key, leaf in leaves_of(self._groups).items() if key[0] in step.trains and leaf.requires_grad}
             for name, step in self.steps.items()
@@ -298,10 +298,11 @@ class Update:
 
     def _code_for(self, batches: TensorDictBase, draws: TensorDictBase) -> tuple[Any, dict[str, CompiledFunction]]:
         """The compiled steps for batches and draws of this kind, ``(U, B)`` and ``(U,)``."""
-        options = repr([group.options for groups in self._adam.values() for group in groups])
+        optim = repr([group.options for groups in self._adam.values() for group in groups])
         leaves = [(key, value.shape[1:], value.dtype) for each in (batches, draws) for key, value in each.items(True, True)]
-        kind = (tuple(leaves), options)
+        kind = (tuple(leaves), self._settings.read(optim=optim, tau=self.tau, precision=self.precision))
         if kind not in self._code:
+            warn_of_changes(self._code, kind)
             keys = [list(each.keys(True, True)) for each in (batches, draws)]
             sizes = batches.batch_size[1:], draws.batch_size[1:]
             examples = [
