@@ -287,6 +287,7 @@ MOVES = {
     "assigned by load_state_dict": lambda loss: loss.load_state_dict(copy.deepcopy(loss.state_dict()), assign=True),
     "another temperature": replace_temperature,
     "other masks": replace_masks,
+    "a layer frozen": lambda loss: next(loss.qvalue_network_params.parameters()).requires_grad_(False),
     "another network": lambda loss: setattr(loss, "qvalue_network_params", copy.deepcopy(loss.qvalue_network_params)),
 }
 

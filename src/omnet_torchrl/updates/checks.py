@@ -13,6 +13,7 @@ from omnet_torchrl.objectives.subnet_loss import SubnetLoss
 from omnet_torchrl.updates.kernels import PRECISIONS
 
 PLAIN = frozenset([bool, int, float, str, type(None)])
+IDLE = ("alpha_init", "training")  # what no update reads
 
 
 def check_options(loss: Any, optim: Any, lr: Any, tau: Any, precision: Any, **counts: Any) -> None:
@@ -79,7 +80,7 @@ class Settings:
             for name, value in module._buffers.items():
                 if value is not None:
                     found[name] = self._value(name, value)
-        return tuple(found.items())
+        return tuple((name, value) for name, value in found.items() if name not in IDLE)
 
     def _value(self, name: str, tensor: Tensor) -> str:
         known, version, value = self._tensors.get(name, (None, 0, ""))

@@ -67,7 +67,7 @@ class Update:
 
     Raises:
         ValueError: an optimiser of another kind or over other parameters; options out of range; a loss that is not reduced.
-        RuntimeError: the loss was moved or its tensors were replaced after the update was built.
+        RuntimeError: the loss was moved, or its tensors were replaced or frozen, after the update was built.
 
     Examples:
         >>> from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
@@ -123,11 +123,11 @@ class Update:
         live = leaves_of(self._groups)
         paths = {id(leaf): ".".join(key) for key, leaf in live.items()}
         self._places = {
-            name: [(leaf, leaf.data_ptr(), paths[id(leaf)]) for leaf in held(group)] for name, group in self._groups.items()
+            name: [(leaf, leaf.data_ptr(), leaf.requires_grad, paths[id(leaf)]) for leaf in held(group)]
+            for name, group in self._groups.items()
         }
-        params = TensorDict({key: leaf.detach() for key, leaf in live.items()})
         moments = {name: {str(i): group.state for i, group in enumerate(groups)} for name, groups in self._adam.items()}
-        self.state = TensorDict({"params": params, "optim": moments})
+        self.state = TensorDict({"params": TensorDict({key: leaf.detach() for key, leaf in live.items()}), "optim": moments})
         self._keys = list(self.state.keys(True, True))
         self._tensors = as_bytes([self.state.get(key) for key in self._keys])
         self.device = self._tensors[0].device
@@ -261,11 +261,11 @@ class Update:
             for group in groups:
                 group.follow()
         for name, places in self._places.items():
-            for (leaf, place, path), tensor in zip(places, held(getattr(self.loss, name)), strict=True):
-                if tensor is not leaf or tensor.data_ptr() != place:
+            for (leaf, place, trained, path), tensor in zip(places, held(getattr(self.loss, name)), strict=True):
+                if tensor is not leaf or tensor.data_ptr() != place or tensor.requires_grad != trained:
                     raise RuntimeError(
-                        f"the loss's {path} is another tensor than when the update was built: build the update after the loss "
-                        "was moved, or copy into the tensors that are there (load_state_dict, copy_)."
+                        f"the loss's {path} is another tensor than when the update was built, or requires_grad has changed: "
+                        "build the update then, or copy into the tensors that are there (load_state_dict, copy_)."
                     )
 
     def _read(self, batch: TensorDictBase) -> TensorDict:
