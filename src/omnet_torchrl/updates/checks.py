@@ -72,6 +72,7 @@ class Settings:
         """As they are now, after some ``others``."""
         found = others
         for module in (self.loss, self.loss.value_estimator):
+            found[type(module).__name__] = True  # another kind of estimator
             for name, value in vars(module).items():
                 if type(value) in PLAIN and name[0] != "_":
                     found[name] = value
