@@ -1,9 +1,14 @@
 """benchmarks/learning/tables.py: the numbers of a report, and what it says is missing."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
+import settings
 from experiments import select
 from test_report import report, write_run, written
+
+from omnet_torchrl.training.options import ROWS, to_config
 
 
 @pytest.fixture
@@ -104,3 +109,29 @@ def test_differences_have_an_interval_from_three_seeds_on_and_say_how_many_would
     assert "| 3, 3 | 100 [" in apart
     assert apart.endswith("], apart from 0 | 2 |")
     assert lines["| OMNet less Sin-SAC + LayerNorm"].endswith("| 3, 2 | 0 | 2 |")  # no interval
+
+
+def test_every_row_has_all_of_its_hyper_parameters_in_one_table():
+    text = settings.settings()
+    for name in ROWS:
+        assert text.count(f"| `{name}` |") == 1, name
+    sac = text[text.index("### SAC\n") : text.index("### TD3")]
+    shared, *lines = [line for line in sac.splitlines() if line.startswith(("In all rows", "| `"))]
+    assert "`optim.lr` 0.0003" in shared
+    assert "utd_ratio" not in shared  # which SAC's own row has otherwise
+    assert not any(word in sac for word in ("policy_noise", "epsilon", "target_reduction", "fan_in"))
+    (redq,) = (line for line in lines if line.startswith("| `redq` |"))
+    assert "num_subnets 10, critic separate" in redq
+    assert "utd_ratio 20" in redq
+    (dapd,) = (line for line in lines if line.startswith("| `dapd` |"))
+    assert "method saliency" in dapd
+    assert redq.endswith("| - |")  # no masks that change
+
+
+def test_an_option_that_no_row_changes_is_shared_by_all_of_them():
+    for name, row in ROWS.items():
+        env = settings.KINDS[row.loss][1]
+        config = asdict(to_config({"algorithm": name, "env": env}))
+        for option, value in settings._options(name, env).items():
+            group, _, short = option.rpartition(".")
+            assert (config[group] if group else config)[short] == value

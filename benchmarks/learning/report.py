@@ -29,6 +29,7 @@ from csv_files import finite, read_rows
 from experiments import EXPERIMENTS, Experiment, known
 from maze import map_figure
 from records import SIZES, Record, assign, find
+from settings import settings
 
 from omnet_torchrl.training.options import ROWS
 
@@ -213,7 +214,7 @@ def write(args: argparse.Namespace) -> Path:
             "",
             f"Dashed: {', '.join(references)}; from {args.reference.name}. Their protocol differs from the runs' here.",
         ]
-    text = "\n".join([*head, "", *filter(None, sections.values()), tables.flops(rates), ""])
+    text = "\n".join([*head, "", *filter(None, sections.values()), tables.flops(rates), settings(), ""])
     path = args.output / "report.md"
     path.write_text(text)
     return path

@@ -293,11 +293,13 @@ def _measured(path: Path | None, names: Sequence[str]) -> str:
         return "Seconds per update have not been measured here (`run.py --dry-run` measures them)."
     rows, parts = read(path), []
     for machine, threads in dict.fromkeys((row["machine"], row["threads"]) for row in rows):
-        own = {(r["row"], r["task"]): r["update_seconds"] for r in rows if (r["machine"], r["threads"]) == (machine, threads)}
-        parts += [f"Measured milliseconds per update, everything of a frame included: {machine}, {threads} thread(s).", ""]
+        own = {(r["row"], r["task"]): r for r in rows if (r["machine"], r["threads"]) == (machine, threads)}
+        what = "Frames a second in training and, in brackets, milliseconds per update, everything of a frame included"
+        parts += [f"{what}: {machine}, {threads} thread(s).", ""]
         parts += [f"| row | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
         for name in dict.fromkeys([*names, *(row for row, _ in own)]):
-            cells = [f"{1000 * own[name, task]:.2f}" if (name, task) in own else "not measured" for task in TASKS]
+            each = [own.get((name, task)) for task in TASKS]
+            cells = [f"{1 / r['seconds']:.0f} ({1000 * r['update_seconds']:.2f})" if r else "not measured" for r in each]
             parts.append(f"| {name} | {' | '.join(cells)} |")
         parts.append("")
     return "\n".join(parts)
