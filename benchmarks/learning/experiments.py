@@ -152,8 +152,9 @@ _HALVES = _dropouts("sin_droq", 0.5) + _sweep(
 
 def _maze(title: str, seeds: int = 10) -> Experiment:
     options = (("init_random_frames", 1_000), ("eval.interval", 100), ("eval.bias_episodes", 0))
-    # The paper has an OMNet critic in both of its rows; the third has no OMNet at all.
+    # The paper has an OMNet critic in both of its rows; the others have no OMNet at all.
     labels = {"omnet": "OMNet", "omnet_critic": "a dense actor", "sac_20": "SAC-20, dense critics too"}
+    labels |= {"sac_20_layer_norm": "SAC-20 + LayerNorm"}
     variants = tuple(Variant(name, label, name, options) for name, label in labels.items())
     return Experiment(title, variants, tasks=("Maze2D",), seeds=seeds, frames=31_000)
 
