@@ -311,7 +311,7 @@ SETTINGS = {
     "gamma, of a state": lambda update: update.loss.load_state_dict(
         {**update.loss.state_dict(), "_value_estimator.gamma": torch.tensor(0.5)}
     ),
-    "_target_entropy": lambda update: update.loss.target_entropy.fill_(-7.0),
+    "target_entropy": lambda update: update.loss.target_entropy.fill_(-7.0),
     "log_prob_offset": lambda update: setattr(update.loss, "log_prob_offset", 3.0),
     "value_reduction": lambda update: setattr(update.loss, "value_reduction", "min"),
     "optim": lambda update: update.optims[0].param_groups[0].update(betas=(0.5, 0.9)),
@@ -327,8 +327,9 @@ def test_settings_that_change_are_those_of_the_next_call_and_compile_it_once_for
     compiled = len(compiler)
     for each in (update, reference):
         SETTINGS[name](each)
-    with pytest.warns(UserWarning, match=f"^{name.split(',')[0]} changed since the update was compiled.*compile=False"):
+    with pytest.warns(UserWarning, match=f"^{name.split(',')[0]} changed since the update was compiled.*compile=False") as said:
         update(batches, draws=draws)
+    assert said[0].filename == __file__  # the caller's line
     reference(batches, draws=draws)
     assert_same_state(update, reference)
     assert len(compiler) == 2 * compiled

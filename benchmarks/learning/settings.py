@@ -25,12 +25,8 @@ ONLY |= dict.fromkeys(("actor", "actor_layer_norm"), ("sac", "td3", "tasks"))
 
 def settings() -> str:
     """Every option that a run's numbers depend on, of every row: what the rows of a loss share, and what tells them apart."""
-    parts = [
-        "## Hyper-parameters of every row",
-        "",
-        "As options of the command line. `-` is none, all subnetworks, or the task's own",
-    ]
-    parts[-1] += " value: dropout of the paper's table 1, REDQ's target entropy."
+    none = "`-` is none, all subnetworks, or the task's own value (dropout of the paper's table 1, REDQ's target entropy)"
+    parts = ["## Hyper-parameters of every row", "", f"As options of the command line. {none}."]
     for loss, (title, env) in KINDS.items():
         rows = {name: _options(name, env) for name, row in ROWS.items() if row.loss == loss}
         first = next(iter(rows.values()))
@@ -55,9 +51,8 @@ def _options(name: str, env: str) -> dict[str, object]:
     found: dict[str, object] = {}
     for group, value in asdict(to_config({"algorithm": name, "env": env})).items():
         if group in LEARNING:
-            found |= (
-                {f"{group}.{option}": each for option, each in value.items()} if isinstance(value, dict) else {group: value}
-            )
+            options = value.items() if isinstance(value, dict) else ()
+            found |= {f"{group}.{option}": each for option, each in options} or {group: value}
     return {each: value for each, value in found.items() if ROWS[name].loss in ONLY.get(each.rpartition(".")[2], KINDS)}
 
 

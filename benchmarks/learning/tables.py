@@ -299,7 +299,7 @@ def _measured(path: Path | None, names: Sequence[str]) -> str:
         parts += [f"| row | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
         for name in dict.fromkeys([*names, *(row for row, _ in own)]):
             each = [own.get((name, task)) for task in TASKS]
-            cells = [f"{1 / r['seconds']:.0f} ({1000 * r['update_seconds']:.2f})" if r else "not measured" for r in each]
+            cells = [f"{1 / r['seconds']:.3g} ({1000 * r['update_seconds']:.2f})" if r else "not measured" for r in each]
             parts.append(f"| {name} | {' | '.join(cells)} |")
         parts.append("")
     return "\n".join(parts)

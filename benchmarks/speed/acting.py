@@ -15,7 +15,7 @@ import warnings
 from typing import Any
 
 import torch
-from components import ACTIONS, TASKS, Block, Task
+from components import ACTIONS, TASKS, Block, Task, actions
 from composed import measure
 from tensordict import TensorDict
 
@@ -30,33 +30,20 @@ ACTORS: dict[str, dict[str, Any]] = {
     "OMNet, masks over units": {"network_class": UnitMaskedMLP},
     "OMNet, masks redrawn": {"network_class": RedrawnMLP},
 }
-
-
-def block(policy: Any, task: Task, indexed: bool) -> Block:
-    """200 actions of one environment."""
-    state = TensorDict(observation=torch.randn(task.observation))
-    if indexed:
-        state["subnet"] = torch.tensor(0)
-    if isinstance(policy, CompiledPolicy):
-        policy.prepare(state)
-
-    @torch.no_grad()
-    def act() -> None:
-        for _ in range(ACTIONS):
-            policy(state)
-
-    return act
+EXTRACTED = ("OMNet", "OMNet, masks over units")
 
 
 def cases(task: Task) -> dict[str, Block]:
     """The blocks by name."""
-    blocks = {}
+    blocks, state = {}, TensorDict(observation=torch.randn(task.observation), subnet=torch.tensor(0))
     for name, options in ACTORS.items():
         actor = make_actor(*task.specs(), **options)
-        blocks[f"{name}, compiled"] = block(CompiledPolicy(actor), task, True)
-        blocks[f"{name}, eager"] = block(actor, task, True)
-        if name.startswith("OMNet") and options is not PLAIN and "redrawn" not in name:
-            blocks[f"{name}, one subnetwork extracted, eager"] = block(actor.extract(0), task, False)
+        compiled = CompiledPolicy(actor)
+        compiled.prepare(state)
+        blocks[f"{name}, compiled"] = actions(compiled, state)
+        blocks[f"{name}, eager"] = actions(actor, state)
+        if name in EXTRACTED:
+            blocks[f"{name}, one subnetwork extracted, eager"] = actions(actor.extract(0), state)
     return blocks
 
 

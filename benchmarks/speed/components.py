@@ -263,12 +263,18 @@ def act_block(kind: str) -> Block:
         plain.module[0].network = mlp
         policy = plain
 
+    return _warm(actions(policy, observation), "cpu")
+
+
+def actions(policy: Any, observation: TensorDict) -> Block:
+    """200 actions of one environment, by a policy."""
+
     @torch.no_grad()
     def block() -> None:
         for _ in range(ACTIONS):
             policy(observation)
 
-    return _warm(block, "cpu")
+    return block
 
 
 def matmul_block(task: Task, device: str = "cpu") -> Block:

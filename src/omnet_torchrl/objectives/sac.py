@@ -128,6 +128,7 @@ class OMNetSACLoss(TDLoss, SACLoss):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
+    _unread_settings = (*TDLoss._unread_settings, "alpha_init")
 
     def __init__(
         self,

@@ -68,6 +68,7 @@ class SubnetLoss(LossModule):
     num_actor_subnets: int
     choose: str = "uniform"  # which subnetworks an update asks: those that are drawn, or "batch", those of the batch's tasks
     _networks: tuple[str, ...] = ("qvalue_network", "actor_network")  # the critic, and the actor where there is one
+    _unread_settings: tuple[str, ...] = ("training",)  # attributes that no step reads: an update is not compiled anew for them
     # The draws that choose one actor subnetwork, and those that are noise of an action: always, or of delayed steps only.
     _actor_draws: tuple[str, ...] = ("next_actor", "actor")
     _noise_draws: tuple[str, ...] = ("next_noise",)

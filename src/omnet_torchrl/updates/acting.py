@@ -40,8 +40,8 @@ class CompiledPolicy(TensorDictModuleBase):
         Read: the actor's ``in_keys``. Written: the action; by the actor itself, its other outputs too.
 
     .. note:: The noise is drawn from torch's global generator as the actor draws it: the same seed gives the same actions, to
-        rounding. An index out of range is not seen; :class:`~omnet_torchrl.SubnetPrimer` draws none. A copy, and what
-        another process gets, is not prepared.
+        rounding. An index out of range is not seen; :class:`~omnet_torchrl.SubnetPrimer` draws none. A copy is not prepared,
+        nor is a policy that another process receives.
     """
 
     def __init__(self, actor: SubnetPolicy, *, precision: str = "float32", compile: bool = True):
@@ -106,15 +106,15 @@ class CompiledPolicy(TensorDictModuleBase):
             return tensordict.set(self.actor.action_key, self._code[question](self._state, leaves)["action"])
 
     def _follow(self) -> bool:
-        """Take over tensors that were put in the place of others since; whether they lie in memory as the others did."""
+        """Take over the actor's tensors where they were replaced; return whether they have the old ones' layout in memory."""
         now = [place[name] for place, name in self._places]
         if all(tensor.data_ptr() == known.data_ptr() for tensor, known in zip(now, self._state, strict=True)):
             return True
         state = as_bytes([tensor.detach() for tensor in now])
-        pairs = [[(each.shape, each.stride(), each.dtype, each.device) for each in tensors] for tensors in (state, self._state)]
-        if pairs[0] == pairs[1]:
+        new, old = ([(t.shape, t.stride(), t.dtype, t.device) for t in tensors] for tensors in (state, self._state))
+        if new == old:
             self._state = state
-        return pairs[0] == pairs[1]
+        return new == old
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_code": {}, "_noise": {}, "_state": [], "_places": []}

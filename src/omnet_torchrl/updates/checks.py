@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,6 @@ from omnet_torchrl.objectives.subnet_loss import SubnetLoss
 from omnet_torchrl.updates.kernels import PRECISIONS
 
 PLAIN = frozenset([bool, int, float, str, type(None)])
-IDLE = ("alpha_init", "training")  # what no update reads
 
 
 def check_options(loss: Any, optim: Any, lr: Any, tau: Any, precision: Any, **counts: Any) -> None:
@@ -58,10 +57,9 @@ def checked_norms(given: float | Mapping[str, float] | None, groups: Sequence[st
 
 
 class Settings:
-    """What compiled code holds of an update that is no tensor of its state, by name: numbers and words of the loss and of its
-    value estimator (the discount).
+    """The settings that are compiled into an update: numbers and words of its loss and of the value estimator (the discount).
 
-    A tensor is read again only where it was written since: nothing waits for a device before.
+    A tensor is read again only after it was written, so that a call waits for no device.
     """
 
     def __init__(self, loss: SubnetLoss):
@@ -69,7 +67,7 @@ class Settings:
         self._tensors: dict[str, tuple[Tensor, int, str]] = {}
 
     def read(self, **others: Any) -> tuple[tuple[str, Any], ...]:
-        """As they are now, after some ``others``."""
+        """Return name and value of each, as they are now; ``others`` come first."""
         found = others
         for module in (self.loss, self.loss.value_estimator):
             found[type(module).__name__] = True  # another kind of estimator
@@ -81,7 +79,7 @@ class Settings:
             for name, value in module._buffers.items():
                 if value is not None:
                     found[name] = self._value(name, value)
-        return tuple((name, value) for name, value in found.items() if name not in IDLE)
+        return tuple((name, value) for name, value in found.items() if name not in self.loss._unread_settings)
 
     def _value(self, name: str, tensor: Tensor) -> str:
         known, version, value = self._tensors.get(name, (None, 0, ""))
@@ -91,14 +89,14 @@ class Settings:
         return value
 
 
-def warn_of_changes(kinds: Iterable[tuple[Any, Any]], kind: tuple[Any, Any]) -> None:
-    """Say which settings changed, where batches of this kind have been compiled with others."""
-    for leaves, settings in kinds:
+def warn_of_changes(kinds: Mapping[tuple[Any, Any], Any], kind: tuple[Any, Any]) -> None:
+    """Say which settings have changed since batches of these shapes were last compiled, if they were."""
+    for leaves, settings in reversed(list(kinds)):
         if leaves == kind[0]:
-            changed = ", ".join(name for name, value in kind[1] if (name, value) not in settings)
+            changed = ", ".join(name.lstrip("_") for name, value in kind[1] if (name, value) not in settings)
             warnings.warn(
                 f"{changed} changed since the update was compiled: it is compiled anew, once for each value, which takes up to "
                 "a minute. Where values change often, compile=False is sooner done.",
-                stacklevel=5,
+                stacklevel=6,
             )
             return

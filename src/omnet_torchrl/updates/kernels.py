@@ -105,7 +105,7 @@ def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: floa
 
 
 def _turned(a: Tensor, b: Tensor) -> bool:
-    """Whether ``a @ b`` is faster as ``(b' @ a')'``: for MKL, where few rows meet a weight ``b'`` as it lies."""
+    """Whether MKL computes ``a @ b`` faster as ``(b' @ a')'``: for few rows, and a weight ``b'`` that is contiguous."""
     rows, inputs = a.shape[-2:]
     few = rows in FEW_ROWS and inputs >= MANY_INPUTS and b.stride(-2) == 1 and b.device.type == "cpu"
     return few and not _preferred(a, rows * inputs * b.shape[-1])

@@ -39,8 +39,8 @@ class Update:
             requires no gradient is not trained.
         optim (Optimizer, sequence of them or None): ``torch.optim.Adam``, ``AdamW`` or :class:`~omnet_torchrl.LazyAdam`, which
             together hold each parameter that is trained once; in one optimiser or several, with any parameter groups. Masks
-            among them are passed over. Other values (of a scheduler; of ``tau``, of the loss's discount) count from the next
-            call on; all but a learning rate are compiled in, once for each value. ``None`` (default): an Adam for each step.
+            among them are passed over. A value that changes (a learning rate, ``tau``, the discount) counts from the next
+            call on; each value but a learning rate is compiled once. ``None`` (default): an Adam for each step.
 
     Keyword Args:
         lr (float): learning rate of the optimisers made here, where ``optim`` is ``None``. Defaults to 3e-4.
